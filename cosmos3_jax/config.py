@@ -1,0 +1,370 @@
+"""Model configurations, read by name from the JSON files of a checkpoint.
+
+Defaults are Cosmos3-Nano's. Keys that mean nothing here are ignored (the public files carry about
+eighteen of them); values that this implementation cannot honour are refused when they are read, so a
+checkpoint of an unsupported kind fails before any weight is touched.
+"""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any, Self
+
+MEAN_WAN22 = (
+    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891,
+    0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
+    -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723,
+    -0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
+)  # fmt: skip
+STD_WAN22 = (
+    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901,
+    0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+    0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
+    0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
+)  # fmt: skip
+
+
+class ConfigError(ValueError):
+    """A configuration file is unreadable, or asks for something that this implementation does not do."""
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclasses.dataclass(frozen=True)
+class _JsonConfig:
+    """Reads the fields that it declares from a JSON object, and ignores the rest."""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Build from a parsed JSON object. Lists become tuples; raises ConfigError on impossible values."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        chosen = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
+        try:
+            return cls(**chosen)
+        except TypeError as error:  # a comparison in __post_init__ met a value of the wrong type
+            raise ConfigError(f"{cls.__name__}: a value has the wrong type ({error})") from error
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Self:
+        """Build from a JSON file. Raises ConfigError, naming the file, if it is missing or malformed."""
+        try:
+            return cls.from_dict(read_json(path))
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+
+    def refuse_other(self, **required: Any) -> None:
+        """Raise unless each named field has the one value that is implemented."""
+        for name, value in required.items():
+            found = getattr(self, name)
+            _check(found == value, f"{name}={found!r} is not supported; only {value!r} is")
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The JSON object in `path`. Raises ConfigError if there is none."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}") from error
+    _check(isinstance(values, dict), f"{path} holds a {type(values).__name__}, not a JSON object")
+    return values
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig(_JsonConfig):
+    """`transformer/config.json`: the two-tower Mixture-of-Transformers."""
+
+    hidden_size: int = 4096
+    num_hidden_layers: int = 36
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    intermediate_size: int = 12288
+    vocab_size: int = 151936
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 5_000_000.0
+    rope_axes_dim: tuple[int, int, int] = (24, 20, 20)
+    unified_3d_mrope_temporal_modality_margin: int = 15000
+    unified_3d_mrope_reset_spatial_ids: bool = True
+    enable_fps_modulation: bool = True
+    base_fps: float = 24.0
+    latent_channel: int = 48
+    latent_patch_size: int = 2
+    patch_latent_dim: int = 192
+    timestep_scale: float = 0.001
+    sound_gen: bool = True
+    sound_dim: int | None = 64
+    sound_latent_fps: float = 25.0
+    hidden_act: str = "silu"
+    attention_bias: bool = False
+    qk_norm_for_text: bool = True
+    use_und_k_norm_for_gen: bool = False
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        # The mRoPE section is nested in Nano's file and at the top level in newer ones; absent keys
+        # mean "no sound" in the public format, whatever our defaults are.
+        values = {"sound_gen": False, **values}
+        if values.get("rope_axes_dim") is None:
+            section = (values.get("rope_scaling") or {}).get("mrope_section")
+            values["rope_axes_dim"] = section or cls.rope_axes_dim
+        return super().from_dict(values)
+
+    def __post_init__(self):
+        self.refuse_other(
+            hidden_act="silu",
+            attention_bias=False,
+            qk_norm_for_text=True,
+            use_und_k_norm_for_gen=False,
+            unified_3d_mrope_reset_spatial_ids=True,
+        )
+        for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size"):
+            _check(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
+        _check(self.num_hidden_layers >= 2, f"num_hidden_layers={self.num_hidden_layers} must be at least 2")
+        _check(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+            f"num_key_value_heads={self.num_key_value_heads}",
+        )
+        _check(
+            len(self.rope_axes_dim) == 3 and 2 * sum(self.rope_axes_dim) == self.head_dim,
+            f"rope_axes_dim={self.rope_axes_dim} must be three numbers that add up to head_dim / 2 = "
+            f"{self.head_dim / 2:g}",
+        )
+        time, height, width = self.rope_axes_dim
+        _check(
+            time >= max(height, width),
+            f"rope_axes_dim={self.rope_axes_dim}: interleaving needs time >= height and time >= width",
+        )
+        patch_dim = self.latent_channel * self.latent_patch_size**2
+        _check(
+            self.patch_latent_dim == patch_dim,
+            f"patch_latent_dim={self.patch_latent_dim} is not latent_channel * latent_patch_size^2 = {patch_dim}",
+        )
+        _check(
+            not self.sound_gen or bool(self.sound_dim),
+            f"sound_gen is on, but sound_dim={self.sound_dim}: it must be a positive number of channels",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoVAEConfig(_JsonConfig):
+    """`vae/config.json`: the Wan2.2 residual video autoencoder."""
+
+    base_dim: int = 160
+    decoder_base_dim: int = 256
+    z_dim: int = 48
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temperal_downsample: tuple[bool, ...] = (False, True, True)  # spelled so in the public format
+    in_channels: int = 12
+    out_channels: int = 12
+    patch_size: int = 2
+    scale_factor_spatial: int = 16
+    scale_factor_temporal: int = 4
+    latents_mean: tuple[float, ...] = MEAN_WAN22
+    latents_std: tuple[float, ...] = STD_WAN22
+    is_residual: bool = True
+    attn_scales: tuple[float, ...] = ()
+    clip_output: bool = False
+
+    def __post_init__(self):
+        self.refuse_other(is_residual=True, attn_scales=(), clip_output=False)
+        _check(
+            len(self.temperal_downsample) == len(self.dim_mult) - 1,
+            f"temperal_downsample={self.temperal_downsample} needs one entry fewer than dim_mult={self.dim_mult}",
+        )
+        for name in ("latents_mean", "latents_std"):
+            length = len(getattr(self, name))
+            _check(length == self.z_dim, f"{name} has {length} entries, z_dim is {self.z_dim}")
+        _check(
+            min(self.latents_std) > 0, f"latents_std must be positive, its minimum is {min(self.latents_std)}"
+        )
+        _check(
+            self.in_channels == self.out_channels == 3 * self.patch_size**2,
+            f"in_channels={self.in_channels} and out_channels={self.out_channels} must be 3 * patch_size^2 = "
+            f"{3 * self.patch_size**2}",
+        )
+        _check(
+            self.scale_factor_spatial == self.patch_size * 2 ** len(self.temperal_downsample),
+            f"scale_factor_spatial={self.scale_factor_spatial} is not what patch_size={self.patch_size} and "
+            f"{len(self.temperal_downsample)} downsamplings give",
+        )
+        _check(
+            self.scale_factor_temporal == 2 ** sum(self.temperal_downsample),
+            f"scale_factor_temporal={self.scale_factor_temporal} is not what "
+            f"temperal_downsample={self.temperal_downsample} gives",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class SoundVAEConfig(_JsonConfig):
+    """`sound_tokenizer/config.json`: the AVAE sound autoencoder."""
+
+    sampling_rate: int = 48000
+    stereo: bool = True
+    input_channels: int = 1
+    normalize_volume: bool = True
+    hop_size: int | None = None
+    vocoder_input_dim: int = 64
+    enc_dim: int = 192
+    enc_c_mults: tuple[int, ...] = (1, 2, 4)
+    enc_strides: tuple[int, ...] = (4, 5, 6)
+    enc_num_blocks: int = 2
+    enc_n_fft: int = 64
+    enc_hop_length: int = 16
+    enc_latent_dim: int = 128
+    dec_dim: int = 320
+    dec_c_mults: tuple[int, ...] = (1, 2, 4, 8, 16)
+    dec_strides: tuple[int, ...] = (2, 4, 5, 6, 8)
+    dec_out_channels: int = 2
+    model_type: str = "autoencoder_v2"
+    enc_type: str = "spec_convnext"
+    enc_use_snake: bool = True
+    dec_type: str = "oobleck"
+    dec_use_snake: bool = True
+    dec_final_tanh: bool = False
+    dec_anti_aliasing: bool = False
+    dec_use_nearest_upsample: bool = False
+    dec_use_tanh_at_final: bool = False
+    bottleneck_type: str = "vae"
+    activation: str = "snakebeta"
+    snake_logscale: bool = True
+    anti_aliasing: bool = False
+    causal: bool = False
+    padding_mode: str = "zeros"
+    latent_mean: None = None
+    latent_std: None = None
+
+    def __post_init__(self):
+        self.refuse_other(
+            model_type="autoencoder_v2",
+            enc_type="spec_convnext",
+            enc_use_snake=True,
+            dec_type="oobleck",
+            dec_use_snake=True,
+            dec_final_tanh=False,
+            dec_anti_aliasing=False,
+            dec_use_nearest_upsample=False,
+            dec_use_tanh_at_final=False,
+            bottleneck_type="vae",
+            activation="snakebeta",
+            snake_logscale=True,
+            anti_aliasing=False,
+            causal=False,
+            padding_mode="zeros",
+            latent_mean=None,
+            latent_std=None,
+        )
+        _check(
+            len(self.dec_c_mults) == len(self.dec_strides),
+            f"dec_c_mults={self.dec_c_mults} and dec_strides={self.dec_strides} must have one entry a stage",
+        )
+        _check(
+            len(self.enc_c_mults) == len(self.enc_strides),
+            f"enc_c_mults={self.enc_c_mults} and enc_strides={self.enc_strides} must have one entry a stage",
+        )
+        _check(
+            self.enc_latent_dim == 2 * self.vocoder_input_dim,
+            f"enc_latent_dim={self.enc_latent_dim} must be 2 * vocoder_input_dim = {2 * self.vocoder_input_dim} "
+            "(mean and scale)",
+        )
+        _check(
+            self.samples_per_latent == math.prod(self.dec_strides),
+            f"hop_size={self.hop_size} is not the product of dec_strides, {math.prod(self.dec_strides)}",
+        )
+
+    @property
+    def samples_per_latent(self) -> int:
+        """Waveform samples that one latent frame stands for (1920 in Nano)."""
+        return self.hop_size if self.hop_size is not None else math.prod(self.dec_strides)
+
+    @property
+    def audio_channels(self) -> int:
+        """Channels of the waveform that the encoder reads."""
+        return self.input_channels * (2 if self.stereo else 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class SchedulerConfig(_JsonConfig):
+    """`scheduler/scheduler_config.json`: what UniPC needs of it.
+
+    `flow_shift` and `use_karras_sigmas` are kept for `info` alone: the recipe, not this file, chooses them.
+    """
+
+    num_train_timesteps: int = 1000
+    solver_order: int = 2
+    solver_type: str = "bh2"
+    predict_x0: bool = True
+    prediction_type: str = "flow_prediction"
+    lower_order_final: bool = True
+    final_sigmas_type: str = "zero"
+    thresholding: bool = False
+    use_dynamic_shifting: bool = False
+    disable_corrector: tuple[int, ...] = ()
+    sigma_max: float | None = 200.0
+    sigma_min: float | None = 0.147
+    flow_shift: float = 1.0
+    use_karras_sigmas: bool = True
+
+    def __post_init__(self):
+        self.refuse_other(
+            num_train_timesteps=1000,
+            solver_order=2,
+            solver_type="bh2",
+            predict_x0=True,
+            prediction_type="flow_prediction",
+            lower_order_final=True,
+            final_sigmas_type="zero",
+            thresholding=False,
+            use_dynamic_shifting=False,
+            disable_corrector=(),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe(_JsonConfig):
+    """Sizes and sampler settings used where the caller names none: `cosmos3_recipe.json`, else Nano's."""
+
+    num_frames: int = 189
+    height: int = 720
+    width: int = 1280
+    fps: float = 24.0
+    num_inference_steps: int = 35
+    guidance_scale: float = 6.0
+    flow_shift: float = 10.0
+    schedule: str = "native"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything that shapes the computation. `sound_vae` is None for a checkpoint without sound."""
+
+    transformer: TransformerConfig = TransformerConfig()
+    video_vae: VideoVAEConfig = VideoVAEConfig()
+    sound_vae: SoundVAEConfig | None = SoundVAEConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    recipe: Recipe = Recipe()
+
+    def __post_init__(self):
+        _check(
+            self.transformer.latent_channel == self.video_vae.z_dim,
+            f"the transformer's latent_channel={self.transformer.latent_channel} is not the video VAE's "
+            f"z_dim={self.video_vae.z_dim}",
+        )
+        if self.sound_vae is not None and self.transformer.sound_gen:
+            _check(
+                self.transformer.sound_dim == self.sound_vae.vocoder_input_dim,
+                f"the transformer's sound_dim={self.transformer.sound_dim} is not the sound VAE's "
+                f"vocoder_input_dim={self.sound_vae.vocoder_input_dim}",
+            )
+
+    @property
+    def has_sound(self) -> bool:
+        """Whether both halves of sound generation are there: the transformer's head and the sound VAE."""
+        return self.transformer.sound_gen and self.sound_vae is not None

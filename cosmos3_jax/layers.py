@@ -1,0 +1,99 @@
+"""The layers that both towers share: RMSNorm, SwiGLU, the timestep embedding and the one attention function.
+
+Axes: B batch, S query tokens, T key tokens, N query heads, K key/value heads, H head dimension, D model.
+Weights are cast to a module's `dtype` when they are used, so they may be stored in any.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from cosmos3_jax.config import TransformerConfig
+
+
+def precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
+    """Full float32 products for float32 (a GPU would take TF32 by default); nothing to ask for otherwise."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def dense(
+    features: int | tuple[int, ...], dtype: jnp.dtype, name: str, axis=-1, bias=False
+) -> nn.DenseGeneral:
+    """A linear map over `axis`, without bias unless asked for."""
+    return nn.DenseGeneral(
+        features, axis=axis, use_bias=bias, dtype=dtype, precision=precision(dtype), name=name
+    )
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in float32, rounded to `dtype`, times a learned scale (Zhang & Sennrich, 2019)."""
+
+    epsilon: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+        return x.astype(self.dtype) * scale.astype(self.dtype)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)), gate and up in one product (Shazeer, 2020)."""
+
+    config: TransformerConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        gate_up = dense((2, self.config.intermediate_size), self.dtype, "gate_up")(x)
+        hidden = nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
+        return dense(self.config.hidden_size, self.dtype, "down")(hidden)
+
+
+class TimestepEmbedding(nn.Module):
+    """Integer timestep [B] -> float32 [B, D]: 128 cosines and sines, then a two-layer MLP, all in float32.
+
+    The timestep reaches 999 in steps of one, which bfloat16 cannot tell apart.
+    """
+
+    config: TransformerConfig
+    frequencies: int = 128
+
+    @nn.compact
+    def __call__(self, timestep: Array) -> Array:
+        exponent = -np.log(10_000) * np.arange(self.frequencies, dtype=np.float32) / self.frequencies
+        scaled = timestep.astype(jnp.float32) * np.float32(self.config.timestep_scale)
+        angles = scaled[:, None] * np.exp(exponent.astype(np.float32))
+        x = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+        x = nn.silu(dense(self.config.hidden_size, jnp.float32, "linear_1", bias=True)(x))
+        return dense(self.config.hidden_size, jnp.float32, "linear_2", bias=True)(x)
+
+
+def attention(
+    query: Array, key: Array, value: Array, *, key_length: Array | None = None, causal=False
+) -> Array:
+    """Scaled dot-product attention with grouped key/value heads; scale H^-1/2, softmax in float32.
+
+    Args:
+        query: [B, S, N, H].
+        key, value: [B, T, K, H]; query head i reads key head i // (N / K).
+        key_length: int32 [B]; keys from this index on are ignored (trailing padding).
+        causal: whether query i reads keys 0..i only.
+
+    Returns:
+        [B, S, N, H] in the query's dtype.
+    """
+    use_cudnn = jax.default_backend() == "gpu" and query.dtype in (jnp.bfloat16, jnp.float16)
+    with jax.default_matmul_precision("highest" if query.dtype == jnp.float32 else None):
+        return jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            is_causal=causal,
+            key_value_seq_lengths=key_length,
+            implementation="cudnn" if use_cudnn else "xla",
+        )

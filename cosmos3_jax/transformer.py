@@ -1,0 +1,280 @@
+"""The Mixture-of-Transformers: a text tower that runs once a prompt, a media tower that runs at every step.
+
+`encode_condition` keeps the keys and values of every layer of the text tower. `velocity` is one pass of
+the media tower: its queries come from video and sound tokens, its keys and values are its own and the
+text's of the same layer. Keys are ordered media first, text last, so that text padding trails and one
+length an example masks it. Both towers are stacked layers under `nn.scan`: one layer is compiled.
+
+Axes: B batch, S text tokens, M media tokens, L layers, N query heads, K key/value heads, H head dimension,
+D model; of the latents t frames, h rows, w columns, C channels, and s sound frames.
+"""
+
+import einops
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from cosmos3_jax import rope
+from cosmos3_jax.config import TransformerConfig
+from cosmos3_jax.layers import RMSNorm, SwiGLU, TimestepEmbedding, attention, dense
+
+
+@struct.dataclass
+class Latents:
+    """Normalised latents, or anything of their shape: noise, velocity, a prediction of the clean latents.
+
+    Attributes:
+        video: [B, t, h, w, C].
+        sound: [B, s, C], or None where there is no sound.
+    """
+
+    video: Array
+    sound: Array | None = None
+
+
+@struct.dataclass
+class Condition:
+    """All that a denoising step needs besides the noisy latents; the same at every step.
+
+    Attributes:
+        key, value: [L, B, S, K, H], the text tower's, keys after norm and rotation.
+        text_length: int32 [B], how many of the S are real.
+        rope: cos and sin of the media tokens, float32 [B, M, H / 2] each.
+        clean_latents: [B, t, h, w, C], read where `frame_mask` is set.
+        frame_mask: bool [B, t], the latent frames that are given rather than generated.
+    """
+
+    key: Array
+    value: Array
+    text_length: Array
+    rope: rope.Rope
+    clean_latents: Array
+    frame_mask: Array
+
+
+class Attention(nn.Module):
+    """Self-attention of one tower; the media tower also reads the text's keys and values."""
+
+    config: TransformerConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array, table: rope.Rope, text: tuple[Array, Array] | None, length: Array | None):
+        config = self.config
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        qkv = dense((heads + 2 * kv_heads, config.head_dim), self.dtype, "qkv")(x)
+        query, key, value = jnp.split(qkv, [heads, heads + kv_heads], axis=2)
+        query = rope.apply_rope(RMSNorm(config.rms_norm_eps, self.dtype, name="q_norm")(query), table)
+        key = rope.apply_rope(RMSNorm(config.rms_norm_eps, self.dtype, name="k_norm")(key), table)
+        if text is None:
+            mixed = attention(query, key, value, causal=True)
+        else:
+            all_keys, all_values = (
+                jnp.concatenate(pair, axis=1) for pair in zip((key, value), text, strict=True)
+            )
+            mixed = attention(query, all_keys, all_values, key_length=x.shape[1] + length)
+        return dense(config.hidden_size, self.dtype, "out", axis=(-2, -1))(mixed), (key, value)
+
+
+class Block(nn.Module):
+    """One pre-norm transformer layer. Returns its keys and values only in the text tower."""
+
+    config: TransformerConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array, text: tuple[Array, Array] | None, table: rope.Rope, length: Array | None):
+        epsilon = self.config.rms_norm_eps
+        normed = RMSNorm(epsilon, self.dtype, name="input_norm")(x)
+        mixed, key_value = Attention(self.config, self.dtype, name="attention")(normed, table, text, length)
+        x = x + mixed
+        normed = RMSNorm(epsilon, self.dtype, name="post_attention_norm")(x)
+        x = x + SwiGLU(self.config, self.dtype, name="mlp")(normed)
+        return x, key_value if text is None else None
+
+
+def _stack(config: TransformerConfig, dtype: jnp.dtype, layers: int) -> nn.Module:
+    """`layers` blocks run by one scan over their stacked parameters."""
+    scanned = nn.scan(
+        Block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(0, nn.broadcast, nn.broadcast),
+        length=layers,
+    )
+    return scanned(config, dtype, name="layers")
+
+
+class KeyValue(nn.Module):
+    """The part of the text tower's last layer that the media tower reads: its keys and values."""
+
+    config: TransformerConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array, table: rope.Rope) -> tuple[Array, Array]:
+        config = self.config
+        x = RMSNorm(config.rms_norm_eps, self.dtype, name="input_norm")(x)
+        kv = dense((2 * config.num_key_value_heads, config.head_dim), self.dtype, "kv")(x)
+        key, value = jnp.split(kv, 2, axis=2)
+        return rope.apply_rope(RMSNorm(config.rms_norm_eps, self.dtype, name="k_norm")(key), table), value
+
+
+class TextTower(nn.Module):
+    """Token ids [B, S] -> keys and values [L, B, S, K, H]. Causal, so padding behind a prompt changes nothing."""
+
+    config: TransformerConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, text_ids: Array) -> tuple[Array, Array]:
+        config = self.config
+        table = rope.rope_table(config, rope.text_positions(text_ids.shape[1]))
+        x = nn.Embed(config.vocab_size, config.hidden_size, dtype=self.dtype, name="embed")(text_ids)
+        x, stacked = _stack(config, self.dtype, config.num_hidden_layers - 1)(x, None, table, None)
+        last = KeyValue(config, self.dtype, name="last_layer")(x, table)
+        return jax.tree.map(lambda many, one: jnp.concatenate([many, one[None]]), stacked, last)
+
+
+class MediaTower(nn.Module):
+    """One denoising step: noisy latents, their timestep and the condition -> velocity."""
+
+    config: TransformerConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, latents: Latents, timestep: Array, condition: Condition) -> Latents:
+        config, dtype = self.config, self.dtype
+        grid = patch_grid(config, latents.video.shape[1:4])
+        time = TimestepEmbedding(config, name="time_embedder")(timestep).astype(dtype)[:, None]
+
+        patches = patchify(config, latents.video.astype(dtype))
+        noisy = jnp.repeat(~condition.frame_mask, grid[1] * grid[2], axis=1)[..., None]
+        x = dense(config.hidden_size, dtype, "proj_in", bias=True)(patches) + jnp.where(noisy, time, 0)
+        if latents.sound is not None:
+            sound = dense(config.hidden_size, dtype, "sound_proj_in", bias=True)(latents.sound.astype(dtype))
+            embedding = self.param("sound_modality_embed", nn.initializers.zeros, (config.hidden_size,))
+            x = jnp.concatenate([x, sound + embedding.astype(dtype) + time], axis=1)
+
+        text = (condition.key, condition.value)
+        x, _ = _stack(config, dtype, config.num_hidden_layers)(x, text, condition.rope, condition.text_length)
+        x = RMSNorm(config.rms_norm_eps, dtype, name="norm")(x)
+
+        x, sound = x[:, : patches.shape[1]], x[:, patches.shape[1] :]
+        video = unpatchify(config, dense(config.patch_latent_dim, dtype, "proj_out", bias=True)(x), grid)
+        video = video[:, :, : latents.video.shape[2], : latents.video.shape[3]]
+        video = jnp.where(condition.frame_mask[:, :, None, None, None], 0, video)
+        if latents.sound is None:
+            return Latents(video)
+        return Latents(video, dense(config.sound_dim, dtype, "sound_proj_out", bias=True)(sound))
+
+
+def patch_grid(config: TransformerConfig, video_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Patches along (time, height, width); an odd height or width is padded up."""
+    frames, height, width = video_shape
+    return frames, -(-height // config.latent_patch_size), -(-width // config.latent_patch_size)
+
+
+def patchify(config: TransformerConfig, video: Array) -> Array:
+    """[B, t, h, w, C] -> [B, M, p p C], zero rows and columns added at the bottom and right where needed.
+
+    The features of a patch run over (row, column, channel).
+    """
+    p = config.latent_patch_size
+    padding = [(0, -size % p) for size in video.shape[2:4]]
+    video = jnp.pad(video, [(0, 0), (0, 0), *padding, (0, 0)])
+    return einops.rearrange(video, "b t (h p) (w q) c -> b (t h w) (p q c)", p=p, q=p)
+
+
+def unpatchify(config: TransformerConfig, tokens: Array, grid: tuple[int, int, int]) -> Array:
+    """The inverse of `patchify`, padding included."""
+    t, h, w = grid
+    p = config.latent_patch_size
+    return einops.rearrange(tokens, "b (t h w) (p q c) -> b t (h p) (w q) c", t=t, h=h, w=w, p=p, q=p)
+
+
+def compute_dtype(params: dict) -> jnp.dtype:
+    """The dtype that a tower computes in: that of its attention weights."""
+    return params["layers"]["attention"]["qkv"]["kernel"].dtype
+
+
+def encode_condition(
+    params: dict,
+    config: TransformerConfig,
+    text_ids: Array,
+    text_mask: Array,
+    *,
+    video_shape: tuple[int, int, int],
+    fps: Array | float,
+    sound_frames: int = 0,
+    clean_latents: Array | None = None,
+    frame_mask: Array | None = None,
+) -> Condition:
+    """Run the text tower once; the result depends on neither the timestep nor the noise.
+
+    Args:
+        params: the text tower's parameters, `params["und"]`.
+        text_ids: int32 [B, S], padded on the right.
+        text_mask: bool [B, S], True on the prompt, False on the padding. What stands in the padding does
+            not change the result.
+        video_shape: latent (t, h, w).
+        fps: frames per second of the video, a scalar or [B].
+        sound_frames: sound latents s, 0 for none.
+        clean_latents: [B, t, h, w, C] normalised latents of the given frames, or None.
+        frame_mask: bool [B, t], which frames are given; None means none.
+    """
+    batch = text_ids.shape[0]
+    key, value = TextTower(config, compute_dtype(params)).apply({"params": params}, text_ids)
+    length = jnp.sum(text_mask, axis=1, dtype=jnp.int32)
+    fps = jnp.broadcast_to(jnp.asarray(fps, jnp.float32), (batch,))
+    table = rope.rope_table(
+        config, rope.video_positions(config, patch_grid(config, video_shape), fps, length)
+    )
+    if sound_frames:
+        sound = rope.rope_table(config, rope.sound_positions(config, sound_frames, length))
+        table = rope.concatenate([table, sound])
+    if frame_mask is None:
+        frame_mask = jnp.zeros((batch, video_shape[0]), bool)
+    if clean_latents is None:
+        clean_latents = jnp.zeros((batch, *video_shape, config.latent_channel), jnp.float32)
+    return Condition(key, value, length, table, clean_latents, frame_mask)
+
+
+def velocity(
+    params: dict, config: TransformerConfig, condition: Condition, latents: Latents, timestep: Array
+) -> Latents:
+    """The predicted velocity, noise minus clean latents, of one step.
+
+    Args:
+        params: the media tower's parameters, `params["gen"]`.
+        latents: normalised latents; given frames are taken from the condition.
+        timestep: integer in 0..999, a scalar or [B].
+
+    Returns:
+        Latents in the compute dtype, zero on given frames.
+    """
+    given = condition.frame_mask[:, :, None, None, None]
+    latents = latents.replace(video=jnp.where(given, condition.clean_latents, latents.video))
+    timestep = jnp.broadcast_to(jnp.asarray(timestep), condition.text_length.shape)
+    return MediaTower(config, compute_dtype(params)).apply({"params": params}, latents, timestep, condition)
+
+
+def param_shapes(config: TransformerConfig) -> dict:
+    """`{"und": ..., "gen": ...}` as `jax.ShapeDtypeStruct`s; nothing is allocated."""
+
+    def init():
+        key = jax.random.key(0)
+        und = TextTower(config, jnp.float32).init(key, jnp.zeros((1, 1), jnp.int32))
+        video = jnp.zeros((1, 1, 2, 2, config.latent_channel))
+        sound = jnp.zeros((1, 1, config.sound_dim)) if config.sound_gen else None
+        latents = Latents(video, sound)
+        condition = encode_condition(
+            und["params"], config, jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool),
+            video_shape=(1, 2, 2), fps=24.0, sound_frames=int(config.sound_gen),
+        )  # fmt: skip
+        gen = MediaTower(config, jnp.float32).init(key, latents, jnp.zeros((1,), jnp.int32), condition)
+        return {"und": und["params"], "gen": gen["params"]}
+
+    return jax.eval_shape(init)

@@ -1,0 +1,216 @@
+"""Sigma schedules, and UniPC as a table of coefficients driven by one scan.
+
+UniPC (Zhao et al., 2023; order 2, B(h) = expm1(-h), data prediction) is linear in the samples and in the
+predictions of the clean latents m_i = x_i - sigma_i v_i, with coefficients that depend on the sigmas
+alone. So the solver is data: a `Tableau` computed on the host in float64, one row a step, and a scan over
+its rows with the explicit state (x, the corrected x of the last step, m_{i-1}, m_{i-2}) in float32.
+
+Flow convention: x_sigma = (1 - sigma) x_0 + sigma noise; the model predicts v = noise - x_0.
+
+Axes: K steps.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import Array
+
+SCHEDULES = ("native", "diffusers", "karras")
+NUM_TRAIN_TIMESTEPS = 1000
+KARRAS_RHO = 7.0
+
+Tree = Any  # a pytree of arrays: latents, velocity
+
+
+@struct.dataclass
+class Tableau:
+    """UniPC for one sigma schedule, as arrays: another schedule of as many steps compiles nothing anew.
+
+    Attributes:
+        timestep: int32 [K], what the model is told: 1000 sigma, truncated.
+        sigma: float32 [K], what the solver uses.
+        correct: float32 [K, 5], the corrected sample as a combination of (x_i, the corrected x_{i-1},
+            m_{i-1}, m_{i-2}, m_i). The first row keeps x_0.
+        predict: float32 [K, 3], the next sample as a combination of (corrected x_i, m_i, m_{i-1}).
+    """
+
+    timestep: Array
+    sigma: Array
+    correct: Array
+    predict: Array
+
+
+def sigmas(
+    schedule: str,
+    num_inference_steps: int,
+    flow_shift: float = 10.0,
+    *,
+    karras_range: tuple[float, float] = (0.147, 200.0),
+) -> np.ndarray:
+    """The K + 1 noise levels of a schedule, float64, strictly decreasing to 0.
+
+    Args:
+        schedule: `native` (linear flow from 0.999, the model's own framework), `diffusers` (linear flow
+            from 1) or `karras` (the published scheduler file's; it ignores `flow_shift`).
+        num_inference_steps: K >= 1.
+        flow_shift: s in sigma = s u / (1 + (s - 1) u), positive.
+        karras_range: lowest and highest noise-to-signal ratio of the `karras` schedule.
+
+    Raises:
+        ValueError: on an unknown schedule, K < 1 or a shift that is not positive.
+    """
+    steps = num_inference_steps
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule={schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}")
+    if steps < 1:
+        raise ValueError(f"num_inference_steps={steps} must be at least 1")
+    if not flow_shift > 0:
+        raise ValueError(f"flow_shift={flow_shift} must be positive")
+    if schedule == "karras":
+        ramp = np.linspace(0, 1, steps)
+        low, high = (ratio ** (1 / KARRAS_RHO) for ratio in karras_range)
+        u = (high + ramp * (low - high)) ** KARRAS_RHO
+        levels = u / (u + 1)
+    else:
+        ends = (1 - 1 / NUM_TRAIN_TIMESTEPS, 0) if schedule == "native" else (1, 1 / NUM_TRAIN_TIMESTEPS)
+        u = np.linspace(*ends, steps + 1)[:-1]
+        levels = flow_shift * u / (1 + (flow_shift - 1) * u)
+        if abs(levels[0] - 1) < 1e-6:
+            levels[0] -= 1e-6  # log(1 - sigma) must be finite
+    return np.append(levels, 0.0)
+
+
+def tableau(levels: np.ndarray) -> Tableau:
+    """UniPC's coefficients for K + 1 sigmas that fall from at most 1 to 0.
+
+    The sigmas are rounded to float32 before anything is computed from them, in float64, so that solver and
+    model agree with an implementation whose state is float32. At the last step the formula's h is infinite
+    and its order 1: the sample becomes m_{K-1}, the model's clean prediction.
+
+    Raises:
+        ValueError: if the sigmas are not strictly decreasing, not in (0, 1), or do not end in 0.
+    """
+    levels = np.asarray(levels, np.float64)
+    _check_sigmas(levels)
+    timestep = (levels[:-1] * NUM_TRAIN_TIMESTEPS).astype(np.int32)
+    if len(timestep) > 1 and timestep[0] == timestep[1]:
+        warnings.warn(
+            f"{len(timestep)} steps give the first two steps the same integer timestep {timestep[0]}; "
+            "diffusers' scheduler breaks here, so nothing comparable exists. Use fewer steps.",
+            stacklevel=2,
+        )
+    sigma = levels.astype(np.float32).astype(np.float64)
+    # 1 - sigma is taken in float32 too: near sigma = 1 its rounding is the larger part of it.
+    alpha = (np.float32(1) - sigma.astype(np.float32)).astype(np.float64)
+    with np.errstate(divide="ignore"):
+        lam = np.log(alpha) - np.log(sigma)
+    steps = len(timestep)
+    order = np.minimum(2, np.minimum(steps - np.arange(steps), np.arange(steps) + 1))
+    correct, predict = np.zeros((steps, 5)), np.zeros((steps, 3))
+    correct[0, 0] = 1
+    for i in range(steps):
+        if 0 < i < steps - 1:  # what the last corrector does, the last predictor undoes
+            correct[i, 1:] = _corrector(lam, alpha, sigma, i, order[i - 1])
+        predict[i] = _predictor(lam, alpha, sigma, i, order[i])
+    if steps > 1:
+        correct[-1, 0] = 1
+    to_float32 = [x.astype(np.float32) for x in (sigma[:-1], correct, predict)]
+    return Tableau(timestep, *to_float32)
+
+
+def _predictor(lam, alpha, sigma, i: int, order: int) -> tuple[float, float, float]:
+    """Coefficients of (x_i, m_i, m_{i-1}) in x_{i+1}."""
+    h = lam[i + 1] - lam[i]
+    scaled = alpha[i + 1] * np.expm1(-h)
+    ratio = sigma[i + 1] / sigma[i]
+    if order == 1:
+        return ratio, -scaled, 0.0
+    r = (lam[i - 1] - lam[i]) / h
+    return ratio, -scaled * (1 - 0.5 / r), -scaled * 0.5 / r
+
+
+def _corrector(lam, alpha, sigma, i: int, order: int) -> tuple[float, float, float, float]:
+    """Coefficients of (corrected x_{i-1}, m_{i-1}, m_{i-2}, m_i) in the corrected x_i."""
+    h = lam[i] - lam[i - 1]
+    b = np.expm1(-h)
+    scaled = alpha[i] * b
+    ratio = sigma[i] / sigma[i - 1]
+    if order == 1:
+        return ratio, -scaled * 0.5, 0.0, -scaled * 0.5
+    r = (lam[i - 2] - lam[i - 1]) / h
+    g1 = b / -h - 1
+    g2 = g1 / -h - 0.5
+    b1, b2 = g1 / b, 2 * g2 / b
+    rho1 = (b1 - b2) / (1 - r)
+    rho2 = b1 - rho1
+    return ratio, -scaled * (1 - rho1 / r - rho2), -scaled * rho1 / r, -scaled * rho2
+
+
+def _check_sigmas(levels: np.ndarray) -> None:
+    if levels.ndim != 1 or len(levels) < 2:
+        raise ValueError(f"sigmas of shape {levels.shape}: expected the K + 1 >= 2 noise levels of K steps")
+    if levels[-1] != 0:
+        raise ValueError(f"sigmas must end in 0, the last is {levels[-1]}; append it")
+    if not (np.diff(levels) < 0).all():
+        at = int(np.argmin(np.diff(levels) < 0))
+        raise ValueError(f"sigmas must fall strictly: number {at} is {levels[at]}, the next {levels[at + 1]}")
+    if not np.float32(levels[0]) < 1:
+        raise ValueError(f"sigmas must be below 1 (log(1 - sigma) diverges), the first is {levels[0]}")
+
+
+@struct.dataclass
+class Trajectory:
+    """Every step of a run, stacked on a leading axis K: the latents after it and its clean prediction."""
+
+    latents: Tree
+    clean: Tree
+
+
+def sample(
+    velocity: Callable[[Tree, Array], Tree],
+    noise: Tree,
+    table: Tableau,
+    *,
+    on_step: Callable[[int], None] | None = None,
+    return_trajectory: bool = False,
+) -> tuple[Tree, Trajectory | None]:
+    """Integrate from noise to clean latents.
+
+    Args:
+        velocity: (latents, timestep) -> predicted velocity, a tree like the latents.
+        noise: the initial latents, a pytree of arrays; each leaf has its own history.
+        table: see `tableau`; its length is the number of steps.
+        on_step: called on the host with the index of each step once that step's result exists.
+        return_trajectory: whether to stack every step's latents and clean predictions.
+
+    Returns:
+        The final latents in float32, and the trajectory or None.
+    """
+
+    def combine(coefficients: Array, *trees: Tree) -> Tree:
+        return jax.tree.map(
+            lambda *leaves: sum(c * x for c, x in zip(coefficients, leaves, strict=True)), *trees
+        )
+
+    def step(state, indexed_row: tuple[Array, Tableau]):
+        x, last, m1, m2 = state
+        index, row = indexed_row
+        v = velocity(x, row.timestep)
+        m0 = jax.tree.map(lambda x, v: x - row.sigma * v.astype(jnp.float32), x, v)
+        corrected = combine(row.correct, x, last, m1, m2, m0)
+        x = combine(row.predict, corrected, m0, m1)
+        if on_step is not None:  # an element of the result, so that the report waits for it
+            jax.debug.callback(lambda i, _: on_step(int(i)), index, jax.tree.leaves(x)[0].ravel()[0])
+        return (x, corrected, m0, m1), Trajectory(x, m0) if return_trajectory else None
+
+    x = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), noise)
+    zeros = jax.tree.map(jnp.zeros_like, x)
+    table = jax.tree.map(jnp.asarray, table)
+    indexed_rows = (jnp.arange(len(table.timestep)), table)
+    (x, *_), trajectory = jax.lax.scan(step, (x, x, zeros, zeros), indexed_rows)
+    return x, trajectory
