@@ -1,0 +1,18 @@
+"""Cosmos3 generation in JAX/Flax: a prompt becomes a video, or a video with sound."""
+
+from cosmos3_jax.generate import T2VRequest, generate
+from cosmos3_jax.media import save_mp4
+from cosmos3_jax.pipeline import Cosmos3
+from cosmos3_jax.sound_vae import sound_latent_length
+from cosmos3_jax.video_vae import pixel_to_latent_shape
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Cosmos3",
+    "T2VRequest",
+    "generate",
+    "pixel_to_latent_shape",
+    "save_mp4",
+    "sound_latent_length",
+]

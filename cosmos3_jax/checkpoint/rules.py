@@ -65,11 +65,19 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The rules of one component, and regular expressions for the keys that generation never reads."""
+    """How one component is stored.
+
+    Attributes:
+        name: the component, for messages.
+        rules: one for each tensor that is read.
+        unused: regular expressions for the keys that generation never reads.
+        float32: prefixes of the leaves that stay in float32 whatever dtype is asked for.
+    """
 
     name: str
     rules: tuple[Rule, ...]
     unused: tuple[str, ...] = ()
+    float32: tuple[str, ...] = ()
 
     def is_unused(self, key: str) -> bool:
         return any(re.fullmatch(pattern, key) for pattern in self.unused)

@@ -44,7 +44,8 @@ def transformer_layout(config: TransformerConfig) -> Layout:
     unused = [r"lm_head\.weight", r"norm\.weight", r"action_.*", rf"layers\.{last}\.{unused_last}\.weight"]
     if not config.sound_gen:
         unused.append(r"audio_.*")
-    return Layout("transformer", tuple(rules), tuple(unused))
+    # The timestep must not be blurred: the reference keeps its embedding in float32 too.
+    return Layout("transformer", tuple(rules), tuple(unused), float32=("gen/time_embedder/",))
 
 
 def _linear(key: str, leaf: str) -> list[Rule]:

@@ -1,0 +1,280 @@
+"""The command line: cosmos3-jax generate | convert | info."""
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import cosmos3_jax
+from cosmos3_jax import media, memory, tiny, unipc
+from cosmos3_jax.checkpoint import load
+from cosmos3_jax.checkpoint.convert import convert_checkpoint
+from cosmos3_jax.config import Config
+from cosmos3_jax.generate import T2VRequest
+from cosmos3_jax.pipeline import Cosmos3, find_checkpoint, load_frontend
+from cosmos3_jax.prompt import PROMPT_STYLES, read_prompt
+from cosmos3_jax.request import prepare_request, resolve_batch
+
+DEFAULT_PROMPT = "A red ball bounces across a wooden floor; each bounce makes a soft knock."
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command. Returns the exit status; errors that a user can mend are one line, not a traceback."""
+    options = parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except (ValueError, OSError) as error:
+        print(f"cosmos3-jax: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("cosmos3-jax: interrupted", file=sys.stderr)
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="cosmos3-jax", description="Cosmos3 video and sound generation in JAX."
+    )
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    _add_generate(commands.add_parser("generate", help="turn a prompt into a video"))
+    _add_convert(commands.add_parser("convert", help="write a checkpoint in the converted layout"))
+    _add_info(commands.add_parser("info", help="what a checkpoint holds and what a shape needs"))
+    return top
+
+
+def _add_checkpoint(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--checkpoint",
+        default=tiny.NAME,
+        help=f"folder, Hub id owner/name, or {tiny.NAME}: the embedded random default (%(default)s)",
+    )
+
+
+def _add_shape(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--num-frames", type=int, help="4k + 1")
+    command.add_argument("--height", type=int, help="pixels, a multiple of 16")
+    command.add_argument("--width", type=int, help="pixels, a multiple of 16")
+    command.add_argument("--fps", type=float, help="frames per second")
+    command.add_argument("--sound", action="store_true", help="denoise sound along with the video")
+    command.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), help="default: bfloat16, on a CPU float32"
+    )
+
+
+def _add_generate(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=run_generate)
+    _add_checkpoint(command)
+    prompt = command.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", default=DEFAULT_PROMPT, help="text, or a structured caption as JSON")
+    prompt.add_argument("--prompt-file", type=Path, help="a text or JSON file, read byte for byte")
+    negative = command.add_mutually_exclusive_group()
+    negative.add_argument("--negative-prompt", help="default: the style's; an empty text is an empty prompt")
+    negative.add_argument("--negative-prompt-file", type=Path)
+    command.add_argument("--prompt-style", choices=PROMPT_STYLES, default="native")
+    command.add_argument("--system-prompt", help="default: the style's; an empty text turns it off")
+    _add_shape(command)
+    command.add_argument("--steps", type=int, dest="num_inference_steps", help="denoising steps")
+    command.add_argument("--guidance-scale", type=float, help="1 skips the negative prompt")
+    command.add_argument("--flow-shift", type=float)
+    command.add_argument("--schedule", choices=unipc.SCHEDULES)
+    command.add_argument("--sigmas", help="K + 1 comma-separated noise levels ending in 0, instead of those")
+    command.add_argument("--seed", type=int, default=42)
+    command.add_argument("--noise", type=Path, metavar="FILE.npz", help="initial `noise` and `sound_noise`")
+    command.add_argument(
+        "--save-latents", type=Path, metavar="FILE.npz", help="write final `video` and `sound` latents"
+    )
+    command.add_argument("--out", type=Path, default=Path("output.mp4"), help="mp4 file (%(default)s)")
+    command.add_argument("--overwrite", action="store_true", help="replace existing outputs")
+
+
+def _add_convert(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=run_convert)
+    command.add_argument("source", help="folder or Hub id")
+    command.add_argument("target", type=Path)
+    command.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    command.add_argument("--no-sound", action="store_true", help="leave the sound weights out")
+    command.add_argument("--overwrite", action="store_true", help="replace an existing target")
+
+
+def _add_info(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=run_info)
+    _add_checkpoint(command)
+    _add_shape(command)
+
+
+def run_generate(options: argparse.Namespace) -> int:
+    record_path = options.out.with_suffix(".json")
+    outputs = {options.out: (".mp4",), record_path: None}
+    if options.save_latents:
+        outputs[options.save_latents] = (".npz",)
+    for path, suffixes in outputs.items():
+        media.check_writable(path, options.overwrite, suffixes)
+    settings = _settings(options)
+    prompt = read_prompt(options.prompt_file) if options.prompt_file else options.prompt
+    times: dict[str, float] = {}
+    with _timed(times, "preprocess"):
+        folder = find_checkpoint(options.checkpoint)
+        config, tokenizer = load_frontend(folder, load_sound=options.sound)
+        request = prepare_request(config, tokenizer, prompt, **settings)
+    with _timed(times, "model_load"):
+        model = Cosmos3.from_pretrained(folder, options.dtype or _default_dtype(), options.sound)
+    with _timed(times, "denoise"):
+        latents, _ = model.denoise(request, progress=sys.stderr.isatty())
+    if options.save_latents:
+        _save_arrays(options.save_latents, latents)
+    with _timed(times, "decode"):
+        result = jax.block_until_ready(model.decode(latents))
+    with _timed(times, "to_cpu"):
+        result = {name: np.asarray(value) for name, value in result.items()}
+    fps = float(request.fps)
+    with _timed(times, "encode"):
+        media.save_mp4(result, options.out, fps=fps, overwrite=options.overwrite)
+    times["total"] = sum(times.values())
+    record = _record(options, model, request, prompt, settings, times)
+    media.write_text(record_path, json.dumps(record, indent=2) + "\n", overwrite=options.overwrite)
+    for stage, seconds in times.items():
+        print(f"{stage:>10}  {seconds:8.2f} s")
+    print(f"wrote {', '.join(map(str, outputs))}")
+    return 0
+
+
+def _settings(options: argparse.Namespace) -> dict:
+    """The arguments of `Cosmos3.prepare` that the command line names; the rest comes from the recipe."""
+    names = (
+        "num_frames", "height", "width", "fps", "num_inference_steps", "guidance_scale", "flow_shift",
+        "schedule", "seed", "sound", "prompt_style", "system_prompt", "negative_prompt",
+    )  # fmt: skip
+    settings = {name: getattr(options, name) for name in names}
+    if options.negative_prompt_file:
+        settings["negative_prompt"] = read_prompt(options.negative_prompt_file)
+    if options.sigmas:
+        settings["sigmas"] = [float(level) for level in options.sigmas.split(",")]
+    if options.noise:
+        settings |= _load_noise(options.noise)
+    return settings
+
+
+def _load_noise(path: Path) -> dict[str, np.ndarray]:
+    """`noise` and, if it is there, `sound_noise` of an npz file."""
+    try:
+        with np.load(path) as arrays:
+            found = {name: arrays[name] for name in ("noise", "sound_noise") if name in arrays}
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"--noise {path} cannot be read as an npz file: {error}") from error
+    if "noise" not in found:
+        raise ValueError(f"--noise {path} holds no array named noise")
+    return found
+
+
+def _save_arrays(path: Path, arrays: dict[str, jax.Array]) -> None:
+    temporary = path.with_name(f".{path.name}.partial.npz")
+    np.savez(temporary, **{name: np.asarray(value) for name, value in arrays.items()})
+    temporary.replace(path)
+
+
+def _record(
+    options: argparse.Namespace,
+    model: Cosmos3,
+    request: T2VRequest,
+    prompt: str,
+    settings: dict,
+    times: dict[str, float],
+) -> dict:
+    """Everything needed to make the same video again."""
+    frames = 1 + (request.video_shape[0] - 1) * model.config.video_vae.scale_factor_temporal
+    scale = model.config.video_vae.scale_factor_spatial
+    height, width = (size * scale for size in request.video_shape[1:])
+    [resolved] = resolve_batch(
+        [prompt], settings["negative_prompt"], style=options.prompt_style,
+        system_prompt=options.system_prompt, num_frames=frames, height=height, width=width,
+        fps=settings["fps"] or model.config.recipe.fps,
+    )  # fmt: skip
+    return {
+        "checkpoint": str(options.checkpoint),
+        "prompt": prompt,
+        "resolved_prompt": resolved.prompt,
+        "resolved_negative_prompt": resolved.negative_prompt if request.neg_text_ids is not None else None,
+        "system_prompt": resolved.system_prompt,
+        "prompt_style": options.prompt_style,
+        "prompt_tokens": int(request.text_mask.sum()),
+        "negative_prompt_tokens": None if request.neg_text_mask is None else int(request.neg_text_mask.sum()),
+        "num_frames": frames,
+        "height": height,
+        "width": width,
+        "fps": float(request.fps),
+        "sound_frames": request.sound_frames,
+        "seed": options.seed,
+        "noise": str(options.noise) if options.noise else None,
+        "num_inference_steps": request.num_inference_steps,
+        "guidance_scale": float(request.guidance_scale),
+        "sigmas": [*map(float, request.sampler.sigma), 0.0],
+        "timesteps": [*map(int, request.sampler.timestep)],
+        "dtype": options.dtype or _default_dtype(),
+        "device": jax.devices()[0].device_kind,
+        "versions": {
+            "cosmos3_jax": cosmos3_jax.__version__,
+            "jax": jax.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+        "seconds": {stage: round(seconds, 3) for stage, seconds in times.items()},
+    }
+
+
+def run_convert(options: argparse.Namespace) -> int:
+    source = find_checkpoint(options.source)
+    sound = False if options.no_sound else None
+    convert_checkpoint(source, options.target, dtype=options.dtype, sound=sound, overwrite=options.overwrite)
+    print(f"wrote {options.target}")
+    return 0
+
+
+def run_info(options: argparse.Namespace) -> int:
+    folder = find_checkpoint(options.checkpoint)
+    config = load.load_config(folder, load_sound=None)
+    components = load.open_components(folder, config)
+    print(
+        f"{options.checkpoint}: {'converted' if load.is_converted(folder / 'transformer') else 'public'} layout"
+    )
+    for component in components:
+        print(f"  {component.name:16} {len(component.files.shapes):5} tensors, fits the model")
+    print("parameters that generation reads")
+    for part, count in memory.parameter_counts(config).items():
+        print(f"  {part:16} {count / 1e6:12,.1f} M")
+    print(f"sound: {'yes' if config.has_sound else 'no'}")
+    print(f"recipe: {', '.join(f'{key}={value}' for key, value in vars(config.recipe).items())}")
+    _print_memory(options, config)
+    return 0
+
+
+def _print_memory(options: argparse.Namespace, config: Config) -> None:
+    names = ("num_frames", "height", "width", "fps")
+    shape = {name: getattr(options, name) or getattr(config.recipe, name) for name in names}
+    dtype = options.dtype or "bfloat16"
+    needed = memory.generation_bytes(config, **shape, sound=options.sound and config.has_sound, dtype=dtype)
+    frames, height, width, _ = shape.values()
+    print(f"device memory for {frames} frames of {height}x{width} in {dtype}, an estimate")
+    for part, size in [*needed.items(), ("total", sum(needed.values()))]:
+        print(f"  {part:16} {size / 2**30:12.3f} GiB")
+
+
+def _default_dtype() -> str:
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+@contextmanager
+def _timed(times: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    times[stage] = time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,278 @@
+"""The pure generate function: text condition -> a scan over denoising steps -> latents -> pixels, waveform.
+
+It composes with `jax.jit`, `jax.grad`, `jax.vmap` and sharding. Only shapes and the number of steps are
+static: prompts (of one padded length), noise, guidance scale, fps and sigmas are arrays, and changing them
+compiles nothing.
+
+Axes: B batch, S text tokens; latents t frames, h rows, w columns, C channels; s sound frames; K steps.
+"""
+
+from collections.abc import Callable
+
+import einops
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import Array
+
+from cosmos3_jax import sound_vae, unipc, video_vae
+from cosmos3_jax.config import Config
+from cosmos3_jax.transformer import Condition, Latents, encode_condition, velocity
+
+
+@struct.dataclass(kw_only=True)
+class T2VRequest:
+    """The arrays that one generation needs. `Cosmos3.prepare` makes it from a prompt.
+
+    Attributes:
+        text_ids, text_mask: int32 and bool [B, S]; prompts padded on the right, mask True on the prompt.
+        neg_text_ids, neg_text_mask: the same for the negative prompts, of the same or another length.
+            None skips the second branch of classifier-free guidance: the guidance scale 1.
+        video_shape: latent (t, h, w); see `pixel_to_latent_shape`. Static.
+        fps: frames per second, a scalar or float [B].
+        num_inference_steps: K, static.
+        guidance_scale: v_uncond + scale (v_cond - v_uncond); a scalar or float [B].
+        seed: int scalar (example b takes seed + b) or [B], read where `noise` is None.
+        noise: [B, C, t, h, w] initial noise, unit variance, or None.
+        sound_frames: sound latents s, 0 for a video without sound. Static. See `sound_latent_length`.
+        sound_noise: [B, C_sound, s], or None.
+        sampler: the UniPC tableau; None is the native schedule with shift 10.
+        clean_latents: [B, C, t, h, w] normalised latents of given frames, or None.
+        frame_mask: bool [B, t], the given frames: they come out bit for bit as they went in.
+    """
+
+    text_ids: Array
+    text_mask: Array
+    neg_text_ids: Array | None = None
+    neg_text_mask: Array | None = None
+    video_shape: tuple[int, int, int] = struct.field(pytree_node=False)
+    fps: Array | float = 24.0
+    num_inference_steps: int = struct.field(pytree_node=False, default=35)
+    guidance_scale: Array | float = 6.0
+    seed: Array | int | None = None
+    noise: Array | None = None
+    sound_frames: int = struct.field(pytree_node=False, default=0)
+    sound_noise: Array | None = None
+    sampler: unipc.Tableau | None = None
+    clean_latents: Array | None = None
+    frame_mask: Array | None = None
+
+
+def generate(
+    params: dict,
+    request: T2VRequest,
+    *,
+    config: Config,
+    output: str = "media",
+    return_trajectory: bool = False,
+    on_step: Callable[[int], None] | None = None,
+    decode_chunk_size: int = 1,
+) -> dict:
+    """Generate a video, or a video with sound, from noise.
+
+    Args:
+        params: `{"und", "gen", "video_vae", "sound_vae"}`; the autoencoders are read only for media.
+        request: see `T2VRequest`.
+        config: the checkpoint's.
+        output: `media` (pixels and waveform) or `latents` (final normalised latents).
+        return_trajectory: adds `trajectory`: under `latents` and `clean`, every step's latents and clean
+            predictions, stacked on a leading axis K.
+        on_step: called on the host with each finished step's index.
+        decode_chunk_size: latent frames decoded at a time.
+
+    Returns:
+        `video`: float32 [B, 3, T, H, W] in [0, 1], or latents [B, C, t, h, w]; with sound also `sound`:
+        float32 [B, channels, samples] in [-1, 1], or latents [B, C_sound, s].
+
+    Raises:
+        ValueError: if the request's arrays do not fit one another or the model.
+    """
+    if output not in ("media", "latents"):
+        raise ValueError(f"output={output!r} is unknown; choose media or latents")
+    check_request(request, config)
+    latents, trajectory = denoise(params, request, config, on_step, return_trajectory)
+    if output == "media":
+        result = decode(params, latents, config, decode_chunk_size)
+    else:
+        result = channels_first(latents)
+    if trajectory is not None:
+        result["trajectory"] = {name: jax.vmap(channels_first)(states) for name, states in trajectory.items()}
+    return result
+
+
+def denoise(
+    params: dict,
+    request: T2VRequest,
+    config: Config,
+    on_step: Callable[[int], None] | None = None,
+    return_trajectory: bool = False,
+) -> tuple[Latents, dict[str, Latents] | None]:
+    """Initial noise -> final latents, channels last, and the trajectory if asked for."""
+    noise = _initial_latents(request, config)
+    condition, branches = _conditions(params, request, config)
+    given = condition.frame_mask[:, :, None, None, None]
+
+    def guided_velocity(latents: Latents, timestep: Array) -> Latents:
+        if branches is None:
+            return velocity(params["gen"], config.transformer, condition, latents, timestep)
+        doubled = jax.tree.map(lambda x: jnp.concatenate([x, x]), latents)
+        both = velocity(params["gen"], config.transformer, branches, doubled, timestep)
+        return jax.tree.map(lambda v: _guide(v, request.guidance_scale), both)
+
+    def keep_given(latents: Latents) -> Latents:
+        return latents.replace(video=jnp.where(given, condition.clean_latents, latents.video))
+
+    table = request.sampler
+    if table is None:
+        table = unipc.tableau(unipc.sigmas("native", request.num_inference_steps))
+    final, trajectory = unipc.sample(
+        guided_velocity, keep_given(noise), table, on_step=on_step, return_trajectory=return_trajectory
+    )
+    if trajectory is not None:
+        states = {"latents": trajectory.latents, "clean": trajectory.clean}
+        trajectory = {name: jax.vmap(keep_given)(state) for name, state in states.items()}
+    return keep_given(final), trajectory
+
+
+def decode(params: dict, latents: Latents, config: Config, chunk_size: int = 1) -> dict:
+    """Channels-last latents -> `video` and, where there is sound, `sound` (see `generate`)."""
+    vae = params["video_vae"]
+    result = {
+        "video": video_vae.decode(
+            vae, config.video_vae, latents.video, chunk_size=chunk_size, dtype=_dtype(vae)
+        )
+    }
+    if latents.sound is not None:
+        vae = params["sound_vae"]
+        result["sound"] = sound_vae.decode(vae, config.sound_vae, latents.sound, dtype=_dtype(vae))
+    return result
+
+
+def initial_noise(seed: int, shape: tuple[int, ...]) -> np.ndarray:
+    """float32 standard normal noise of numpy's `RandomState(seed)`, as the model's own framework draws it.
+
+    Video and sound each start from a fresh `RandomState` of the same seed, so the sound's noise repeats
+    the video's first values. So does the reference.
+    """
+    return np.random.RandomState(seed).standard_normal(shape).astype(np.float32)
+
+
+def check_request(request: T2VRequest, config: Config) -> None:
+    """Raise ValueError, naming the value and the way out, if the shapes of a request do not fit."""
+    batch = request.text_ids.shape[0]
+    expected = {
+        "text_mask": request.text_ids.shape,
+        "noise": (batch, config.transformer.latent_channel, *request.video_shape),
+        "clean_latents": (batch, config.transformer.latent_channel, *request.video_shape),
+        "frame_mask": (batch, request.video_shape[0]),
+        "sound_noise": (batch, config.transformer.sound_dim, request.sound_frames),
+    }
+    if request.neg_text_ids is not None:
+        expected["neg_text_ids"] = (batch, request.neg_text_ids.shape[-1])
+        expected["neg_text_mask"] = request.neg_text_ids.shape
+    for name, shape in expected.items():
+        value = getattr(request, name)
+        if value is not None and tuple(value.shape) != tuple(shape):
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, this request needs {tuple(shape)}")
+    if request.num_inference_steps < 1:
+        raise ValueError(f"num_inference_steps={request.num_inference_steps} must be at least 1")
+    if request.sampler is not None and len(request.sampler.timestep) != request.num_inference_steps:
+        raise ValueError(
+            f"num_inference_steps={request.num_inference_steps}, but the sampler has "
+            f"{len(request.sampler.timestep)} steps; make both agree"
+        )
+    if request.seed is None and request.noise is None:
+        raise ValueError("a request needs noise, or a seed to draw it from")
+    if request.seed is None and request.sound_frames and request.sound_noise is None:
+        raise ValueError("a request with sound needs sound_noise, or a seed to draw it from")
+    if request.sound_frames and not config.has_sound:
+        raise ValueError("sound_frames is not 0, but this checkpoint has no sound: leave sound out")
+    if (request.clean_latents is None) != (request.frame_mask is None):
+        raise ValueError("clean_latents and frame_mask belong together: give both or neither")
+
+
+def channels_first(latents: Latents) -> dict[str, Array]:
+    """Latents as they leave the package: `video` [B, C, t, h, w] and, if there is sound, `sound` [B, C, s]."""
+    arrays = {"video": einops.rearrange(latents.video, "b t h w c -> b c t h w")}
+    if latents.sound is not None:
+        arrays["sound"] = einops.rearrange(latents.sound, "b s c -> b c s")
+    return arrays
+
+
+def channels_last(video: Array, sound: Array | None = None) -> Latents:
+    """The inverse of `channels_first`."""
+    video = einops.rearrange(video, "b c t h w -> b t h w c")
+    return Latents(video, None if sound is None else einops.rearrange(sound, "b c s -> b s c"))
+
+
+def _conditions(params: dict, request: T2VRequest, config: Config) -> tuple[Condition, Condition | None]:
+    """The prompt's condition; and both guidance branches as one batch, or None without guidance."""
+    clean = request.clean_latents
+    shared = {
+        "video_shape": request.video_shape,
+        "fps": request.fps,
+        "sound_frames": request.sound_frames,
+        "clean_latents": None if clean is None else channels_last(clean).video,
+        "frame_mask": request.frame_mask,
+    }
+
+    def encode(ids: Array, mask: Array) -> Condition:
+        return encode_condition(params["und"], config.transformer, ids, mask, **shared)
+
+    condition = encode(request.text_ids, request.text_mask)
+    if request.neg_text_ids is None:
+        return condition, None
+    return condition, _concatenate(condition, encode(request.neg_text_ids, request.neg_text_mask))
+
+
+def _concatenate(first: Condition, second: Condition) -> Condition:
+    """Two conditions as one batch; the shorter text is padded, which its length masks."""
+    longest = max(first.key.shape[2], second.key.shape[2])
+
+    def join(a: Array, b: Array) -> Array:  # [L, B, S, K, H]
+        padded = [jnp.pad(x, [(0, 0), (0, 0), (0, longest - x.shape[2]), (0, 0), (0, 0)]) for x in (a, b)]
+        return jnp.concatenate(padded, axis=1)
+
+    batched = jax.tree.map(
+        lambda a, b: jnp.concatenate([a, b]),
+        first.replace(key=None, value=None),
+        second.replace(key=None, value=None),
+    )
+    return batched.replace(key=join(first.key, second.key), value=join(first.value, second.value))
+
+
+def _guide(both: Array, scale: Array | float) -> Array:
+    """Classifier-free guidance (Ho & Salimans, 2022) in float32; `both` holds the prompt's half first."""
+    prompt, negative = jnp.split(both.astype(jnp.float32), 2)
+    scale = jnp.asarray(scale, jnp.float32).reshape(-1, *[1] * (prompt.ndim - 1))
+    return negative + scale * (prompt - negative)
+
+
+def _initial_latents(request: T2VRequest, config: Config) -> Latents:
+    batch = request.text_ids.shape[0]
+    channels = (config.transformer.latent_channel, config.transformer.sound_dim)
+    video, sound = request.noise, request.sound_noise
+    if video is None:
+        video = _draw(request.seed, batch, (channels[0], *request.video_shape))
+    if not request.sound_frames:
+        sound = None
+    elif sound is None:
+        sound = _draw(request.seed, batch, (channels[1], request.sound_frames))
+    return channels_last(video, sound)
+
+
+def _draw(seed: Array | int, batch: int, shape: tuple[int, ...]) -> Array:
+    """Noise of each example's own seed, drawn on the host even where the seed is traced."""
+    seeds = jnp.asarray(seed, jnp.uint32)
+    seeds = seeds + jnp.arange(batch, dtype=jnp.uint32) if seeds.ndim == 0 else seeds
+
+    def draw(seeds):
+        return np.stack([initial_noise(int(seed), shape) for seed in seeds])
+
+    result = jax.ShapeDtypeStruct((batch, *shape), jnp.float32)
+    return jax.pure_callback(draw, result, seeds, vmap_method="sequential")
+
+
+def _dtype(params: dict) -> jnp.dtype:
+    return jax.tree.leaves(params)[0].dtype
