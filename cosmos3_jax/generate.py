@@ -138,11 +138,15 @@ def denoise(
 def decode(params: dict, latents: Latents, config: Config, chunk_size: int = 1) -> dict:
     """Channels-last latents -> `video` and, where there is sound, `sound` (see `generate`)."""
     vae = params["video_vae"]
-    result = {
-        "video": video_vae.decode(
-            vae, config.video_vae, latents.video, chunk_size=chunk_size, dtype=_dtype(vae)
-        )
-    }
+    video = video_vae.decode(
+        vae,
+        config.video_vae,
+        latents.video,
+        chunk_size=chunk_size,
+        dtype=_dtype(vae),
+        video_dtype=jnp.float32,
+    )
+    result = {"video": video}
     if latents.sound is not None:
         vae = params["sound_vae"]
         result["sound"] = sound_vae.decode(vae, config.sound_vae, latents.sound, dtype=_dtype(vae))

@@ -1,0 +1,43 @@
+# Two commands for newcomers: `make demo` and `make test`. Both set up what they need in .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+DEMO := outputs/demo.mp4
+
+.PHONY: demo test gpu-test lint format wheel-test clean
+
+demo: $(VENV)/.runtime  ## a video with sound from the embedded random checkpoint
+	$(BIN)/cosmos3-jax generate --checkpoint tiny --sound --out $(DEMO) --overwrite
+
+test: $(VENV)/.dev  ## every test that needs no GPU
+	$(BIN)/python -m pytest -q -m "not gpu"
+
+gpu-test:  ## the tests that need a CUDA GPU, in the environment at hand
+	$(PYTHON) -m pytest -q -m gpu
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel-test: $(VENV)/.dev  ## the wheel alone, in an empty environment away from the repository
+	$(BIN)/python scripts/wheel_test.py
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.runtime: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --constraint constraints.txt --editable '.[dev]'
+	touch $@ $(VENV)/.runtime
+
+clean:
+	rm -rf $(VENV) build dist outputs *.egg-info
