@@ -1,9 +1,10 @@
 """Position ids of text, video and sound, and the interleaved mRoPE tables made from them.
 
-Every token has a position on three axes: time, height, width. Text counts on all three alike; video and
-sound start together, a fixed margin behind the text, so one moment of the clip has one position whether
-it is seen or heard. Positions reach 15,000 and more: bfloat16 cannot hold them and a TF32 product cannot
-either, so angles are float32 elementwise products, never a matrix product.
+Every token has a position on three axes: time, height, width. Text counts on all three alike; video
+and sound start together, a fixed margin behind the text. There, a second of video is 6 positions
+(latent frames at 24 fps), one of sound 24, as in the reference. Positions reach 15,000 and more:
+bfloat16 cannot hold them and a TF32 product cannot either, so angles are float32 elementwise
+products, never a matrix product.
 
 Axes: B batch, S tokens, J half of the head dimension.
 """
@@ -44,7 +45,11 @@ def video_positions(
     time, rows, columns = (np.arange(n, dtype=np.float32) for n in grid)
     time = jnp.broadcast_to(time, (len(text_length), grid[0]))
     if config.enable_fps_modulation:
-        time = time / (fps[:, None] / temporal_compression) * (config.base_fps / temporal_compression)
+        # Each operation rounds, as in the specification. Left alone, a compiler multiplies by the
+        # divisor's reciprocal and fuses product and sum; the barrier and the idle maximum stop it.
+        latent_fps = jnp.broadcast_to(fps[:, None] / temporal_compression, time.shape)
+        time = time / jax.lax.optimization_barrier(latent_fps)
+        time = jnp.maximum(time * (config.base_fps / temporal_compression), 0)
     time = time + _media_offset(config, text_length)
     shape = (len(text_length), *grid)
     axes = (time[:, :, None, None], rows[:, None], columns)
@@ -52,7 +57,7 @@ def video_positions(
 
 
 def sound_positions(config: TransformerConfig, frames: int, text_length: Array) -> Array:
-    """float32 [B, 3, S]: sound latents on the video's time axis, at height 0 and width 0."""
+    """float32 [B, 3, S]: sound latents, from the first video frame's time on, row 0, column 0."""
     # Computed here, not on the device: a compiler may turn the division into a product, an ulp away.
     time = np.arange(frames, dtype=np.float32)
     if config.enable_fps_modulation:

@@ -61,20 +61,21 @@ class Attention(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Array, table: rope.Rope, text: tuple[Array, Array] | None, length: Array | None):
+    def __call__(
+        self, x: Array, table: rope.Rope, text: tuple[Array, Array] | None, length: Array | None
+    ):
         config = self.config
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         qkv = dense((heads + 2 * kv_heads, config.head_dim), self.dtype, "qkv")(x)
         query, key, value = jnp.split(qkv, [heads, heads + kv_heads], axis=2)
-        query = rope.apply_rope(RMSNorm(config.rms_norm_eps, self.dtype, name="q_norm")(query), table)
+        query = rope.apply_rope(
+            RMSNorm(config.rms_norm_eps, self.dtype, name="q_norm")(query), table
+        )
         key = rope.apply_rope(RMSNorm(config.rms_norm_eps, self.dtype, name="k_norm")(key), table)
         if text is None:
             mixed = attention(query, key, value, causal=True)
         else:
-            all_keys, all_values = (
-                jnp.concatenate(pair, axis=1) for pair in zip((key, value), text, strict=True)
-            )
-            mixed = attention(query, all_keys, all_values, key_length=x.shape[1] + length)
+            mixed = attention(query, key, value, text=(*text, length))
         return dense(config.hidden_size, self.dtype, "out", axis=(-2, -1))(mixed), (key, value)
 
 
@@ -85,10 +86,14 @@ class Block(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Array, text: tuple[Array, Array] | None, table: rope.Rope, length: Array | None):
+    def __call__(
+        self, x: Array, text: tuple[Array, Array] | None, table: rope.Rope, length: Array | None
+    ):
         epsilon = self.config.rms_norm_eps
         normed = RMSNorm(epsilon, self.dtype, name="input_norm")(x)
-        mixed, key_value = Attention(self.config, self.dtype, name="attention")(normed, table, text, length)
+        mixed, key_value = Attention(self.config, self.dtype, name="attention")(
+            normed, table, text, length
+        )
         x = x + mixed
         normed = RMSNorm(epsilon, self.dtype, name="post_attention_norm")(x)
         x = x + SwiGLU(self.config, self.dtype, name="mlp")(normed)
@@ -119,7 +124,9 @@ class KeyValue(nn.Module):
         x = RMSNorm(config.rms_norm_eps, self.dtype, name="input_norm")(x)
         kv = dense((2 * config.num_key_value_heads, config.head_dim), self.dtype, "kv")(x)
         key, value = jnp.split(kv, 2, axis=2)
-        return rope.apply_rope(RMSNorm(config.rms_norm_eps, self.dtype, name="k_norm")(key), table), value
+        return rope.apply_rope(
+            RMSNorm(config.rms_norm_eps, self.dtype, name="k_norm")(key), table
+        ), value
 
 
 class TextTower(nn.Module):
@@ -132,7 +139,9 @@ class TextTower(nn.Module):
     def __call__(self, text_ids: Array) -> tuple[Array, Array]:
         config = self.config
         table = rope.rope_table(config, rope.text_positions(text_ids.shape[1]))
-        x = nn.Embed(config.vocab_size, config.hidden_size, dtype=self.dtype, name="embed")(text_ids)
+        x = nn.Embed(config.vocab_size, config.hidden_size, dtype=self.dtype, name="embed")(
+            text_ids
+        )
         x, stacked = _stack(config, self.dtype, config.num_hidden_layers - 1)(x, None, table, None)
         last = KeyValue(config, self.dtype, name="last_layer")(x, table)
         return jax.tree.map(lambda many, one: jnp.concatenate([many, one[None]]), stacked, last)
@@ -152,18 +161,28 @@ class MediaTower(nn.Module):
 
         patches = patchify(config, latents.video.astype(dtype))
         noisy = jnp.repeat(~condition.frame_mask, grid[1] * grid[2], axis=1)[..., None]
-        x = dense(config.hidden_size, dtype, "proj_in", bias=True)(patches) + jnp.where(noisy, time, 0)
+        x = dense(config.hidden_size, dtype, "proj_in", bias=True)(patches) + jnp.where(
+            noisy, time, 0
+        )
         if latents.sound is not None:
-            sound = dense(config.hidden_size, dtype, "sound_proj_in", bias=True)(latents.sound.astype(dtype))
-            embedding = self.param("sound_modality_embed", nn.initializers.zeros, (config.hidden_size,))
+            sound = dense(config.hidden_size, dtype, "sound_proj_in", bias=True)(
+                latents.sound.astype(dtype)
+            )
+            embedding = self.param(
+                "sound_modality_embed", nn.initializers.zeros, (config.hidden_size,)
+            )
             x = jnp.concatenate([x, sound + embedding.astype(dtype) + time], axis=1)
 
         text = (condition.key, condition.value)
-        x, _ = _stack(config, dtype, config.num_hidden_layers)(x, text, condition.rope, condition.text_length)
+        x, _ = _stack(config, dtype, config.num_hidden_layers)(
+            x, text, condition.rope, condition.text_length
+        )
         x = RMSNorm(config.rms_norm_eps, dtype, name="norm")(x)
 
         x, sound = x[:, : patches.shape[1]], x[:, patches.shape[1] :]
-        video = unpatchify(config, dense(config.patch_latent_dim, dtype, "proj_out", bias=True)(x), grid)
+        video = unpatchify(
+            config, dense(config.patch_latent_dim, dtype, "proj_out", bias=True)(x), grid
+        )
         video = video[:, :, : latents.video.shape[2], : latents.video.shape[3]]
         video = jnp.where(condition.frame_mask[:, :, None, None, None], 0, video)
         if latents.sound is None:
@@ -171,7 +190,9 @@ class MediaTower(nn.Module):
         return Latents(video, dense(config.sound_dim, dtype, "sound_proj_out", bias=True)(sound))
 
 
-def patch_grid(config: TransformerConfig, video_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+def patch_grid(
+    config: TransformerConfig, video_shape: tuple[int, int, int]
+) -> tuple[int, int, int]:
     """Patches along (time, height, width); an odd height or width is padded up."""
     frames, height, width = video_shape
     return frames, -(-height // config.latent_patch_size), -(-width // config.latent_patch_size)
@@ -192,7 +213,9 @@ def unpatchify(config: TransformerConfig, tokens: Array, grid: tuple[int, int, i
     """The inverse of `patchify`, padding included."""
     t, h, w = grid
     p = config.latent_patch_size
-    return einops.rearrange(tokens, "b (t h w) (p q c) -> b t (h p) (w q) c", t=t, h=h, w=w, p=p, q=p)
+    return einops.rearrange(
+        tokens, "b (t h w) (p q c) -> b t (h p) (w q) c", t=t, h=h, w=w, p=p, q=p
+    )
 
 
 def compute_dtype(params: dict) -> jnp.dtype:
@@ -226,6 +249,7 @@ def encode_condition(
         frame_mask: bool [B, t], which frames are given; None means none.
     """
     batch = text_ids.shape[0]
+    text_ids = jnp.where(text_mask, text_ids, 0)  # an id outside the vocabulary would embed as NaN
     key, value = TextTower(config, compute_dtype(params)).apply({"params": params}, text_ids)
     length = jnp.sum(text_mask, axis=1, dtype=jnp.int32)
     fps = jnp.broadcast_to(jnp.asarray(fps, jnp.float32), (batch,))
@@ -258,7 +282,9 @@ def velocity(
     given = condition.frame_mask[:, :, None, None, None]
     latents = latents.replace(video=jnp.where(given, condition.clean_latents, latents.video))
     timestep = jnp.broadcast_to(jnp.asarray(timestep), condition.text_length.shape)
-    return MediaTower(config, compute_dtype(params)).apply({"params": params}, latents, timestep, condition)
+    return MediaTower(config, compute_dtype(params)).apply(
+        {"params": params}, latents, timestep, condition
+    )
 
 
 def param_shapes(config: TransformerConfig) -> dict:
@@ -274,7 +300,9 @@ def param_shapes(config: TransformerConfig) -> dict:
             und["params"], config, jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool),
             video_shape=(1, 2, 2), fps=24.0, sound_frames=int(config.sound_gen),
         )  # fmt: skip
-        gen = MediaTower(config, jnp.float32).init(key, latents, jnp.zeros((1,), jnp.int32), condition)
+        gen = MediaTower(config, jnp.float32).init(
+            key, latents, jnp.zeros((1,), jnp.int32), condition
+        )
         return {"und": und["params"], "gen": gen["params"]}
 
     return jax.eval_shape(init)

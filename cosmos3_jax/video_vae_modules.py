@@ -32,33 +32,51 @@ def conv2d(features: int, dtype: DTypeLike, kernel_size: int = 3, **kwargs: Any)
     return nn.Conv(features, size, dtype=dtype, precision=precision(dtype), **kwargs)
 
 
-def conv3d(
-    features: int, dtype: DTypeLike, size: tuple[int, int, int] = (3, 3, 3), **kwargs: Any
-) -> nn.Conv:
-    """A causal convolution over frames, zero-padded in space."""
-    padding = ((0, 0), *((n // 2, n // 2) for n in size[1:]))
-    return CausalConv(
-        features, size, padding=padding, dtype=dtype, precision=precision(dtype), **kwargs
-    )
+class CausalConv(nn.Module):
+    """A convolution over frames, zero-padded in space, preceded by the frames that its last call ended with.
 
-
-class CausalConv(nn.Conv):
-    """A convolution whose first axis is time, preceded by the frames that its last call ended with.
-
-    With stride s the kernel of size k must see k - s earlier frames; before the clip they are zeros.
+    With stride s a kernel of t frames must see t - s earlier ones; before the clip they are zeros. The
+    frames that one output reads are laid side by side in the channels: one plain two-dimensional
+    convolution a frame, which GPU libraries run a tenth to a sixth faster than the three-dimensional one.
     """
 
-    strides: tuple[int, int, int] = (1, 1, 1)
+    features: int
+    dtype: DTypeLike
+    size: tuple[int, int, int] = (3, 3, 3)
+    stride: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (*self.size, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         x = x.astype(self.dtype)  # before it is remembered
-        if history := self.kernel_size[0] - self.strides[0]:
-            shape = (x.shape[0], history, *x.shape[2:])
-            past = self.variable("cache", "past", jnp.zeros, shape, x.dtype)
-            x = jnp.concatenate([past.value, x], axis=1)
-            past.value = x[:, -history:]
-        return super().__call__(x)
+        (B, T), history = x.shape[:2], self.size[0] - self.stride
+        past = self.variable("cache", "past", jnp.zeros, (B, history, *x.shape[2:]), x.dtype)
+        frames = (T - self.stride) // self.stride + 1
+        span = max(self.stride * (frames - 1) + 1, 0)
+        windows = [_window(past.value, x, i, span)[:, :: self.stride] for i in range(self.size[0])]
+        past.value = _window(past.value, x, T, history)
+        x = rearrange(jnp.concatenate(windows, axis=-1), "B T H W C -> (B T) H W C")
+        y = lax.conv_general_dilated(
+            x,
+            rearrange(kernel, "t h w c d -> h w (t c) d"),
+            window_strides=(1, 1),
+            padding=[(n // 2, n // 2) for n in self.size[1:]],
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=precision(self.dtype),
+        )
+        return rearrange(y + bias, "(B T) H W C -> B T H W C", B=B)
+
+
+def _window(past: jax.Array, x: jax.Array, start: int, length: int) -> jax.Array:
+    """Frames start .. start + length of `past` followed by `x`, without writing the two down in a row."""
+
+    def place(frames: jax.Array, at: int) -> jax.Array:
+        ends = (at - start, length - (at - start) - frames.shape[1], 0)
+        return lax.pad(frames, jnp.zeros((), x.dtype), [(0, 0, 0), ends, *[(0, 0, 0)] * 3])
+
+    return place(past, 0) + place(x, past.shape[1])
 
 
 class RMSNorm(nn.Module):
@@ -81,11 +99,11 @@ class ResBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         h = nn.silu(RMSNorm(name="norm1")(x))
-        h = conv3d(self.features, self.dtype, name="conv1")(h)
+        h = CausalConv(self.features, self.dtype, name="conv1")(h)
         h = nn.silu(RMSNorm(name="norm2")(h))
-        h = conv3d(self.features, self.dtype, name="conv2")(h)
+        h = CausalConv(self.features, self.dtype, name="conv2")(h)
         if x.shape[-1] != self.features:
-            x = conv3d(self.features, self.dtype, (1, 1, 1), name="conv_shortcut")(x)
+            x = CausalConv(self.features, self.dtype, (1, 1, 1), name="conv_shortcut")(x)
         return x + h
 
 
@@ -149,7 +167,7 @@ class Downsample(nn.Module):
         if self.time == 1:
             return x
         # Frame 0 passes by. The convolution remembers it, and has no output until two more frames come.
-        later = conv3d(C, self.dtype, (3, 1, 1), strides=(2, 1, 1), name="time_conv")(x)
+        later = CausalConv(C, self.dtype, (3, 1, 1), stride=2, name="time_conv")(x)
         return jnp.concatenate([x[:, : int(first)], later], axis=1)
 
 
@@ -164,7 +182,7 @@ class Upsample(nn.Module):
         C = x.shape[-1]
         if self.time == 2:
             # Frame 0 passes by, and the convolution never sees it: frame 1 follows zeros.
-            later = conv3d(2 * C, self.dtype, (3, 1, 1), name="time_conv")(x[:, int(first) :])
+            later = CausalConv(2 * C, self.dtype, (3, 1, 1), name="time_conv")(x[:, int(first) :])
             later = rearrange(later, "B T H W (t C) -> B (T t) H W C", t=2)
             x = jnp.concatenate([x[:, : int(first)], later], axis=1)
         x = repeat(x, "B T H W C -> B T (H h) (W w) C", h=2, w=2)
@@ -225,15 +243,15 @@ class Encoder(nn.Module):
         config, dtype, patch = self.config, self.dtype, self.config.patch_size
         # Width before height within a patch: not the order of the transformer's patches.
         x = rearrange(x, "B T (H h) (W w) C -> B T H W (C w h)", h=patch, w=patch)
-        x = conv3d(config.base_dim, dtype, name="conv_in")(x)
+        x = CausalConv(config.base_dim, dtype, name="conv_in")(x)
         boxes = [(1 + time, 2) for time in config.temperal_downsample] + [(1, 1)]
         for i, (mult, box) in enumerate(zip(config.dim_mult, boxes, strict=True)):
             features, depth = mult * config.base_dim, config.num_res_blocks
             x = DownBlock(features, depth, *box, dtype, name=f"down_blocks_{i}")(x, first)
         x = MidBlock(dtype, name="mid_block")(x)
         x = nn.silu(RMSNorm(name="norm_out")(x))
-        x = conv3d(2 * config.z_dim, dtype, name="conv_out")(x)
-        x = conv3d(2 * config.z_dim, dtype, (1, 1, 1), name="quant_conv")(x)
+        x = CausalConv(2 * config.z_dim, dtype, name="conv_out")(x)
+        x = CausalConv(2 * config.z_dim, dtype, (1, 1, 1), name="quant_conv")(x)
         return x[..., : config.z_dim]
 
 
@@ -249,13 +267,13 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, first: bool = False) -> jax.Array:
         config, dtype, patch = self.config, self.dtype, self.config.patch_size
-        x = conv3d(config.z_dim, dtype, (1, 1, 1), name="post_quant_conv")(x)
-        x = conv3d(config.dim_mult[-1] * config.decoder_base_dim, dtype, name="conv_in")(x)
+        x = CausalConv(config.z_dim, dtype, (1, 1, 1), name="post_quant_conv")(x)
+        x = CausalConv(config.dim_mult[-1] * config.decoder_base_dim, dtype, name="conv_in")(x)
         x = MidBlock(dtype, name="mid_block")(x)
         boxes = [(1 + time, 2) for time in reversed(config.temperal_downsample)] + [(1, 1)]
         for i, (mult, box) in enumerate(zip(reversed(config.dim_mult), boxes, strict=True)):
             features, depth = mult * config.decoder_base_dim, config.num_res_blocks + 1
             x = UpBlock(features, depth, *box, dtype, name=f"up_blocks_{i}")(x, first)
         x = nn.silu(RMSNorm(name="norm_out")(x))
-        x = conv3d(config.out_channels, dtype, name="conv_out")(x)
+        x = CausalConv(config.out_channels, dtype, name="conv_out")(x)
         return rearrange(x, "B T H W (C w h) -> B T (H h) (W w) C", h=patch, w=patch)

@@ -1,5 +1,7 @@
 """The executable oracle: diffusers' modules at small sizes, with every parameter away from 0 and 1."""
 
+from types import SimpleNamespace
+
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -101,3 +103,43 @@ def load_pipeline(folder, schedule: str = "native", dtype: torch.dtype = torch.f
     pipeline.register_to_config(use_native_flow_schedule=schedule == "native")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def pack(model, ids, video, sound=None, *, timestep: int, fps: float = 24.0, given=()) -> dict:
+    """The oracle transformer's arguments for one example, packed by its pipeline's own methods.
+
+    `ids` is a list, `video` [t, h, w, C], `sound` [s, C] or None; `given` lists known frames.
+    """
+    pipeline = SimpleNamespace(transformer=model, vae_scale_factor_temporal=4)
+    video, sound = (
+        None if x is None else torch.tensor(x).movedim(-1, 0).to(model.proj_in.weight.dtype)
+        for x in (video, sound)
+    )
+    video, length = video[None], len(ids)
+    packed = Cosmos3OmniPipeline._prepare_text_segment(pipeline, ids, "cpu")
+    offset = packed.pop("vision_start_temporal_offset")
+    packed |= Cosmos3OmniPipeline._prepare_vision_segment(
+        pipeline, video, False, offset, fps, length, "cpu", list(given)
+    )
+    steps = torch.full((packed.pop("num_noisy_vision_tokens"),), timestep)
+    packed |= dict(vision_tokens=[video], vision_timesteps=steps)
+    length += packed.pop("num_vision_tokens")
+    if sound is not None:
+        sound_fps = model.config.sound_latent_fps
+        packed |= Cosmos3OmniPipeline._prepare_sound_segment(
+            pipeline, sound, offset, sound_fps, length, "cpu"
+        )
+        steps = torch.full((packed.pop("sound_len"),), timestep)
+        packed |= dict(sound_tokens=[sound], sound_timesteps=steps)
+        length += len(steps)
+    names = ("text_mrope_ids", "vision_mrope_ids", "sound_mrope_ids")
+    positions = [packed.pop(name) for name in names if name in packed]
+    return packed | dict(position_ids=torch.cat(positions, dim=1), sequence_length=length)
+
+
+@torch.no_grad()
+def oracle_velocity(model, *args, **kwargs) -> dict:
+    """`{"video": [t, h, w, C], "sound": [s, C]}`: the oracle's velocity of what `pack` takes."""
+    out = model(**pack(model, *args, **kwargs))
+    velocity = {"video": out.sample[0][0]} | ({"sound": out.sound[0]} if out.sound else {})
+    return {name: x.movedim(0, -1).float().numpy() for name, x in velocity.items()}

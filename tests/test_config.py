@@ -1,0 +1,233 @@
+"""Configurations: Nano's files are the defaults, what cannot be honoured is refused by name."""
+
+import json
+import re
+
+import pytest
+
+from cosmos3_jax.config import (
+    Config,
+    ConfigError,
+    Recipe,
+    SchedulerConfig,
+    SoundVAEConfig,
+    TransformerConfig,
+    VideoVAEConfig,
+)
+
+# nvidia/Cosmos3-Nano, transformer/config.json, every key of it
+NANO = {
+    "_class_name": "Cosmos3OmniTransformer", "_diffusers_version": "0.37.1", "action_dim": 64,
+    "action_gen": True, "attention_bias": False, "attention_dropout": 0.0, "base_fps": 24,
+    "dtype": "bfloat16", "enable_fps_modulation": True, "freeze_und": False, "head_dim": 128,
+    "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
+    "intermediate_size": 12288, "joint_attn_implementation": "two_way", "latent_channel": 48,
+    "latent_patch_size": 2, "max_action_dim": 64, "max_position_embeddings": 262144,
+    "model_type": "qwen3_vl_text", "num_attention_heads": 32,
+    "num_embodiment_domains": 32, "num_hidden_layers": 36,
+    "num_key_value_heads": 8, "patch_latent_dim": 192,
+    "position_embedding_type": "unified_3d_mrope", "qk_norm": False, "qk_norm_for_diffusion": True,
+    "qk_norm_for_text": True, "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default",
+    },
+    "rope_theta": 5000000, "sound_dim": 64, "sound_gen": True, "sound_latent_fps": 25,
+    "temporal_compression_factor_sound": 1, "timestep_scale": 0.001,
+    "unified_3d_mrope_reset_spatial_ids": True,
+    "unified_3d_mrope_temporal_modality_margin": 15000, "use_cache": True, "use_moe": True,
+    "video_temporal_causal": False, "vocab_size": 151936,
+}  # fmt: skip
+# nvidia/Cosmos3-Edge: another backbone, which is not implemented
+EDGE = dict(
+    hidden_act="relu2", qk_norm_for_text=False, use_und_k_norm_for_gen=True, sound_dim=None,
+    sound_gen=False, rope_axes_dim=[24, 20, 20],
+)  # fmt: skip
+
+
+def write(path, text: str):
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_nano_is_the_default(tmp_path):
+    """Keys that mean nothing here are ignored, and numbers may be written as integers."""
+    file = write(tmp_path / "config.json", json.dumps(NANO | {"a key of tomorrow": [1, {"b": 2}]}))
+    assert TransformerConfig.from_file(file) == TransformerConfig.from_dict(NANO)
+    assert TransformerConfig.from_dict(NANO) == TransformerConfig()
+
+
+@pytest.mark.parametrize(
+    ("values", "section"),
+    [
+        (dict(rope_scaling={"mrope_section": [32, 16, 16]}), (32, 16, 16)),
+        (dict(rope_axes_dim=[32, 16, 16]), (32, 16, 16)),
+        # the oracle's order: the top level wins, null counts as absent
+        (
+            dict(rope_axes_dim=[32, 16, 16], rope_scaling={"mrope_section": [24, 20, 20]}),
+            (32, 16, 16),
+        ),
+        (dict(rope_axes_dim=None, rope_scaling={"mrope_section": [32, 16, 16]}), (32, 16, 16)),
+        (dict(rope_axes_dim=None, rope_scaling=None), (24, 20, 20)),
+        (dict(rope_scaling={"rope_type": "default"}), (24, 20, 20)),
+        ({}, (24, 20, 20)),
+    ],
+)
+def test_mrope_section_is_found_at_either_place(values, section):
+    assert TransformerConfig.from_dict(values).rope_axes_dim == section
+
+
+def test_sound_is_off_unless_the_file_says_otherwise():
+    """The public format leaves the key out of checkpoints without sound; our default is Nano's."""
+    assert not TransformerConfig.from_dict({}).sound_gen
+    assert not TransformerConfig.from_dict(dict(sound_dim=None, sound_gen=False)).sound_gen
+    assert (
+        TransformerConfig.from_dict(dict(sound_gen=True)).sound_gen
+        and TransformerConfig().sound_gen
+    )
+
+
+def test_configurations_are_hashable():
+    """They are static arguments of jitted functions, lists of the JSON file included."""
+    assert hash(TransformerConfig.from_dict(NANO)) == hash(TransformerConfig())
+    assert hash(Config()) == hash(Config())
+    assert Config() != Config(sound_vae=None) and not Config(sound_vae=None).has_sound
+    assert Config().has_sound
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (dict(hidden_act="relu2"), "hidden_act='relu2' is not supported; only 'silu' is"),
+        (EDGE, "hidden_act='relu2' is not supported; only 'silu' is"),
+        (dict(attention_bias=True), "attention_bias=True is not supported"),
+        (dict(qk_norm_for_text=False), "qk_norm_for_text=False is not supported"),
+        (dict(use_und_k_norm_for_gen=True), "use_und_k_norm_for_gen=True is not supported"),
+        (
+            dict(unified_3d_mrope_reset_spatial_ids=False),
+            "unified_3d_mrope_reset_spatial_ids=False",
+        ),
+        (
+            dict(rope_axes_dim=[24, 20, 19]),
+            "rope_axes_dim=(24, 20, 19) must be three numbers that add up to head_dim / 2 = 64",
+        ),
+        (dict(rope_scaling={"mrope_section": [32, 32]}), "must be three numbers that add up to"),
+        (dict(rope_axes_dim=[16, 24, 24]), "interleaving needs time >= height and time >= width"),
+        (dict(sound_gen=True, sound_dim=None), "sound_gen is on, but sound_dim=None"),
+        (dict(sound_gen=True, sound_dim=0), "sound_gen is on, but sound_dim=0"),
+        (
+            dict(num_key_value_heads=5),
+            "num_attention_heads=32 is not a multiple of num_key_value_heads=5",
+        ),
+        (dict(num_key_value_heads=0), "num_key_value_heads=0 must be positive"),
+        (dict(num_hidden_layers=1), "num_hidden_layers=1 must be at least 2"),
+        (
+            dict(patch_latent_dim=48),
+            "patch_latent_dim=48 is not latent_channel * latent_patch_size^2 = 192",
+        ),
+        (dict(hidden_size="4096"), "TransformerConfig: a value has the wrong type"),
+    ],
+)
+def test_transformer_values_that_cannot_be_honoured(values, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        TransformerConfig.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        (
+            VideoVAEConfig,
+            dict(is_residual=False),
+            "is_residual=False is not supported; only True is",
+        ),
+        (VideoVAEConfig, dict(latents_mean=[0.0] * 16), "latents_mean has 16 entries, z_dim is 48"),
+        (
+            VideoVAEConfig,
+            dict(latents_std=[0.0] * 48),
+            "latents_std must be positive, its minimum is 0.0",
+        ),
+        (
+            VideoVAEConfig,
+            dict(temperal_downsample=[True, True]),
+            "needs one entry fewer than dim_mult",
+        ),
+        (VideoVAEConfig, dict(patch_size=4), "must be 3 * patch_size^2 = 48"),
+        (
+            VideoVAEConfig,
+            dict(scale_factor_spatial=8),
+            "scale_factor_spatial=8 is not what patch_size=2",
+        ),
+        (VideoVAEConfig, dict(scale_factor_temporal=8), "scale_factor_temporal=8 is not what"),
+        (SoundVAEConfig, dict(dec_final_tanh=True), "dec_final_tanh=True is not supported"),
+        (
+            SoundVAEConfig,
+            dict(latent_mean=[0.0]),
+            "latent_mean=(0.0,) is not supported; only None is",
+        ),
+        (SoundVAEConfig, dict(dec_c_mults=[1, 2]), "must have one entry a stage"),
+        (SoundVAEConfig, dict(enc_strides=[4]), "must have one entry a stage"),
+        (SoundVAEConfig, dict(enc_latent_dim=64), "must be 2 * vocoder_input_dim = 128"),
+        (
+            SoundVAEConfig,
+            dict(hop_size=960),
+            "hop_size=960 is not the product of dec_strides, 1920",
+        ),
+        (SchedulerConfig, dict(solver_order=3), "solver_order=3 is not supported; only 2 is"),
+        (
+            SchedulerConfig,
+            dict(prediction_type="epsilon"),
+            "prediction_type='epsilon' is not supported",
+        ),
+    ],
+)
+def test_other_values_that_cannot_be_honoured(kind, values, message):
+    assert kind.from_dict({}) == kind()
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        kind.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not valid JSON"),
+        ("", "is not valid JSON"),
+        ("[1, 2]", "holds a list, not a JSON object"),
+        ('{"hidden_act": "relu2"}', "hidden_act='relu2' is not supported"),
+        (None, "cannot read"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, text, message):
+    file = tmp_path / "config.json"
+    if text is not None:
+        write(file, text)
+    with pytest.raises(ConfigError, match=re.escape(message)) as raised:
+        TransformerConfig.from_file(file)
+    assert str(file) in str(raised.value)
+
+
+def test_a_folder_is_not_a_file(tmp_path):
+    with pytest.raises(ConfigError, match="cannot read .*directory"):
+        Recipe.from_file(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (
+            dict(transformer=TransformerConfig(latent_channel=16, patch_latent_dim=64)),
+            "the transformer's latent_channel=16 is not the video VAE's z_dim=48",
+        ),
+        (
+            dict(transformer=TransformerConfig(sound_dim=32)),
+            "the transformer's sound_dim=32 is not the sound VAE's vocoder_input_dim=64",
+        ),
+    ],
+)
+def test_components_must_fit_each_other(parts, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        Config(**parts)
+    if "sound" in message:  # sizes of a part that is not there do not matter
+        assert not Config(**parts, sound_vae=None).has_sound
