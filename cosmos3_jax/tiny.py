@@ -1,14 +1,13 @@
 """The embedded default: a small random checkpoint in the public layout, made on first use, offline.
 
-It has every tensor that a published checkpoint has, those that generation never reads included, so any
-program that reads the public layout reads it. Its weights are random: it shows that the machinery works,
-not what the model can do.
+It has every tensor that a published checkpoint has, those that generation never reads included, so
+any program that reads the public layout reads it. Its weights are random: it shows that the
+machinery works, not what the model can do.
 """
 
 import json
 import os
 import re
-import shutil
 import tempfile
 import zlib
 from pathlib import Path
@@ -17,7 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from cosmos3_jax import sound_vae, transformer, video_vae
-from cosmos3_jax.checkpoint.files import MAX_SHARD_BYTES, plan_shards, shard_name, write_index, write_shard
+from cosmos3_jax.checkpoint.files import (
+    MAX_SHARD_BYTES,
+    plan_shards,
+    shard_name,
+    write_index,
+    write_shard,
+)
 from cosmos3_jax.checkpoint.load import PUBLIC_STEM, RECIPE_FILE, TOKENIZER_FOLDER
 from cosmos3_jax.checkpoint.rules import Layout, Rule, leaf_shapes
 from cosmos3_jax.checkpoint.sound_vae_layout import sound_vae_layout
@@ -69,17 +74,29 @@ QUIET = ((r"decoder\.block\.\d\.res_unit\d\.conv2\.weight", 0.2), (r"decoder\.co
 
 
 def tiny_checkpoint() -> Path:
-    """The folder of the tiny checkpoint, made if this user's cache does not hold it yet."""
+    """The folder of the tiny checkpoint, made if this user's cache does not hold it yet.
+
+    The cache is `$XDG_CACHE_HOME/cosmos3_jax`, by default `~/.cache/cosmos3_jax`.
+
+    Raises:
+        OSError: the cache cannot be written.
+    """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cosmos3_jax"
     folder = cache / f"{NAME}-v{VERSION}"
-    if not folder.is_dir():
+    if folder.is_dir():
+        return folder
+    try:
         cache.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(dir=cache, prefix=f".{NAME}-"))
-        write_tiny_checkpoint(made)
-        try:
+        with tempfile.TemporaryDirectory(dir=cache, prefix=f".{NAME}-") as scratch:
+            made = Path(scratch) / NAME
+            write_tiny_checkpoint(made)
             os.replace(made, folder)
-        except OSError:  # another process was faster; what it made is the same
-            shutil.rmtree(made)
+    except OSError as error:
+        if not folder.is_dir():  # or else another process was faster; what it made is the same
+            raise OSError(
+                f"the {NAME} checkpoint cannot be written into {cache} ({error}); "
+                "set XDG_CACHE_HOME to a folder that can be written"
+            ) from error
     return folder
 
 
@@ -99,14 +116,14 @@ def write_tiny_checkpoint(folder: Path) -> None:
     _write_json(folder / RECIPE_FILE, RECIPE)
 
     config = TransformerConfig.from_dict(configs["transformer"])
-    shapes = transformer.param_shapes(config)
+    layout, shapes = transformer_layout(config), transformer.param_shapes(config)
     unused = _unused_shapes(config, configs["transformer"])
     bfloat16 = jnp.dtype(jnp.bfloat16)
-    _write_tensors(
-        folder / "transformer", transformer_layout(config), shapes, bfloat16, unused, TRANSFORMER_SHARD_BYTES
-    )
+    part = folder / "transformer"
+    _write_tensors(part, layout, shapes, bfloat16, unused, TRANSFORMER_SHARD_BYTES)
     config = VideoVAEConfig.from_dict(configs["vae"])
-    _write_tensors(folder / "vae", video_vae_layout(config), video_vae.param_shapes(config), bfloat16)
+    layout, shapes = video_vae_layout(config), video_vae.param_shapes(config)
+    _write_tensors(folder / "vae", layout, shapes, bfloat16)
     config = SoundVAEConfig.from_dict(configs["sound_tokenizer"])
     layout, shapes = sound_vae_layout(config, True), sound_vae.param_shapes(config, True)
     _write_tensors(folder / "sound_tokenizer", layout, shapes, jnp.dtype(jnp.float32))
@@ -115,7 +132,9 @@ def write_tiny_checkpoint(folder: Path) -> None:
 def _defaults(config: VideoVAEConfig | SoundVAEConfig) -> dict:
     """Every field of a configuration, as its JSON file would have it."""
     values = {name: getattr(config, name) for name in config.__dataclass_fields__}
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+    return {
+        key: list(value) if isinstance(value, tuple) else value for key, value in values.items()
+    }
 
 
 def _write_json(path: Path, values: dict) -> None:
@@ -124,7 +143,7 @@ def _write_json(path: Path, values: dict) -> None:
 
 
 def _unused_shapes(config: TransformerConfig, values: dict) -> dict[str, tuple[int, ...]]:
-    """The public tensors that generation never reads: language head, actions, the end of the text tower."""
+    """The public tensors that generation never reads: the language head, actions and the like."""
     width, heads = config.hidden_size, config.num_attention_heads * config.head_dim
     domains, action = values["num_embodiment_domains"], values["action_dim"]
     last = f"layers.{config.num_hidden_layers - 1}"
@@ -167,11 +186,12 @@ def _write_tensors(
     for name, keys in zip(names, shards, strict=True):
         write_shard(folder / name, {key: tensors[key] for key in keys})
     total = sum(value.nbytes for value in tensors.values())
-    write_index(folder / f"{PUBLIC_STEM}.safetensors.index.json", zip(names, shards, strict=True), total)
+    index = folder / f"{PUBLIC_STEM}.safetensors.index.json"
+    write_index(index, zip(names, shards, strict=True), total)
 
 
 def _random_for(rule: Rule, leaf_shape: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """Values for the tensors of one rule; a weight-norm pair whose folded weight is the random one."""
+    """Values for the tensors of one rule; a weight-norm pair folds to the random weight."""
     key, *gain = rule.public_shapes(leaf_shape)
     values = _random(rule.key, rule.public_shapes(leaf_shape)[key])
     if not gain:
@@ -181,8 +201,9 @@ def _random_for(rule: Rule, leaf_shape: tuple[int, ...]) -> dict[str, np.ndarray
 
 
 def _random(key: str, shape: tuple[int, ...]) -> np.ndarray:
-    """float32 values of the size that keeps activations near 1, from a generator seeded by the name."""
-    values = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape).astype(np.float32)
+    """float32 values that keep activations near 1, from a generator seeded by the name."""
+    generator = np.random.RandomState(zlib.crc32(key.encode()))
+    values = generator.standard_normal(shape).astype(np.float32)
     if "norm" in key or key.endswith("gamma"):
         return 1 + 0.1 * values
     if len(shape) < 2 or key.endswith((".alpha", ".beta")):

@@ -1,11 +1,10 @@
 """Write a checkpoint in the converted layout: our leaves, ready to use, in shards with an index.
 
-The public layout loads as well; the converted one loads faster and without folding or transposing. One
-shard is in memory at a time. Everything is written into `DST.partial`, which becomes DST when it is whole;
-a run that was killed continues where it stopped.
+The public layout loads as well; the converted one loads faster and without folding or transposing.
+One shard is in memory at a time. Everything is written into `DST.partial`, which becomes DST when
+it is whole; a run that was killed continues where it stopped.
 """
 
-import dataclasses
 import json
 import os
 import shutil
@@ -13,11 +12,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax.numpy as jnp
-import numpy as np
 
 from cosmos3_jax.checkpoint.files import (
     MAX_SHARD_BYTES,
     TensorFiles,
+    is_shard_of,
     plan_shards,
     shard_name,
     write_index,
@@ -28,28 +27,14 @@ from cosmos3_jax.checkpoint.load import (
     RECIPE_FILE,
     TOKENIZER_FOLDER,
     Component,
-    converted_layout,
     load_config,
     open_components,
 )
-from cosmos3_jax.checkpoint.rules import CheckpointError, Rule
+from cosmos3_jax.checkpoint.rules import CheckpointError
 from cosmos3_jax.config import read_json
 
-PLAN_FILE = "conversion.json"
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tensor:
-    """A tensor of the converted layout: its name, shape and dtype, and the rules that fill it."""
-
-    key: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    rules: tuple[tuple[Rule, tuple], ...]  # each with its index inside this tensor
-
-    @property
-    def nbytes(self) -> int:
-        return int(np.prod(self.shape)) * self.dtype.itemsize
+DTYPES = ("bfloat16", "float32")
+LARGEST_SHARD = 5 * 10**9  # bytes; hubs refuse, and old file systems cannot hold, much larger files
 
 
 def convert_checkpoint(
@@ -69,70 +54,103 @@ def convert_checkpoint(
         target: the folder to make; its parent is made if needed.
         dtype: of the weights; the few that must be float32 stay so.
         sound: None keeps sound if there is any, False leaves it out, True insists.
-        overwrite: replace an existing `target`.
-        max_shard_bytes: size of a shard, at most 5 GB.
+        overwrite: replace an existing checkpoint at `target`.
+        max_shard_bytes: size of a shard, at most 5 GB. A tensor larger than this gets its own.
         on_bytes: called with the size of each shard written or found.
 
     Raises:
-        CheckpointError: the source does not fit the model, or an unfinished conversion of something else is
-            in the way.
-        FileExistsError: `target` exists and `overwrite` is not set.
+        CheckpointError: the source does not fit the model, or an unfinished conversion of something
+            else is in the way.
+        FileExistsError: `target` exists and `overwrite` is not set, or it is no checkpoint.
+        ValueError: an option is not one of those above, or one folder lies in the other.
+        OSError: the disk does not take a file.
     """
-    if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} exists; choose another folder or pass --overwrite")
-    if target.exists() and (target.samefile(source) or target.resolve() in source.resolve().parents):
-        raise ValueError(f"{target} is, or holds, the checkpoint being read; choose another folder")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not supported; choose {' or '.join(DTYPES)}")
+    if not 0 < max_shard_bytes <= LARGEST_SHARD:
+        raise ValueError(f"max_shard_bytes={max_shard_bytes} is not between 1 and {LARGEST_SHARD}")
+    place = target.resolve()
+    _check_place(place, source.resolve(), overwrite)
     config = load_config(source, sound)
+    if not (source / TOKENIZER_FOLDER).is_dir():
+        raise CheckpointError(f"{source} has no {TOKENIZER_FOLDER}/; download the checkpoint again")
     components = open_components(source, config)
-    partial = target.with_name(f"{target.name}.partial")
-    _start(partial, _plan(source, components, dtype, config.has_sound, max_shard_bytes))
+    partial = place.with_name(f"{place.name}.partial")
+    plan_file = place.with_name(f"{place.name}.partial.json")
+    _start(partial, plan_file, _plan(source, components, dtype, config.has_sound, max_shard_bytes))
     for component in components:
-        _write_component(component, partial / component.name, jnp.dtype(dtype), max_shard_bytes, on_bytes)
+        folder = partial / component.name
+        _write_component(component, folder, jnp.dtype(dtype), max_shard_bytes, on_bytes)
     _write_configs(source, partial, config.has_sound)
-    (partial / PLAN_FILE).unlink()
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(partial, target)
+    _put_in_place(partial, place)
+    plan_file.unlink()
     return target
 
 
-def _plan(source: Path, components: Iterable[Component], dtype: str, sound: bool, max_bytes: int) -> str:
+def _check_place(target: Path, source: Path, overwrite: bool) -> None:
+    """Raise unless `target` can be made, or replaced, without losing anything else."""
+    if source == target or source in target.parents or target in source.parents:
+        raise ValueError(
+            f"{target} and the checkpoint being read, {source}, overlap; choose a folder beside it"
+        )
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{target} exists; choose another folder or pass --overwrite")
+    if target.exists() and not (target / "transformer" / "config.json").is_file():
+        raise FileExistsError(
+            f"{target} is not a checkpoint and is not replaced; choose another folder"
+        )
+
+
+def _plan(
+    source: Path, components: Iterable[Component], dtype: str, sound: bool, max_bytes: int
+) -> str:
     """What identifies a conversion: the same text means that finished shards can be kept."""
     files = {
         f"{component.name}/{path.name}": [path.stat().st_size, path.stat().st_mtime_ns]
         for component in components
         for path in sorted((source / component.name).glob("*.safetensors"))
     }
-    plan = {"source": str(source.resolve()), "files": files, "dtype": dtype, "sound": sound, "max": max_bytes}
+    plan = {
+        "source": str(source.resolve()),
+        "files": files,
+        "dtype": dtype,
+        "sound": sound,
+        "max_shard_bytes": max_bytes,
+    }
     return json.dumps(plan, indent=2)
 
 
-def _start(partial: Path, plan: str) -> None:
-    """Begin in an empty folder, or go on in one that has the same plan."""
-    plan_file = partial / PLAN_FILE
-    if partial.exists() and not (plan_file.is_file() and plan_file.read_text(encoding="utf-8") == plan):
+def _start(partial: Path, plan_file: Path, plan: str) -> None:
+    """Begin an empty folder, or go on in one that has the same plan."""
+    if not partial.exists():
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        # The plan first: a folder without one could not be continued.
+        plan_file.write_text(plan, encoding="utf-8")
+        partial.mkdir()
+    elif not (plan_file.is_file() and plan_file.read_text(encoding="utf-8") == plan):
         raise CheckpointError(
-            f"{partial} holds an unfinished conversion of another source or with other options: remove it"
+            f"{partial} holds an unfinished conversion of another source or with other options; "
+            "remove it, or choose another folder"
         )
-    partial.mkdir(parents=True, exist_ok=True)
-    plan_file.write_text(plan, encoding="utf-8")
+    for stray in partial.glob("*/.*"):  # temporary files of a run that was killed while it wrote
+        stray.unlink()
 
 
-def _tensors(component: Component, dtype: jnp.dtype) -> list[_Tensor]:
-    """The converted tensors of a component, in a fixed order."""
-    sources = component.rules_by_leaf()
-    layout = converted_layout(component.layout.name, component.leaves, component.layout.float32)
-    tensors = []
-    for rule in layout.rules:
-        stacked = len(rule.index)  # 1 where the tensor is one layer of the leaf
-        inside = tuple(
-            (source, source.index[stacked:])
-            for source in sources[rule.leaf]
-            if not stacked or source.index[:1] == rule.index
-        )
-        shape = component.leaves[rule.leaf][stacked:]
-        tensors.append(_Tensor(rule.key, shape, component.dtype_of(rule.leaf, dtype), inside))
-    return tensors
+def _put_in_place(partial: Path, target: Path) -> None:
+    """Rename; what was there before goes last, so that a kill or an error never leaves nothing."""
+    replaced = target.with_name(f".{target.name}.replaced")
+    if target.exists():
+        if replaced.exists():
+            shutil.rmtree(replaced)
+        os.replace(target, replaced)
+    try:
+        os.replace(partial, target)
+    except OSError:
+        if replaced.exists():
+            os.replace(replaced, target)
+        raise
+    if replaced.exists():
+        shutil.rmtree(replaced)
 
 
 def _write_component(
@@ -143,28 +161,22 @@ def _write_component(
     on_bytes: Callable[[int], None] | None,
 ) -> None:
     folder.mkdir(exist_ok=True)
-    tensors = {tensor.key: tensor for tensor in _tensors(component, dtype)}
-    shards = plan_shards({key: tensor.nbytes for key, tensor in tensors.items()}, max_bytes)
+    pieces = {piece.key: piece for piece in component.pieces(dtype)}
+    sizes = {key: piece.nbytes for key, piece in pieces.items()}
+    shards = plan_shards(sizes, max_bytes)
     names = [shard_name(CONVERTED_STEM, i, len(shards)) for i in range(len(shards))]
     for name, keys in zip(names, shards, strict=True):
-        if not (folder / name).exists():
-            write_shard(folder / name, {key: _assemble(component, tensors[key]) for key in keys})
+        if not is_shard_of(folder / name, keys):
+            write_shard(folder / name, {key: component.read(pieces[key]) for key in keys})
         if on_bytes is not None:
-            on_bytes(sum(tensors[key].nbytes for key in keys))
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    write_index(folder / f"{CONVERTED_STEM}.safetensors.index.json", zip(names, shards, strict=True), total)
+            on_bytes(sum(sizes[key] for key in keys))
+    index = folder / f"{CONVERTED_STEM}.safetensors.index.json"
+    write_index(index, zip(names, shards, strict=True), sum(sizes.values()))
     TensorFiles(folder, CONVERTED_STEM)  # what was written opens, and is all there
 
 
-def _assemble(component: Component, tensor: _Tensor) -> np.ndarray:
-    values = np.empty(tensor.shape, tensor.dtype)
-    for rule, index in tensor.rules:
-        values[index] = component.read(rule)
-    return values
-
-
 def _write_configs(source: Path, partial: Path, sound: bool) -> None:
-    """Copy the configurations and the tokenizer; without sound, say so in the transformer's."""
+    """Copy the configurations and the tokenizer; without sound, the former say so."""
     folders = ["transformer", "vae", "scheduler"] + ["sound_tokenizer"] * sound
     for path in [source / name for name in ("model_index.json", RECIPE_FILE)]:
         if path.is_file():
@@ -173,12 +185,13 @@ def _write_configs(source: Path, partial: Path, sound: bool) -> None:
         for path in sorted((source / folder).glob("*config.json")):
             (partial / folder).mkdir(exist_ok=True)
             shutil.copyfile(path, partial / folder / path.name)
-    if (source / TOKENIZER_FOLDER).is_dir():
-        shutil.copytree(source / TOKENIZER_FOLDER, partial / TOKENIZER_FOLDER, dirs_exist_ok=True)
+    shutil.copytree(source / TOKENIZER_FOLDER, partial / TOKENIZER_FOLDER, dirs_exist_ok=True)
     if not sound:
-        path = partial / "transformer" / "config.json"
-        path.write_text(json.dumps(read_json(path) | {"sound_gen": False}, indent=2) + "\n", encoding="utf-8")
-        path = partial / "model_index.json"
-        if path.is_file():
-            values = {key: value for key, value in read_json(path).items() if key != "sound_tokenizer"}
-            path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        _update_json(partial / "transformer" / "config.json", sound_gen=False)
+        if (partial / "model_index.json").is_file():
+            # How diffusers writes that a pipeline is without a component.
+            _update_json(partial / "model_index.json", sound_tokenizer=[None, None])
+
+
+def _update_json(path: Path, **values: object) -> None:
+    path.write_text(json.dumps(read_json(path) | values, indent=2) + "\n", encoding="utf-8")

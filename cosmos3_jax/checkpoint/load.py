@@ -1,12 +1,16 @@
 """From a checkpoint folder to a configuration and a parameter tree, without torch.
 
 Two layouts are read, component by component: the public one (diffusers' names and shapes) and the
-converted one that `convert` writes (our names and shapes, ready to use). Their rules differ, the reading
-does not. A stacked leaf is filled one tensor at a time and handed to the device before the next is read,
-so host memory peaks near the largest leaf.
+converted one that `convert` writes (our names and shapes, ready to use). Their rules differ, the
+reading does not. A stacked leaf is filled one tensor at a time and handed to the device before the
+next is begun, so host memory peaks near the largest leaf.
 """
 
 import dataclasses
+import gc
+import itertools
+import math
+import operator
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from cosmos3_jax import sound_vae, transformer, video_vae
-from cosmos3_jax.checkpoint.files import TensorFiles, has_tensors
-from cosmos3_jax.checkpoint.rules import CheckpointError, Layout, Rule, check, leaf_shapes
+from cosmos3_jax.checkpoint.files import FLOAT_DTYPES, TensorFiles, has_tensors
+from cosmos3_jax.checkpoint.rules import (
+    CheckpointError,
+    Layout,
+    Rule,
+    check,
+    leaf_shapes,
+    raise_problems,
+)
 from cosmos3_jax.checkpoint.sound_vae_layout import sound_vae_layout
 from cosmos3_jax.checkpoint.transformer_layout import transformer_layout
 from cosmos3_jax.checkpoint.video_vae_layout import video_vae_layout
@@ -33,8 +44,38 @@ from cosmos3_jax.config import (
 PUBLIC_STEM, CONVERTED_STEM = "diffusion_pytorch_model", "params"
 RECIPE_FILE = "cosmos3_recipe.json"
 TOKENIZER_FOLDER = "text_tokenizer"
-HUB_FILES = ["*.json", "*/*.json", "*/*.safetensors", "text_tokenizer/*"]
-HUB_IGNORED = ["vision_encoder/*", "model.safetensors*"]
+HUB_FILES = [
+    "model_index.json",
+    RECIPE_FILE,
+    f"{TOKENIZER_FOLDER}/*",
+    "scheduler/*.json",
+    *(f"{part}/*.json" for part in ("transformer", "vae", "sound_tokenizer")),
+    *(f"{part}/*.safetensors" for part in ("transformer", "vae", "sound_tokenizer")),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A leaf, or a layer of a stacked one: a tensor of the converted layout.
+
+    Attributes:
+        key: its name in the converted layout.
+        leaf: path of the leaf in the component's tree.
+        place: where in the leaf: `(layer,)`, or `()` if it is the whole.
+        shape, dtype: of the piece.
+        parts: the rules that fill it, and where in it.
+    """
+
+    key: str
+    leaf: str
+    place: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    parts: tuple[tuple[Rule, tuple[int | slice, ...]], ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,23 +95,34 @@ class Component:
     leaves: dict[str, tuple[int, ...]]
     prefix: str
 
-    def dtype_of(self, leaf: str, dtype: jnp.dtype) -> np.dtype:
-        """The dtype in which a leaf is kept when `dtype` is asked for."""
-        return np.dtype(np.float32 if leaf.startswith(self.layout.float32) else dtype)
-
-    def read(self, rule: Rule) -> np.ndarray:
-        """The values that one rule puts into its leaf, in the stored dtype (float32 if folded)."""
-        return rule.to_leaf(*(self.files.read(key) for key in rule.keys))
-
-    def rules_by_leaf(self) -> dict[str, list[Rule]]:
-        grouped: dict[str, list[Rule]] = {leaf: [] for leaf in self.leaves}
+    def pieces(self, dtype: jnp.dtype) -> list[Piece]:
+        """Every leaf, stacked ones layer by layer, when `dtype` is asked for."""
+        rules: dict[str, list[Rule]] = {leaf: [] for leaf in self.leaves}
         for rule in self.layout.rules:
-            grouped[rule.leaf].append(rule)
-        return grouped
+            rules[rule.leaf].append(rule)
+        pieces = []
+        for ours in converted_layout(self.layout, self.leaves).rules:
+            depth = len(ours.index)
+            shape = self.leaves[ours.leaf][depth:]
+            kept = np.dtype(np.float32 if ours.leaf.startswith(self.layout.float32) else dtype)
+            parts = tuple(
+                (rule, rule.index[depth:])
+                for rule in rules[ours.leaf]
+                if rule.index[:depth] == ours.index
+            )
+            pieces.append(Piece(ours.key, ours.leaf, ours.index, shape, kept, parts))
+        return pieces
+
+    def read(self, piece: Piece) -> np.ndarray:
+        """The values of a piece. Weight norm is folded before they are rounded to its dtype."""
+        values = np.empty(piece.shape, piece.dtype)
+        for rule, index in piece.parts:
+            values[index] = rule.to_leaf(*(self.files.read(key) for key in rule.keys))
+        return values
 
 
 def find_checkpoint(path_or_hub_id: str | Path) -> Path:
-    """The local folder of a checkpoint; a Hub id is downloaded (only the files that generation reads).
+    """The local folder of a checkpoint; a Hub id is downloaded, only what generation reads of it.
 
     Raises:
         CheckpointError: if it is neither a folder nor a Hub id that can be reached.
@@ -79,16 +131,16 @@ def find_checkpoint(path_or_hub_id: str | Path) -> Path:
     if path.is_dir():
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_hub_id)):
-        raise CheckpointError(f"{path_or_hub_id} is not a folder, nor a Hub id of the form owner/name")
+        raise CheckpointError(
+            f"{path_or_hub_id} is not a folder, nor a Hub id of the form owner/name"
+        )
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(str(path_or_hub_id), allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED)
-        )
-    except Exception as error:  # the client raises a dozen kinds, from DNS to a licence not accepted
+        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=HUB_FILES))
+    except Exception as error:  # of a dozen kinds, from a name not found to a licence not accepted
         raise CheckpointError(
-            f"{path_or_hub_id} is not a local folder, and downloading it from the Hub failed: {error}"
+            f"{path_or_hub_id} is no local folder, and downloading it from the Hub failed: {error}"
         ) from error
 
 
@@ -104,23 +156,29 @@ def load_config(folder: Path, load_sound: bool | None = None) -> Config:
         CheckpointError: the folder is no checkpoint, or has no sound where it is insisted on.
     """
     if not (folder / "transformer" / "config.json").is_file():
-        raise CheckpointError(f"{folder} is not a Cosmos3 checkpoint: it has no transformer/config.json")
+        raise CheckpointError(
+            f"{folder} is not a Cosmos3 checkpoint: it has no transformer/config.json"
+        )
     transformer_config = TransformerConfig.from_file(folder / "transformer" / "config.json")
-    has_sound = transformer_config.sound_gen and (folder / "sound_tokenizer" / "config.json").is_file()
+    sound_config = folder / "sound_tokenizer" / "config.json"
+    has_sound = transformer_config.sound_gen and sound_config.is_file()
     if load_sound and not has_sound:
         raise CheckpointError(
-            f"{folder} has no sound (sound_gen is {transformer_config.sound_gen}, sound_tokenizer/ is "
-            f"{'there' if (folder / 'sound_tokenizer').is_dir() else 'missing'}): load it without sound"
+            f"{folder} has no sound (sound_gen is {transformer_config.sound_gen}, {sound_config} "
+            f"is {'there' if sound_config.is_file() else 'missing'}): load it without sound"
         )
     sound = has_sound and load_sound is not False
-    recipe, scheduler = folder / RECIPE_FILE, folder / "scheduler" / "scheduler_config.json"
     return Config(
         transformer=dataclasses.replace(transformer_config, sound_gen=sound),
         video_vae=VideoVAEConfig.from_file(folder / "vae" / "config.json"),
-        sound_vae=SoundVAEConfig.from_file(folder / "sound_tokenizer" / "config.json") if sound else None,
-        scheduler=SchedulerConfig.from_file(scheduler) if scheduler.is_file() else SchedulerConfig(),
-        recipe=Recipe.from_file(recipe) if recipe.is_file() else Recipe(),
+        sound_vae=SoundVAEConfig.from_file(sound_config) if sound else None,
+        scheduler=_read_or_default(SchedulerConfig, folder / "scheduler" / "scheduler_config.json"),
+        recipe=_read_or_default(Recipe, folder / RECIPE_FILE),
     )
+
+
+def _read_or_default(kind: type[SchedulerConfig] | type[Recipe], path: Path):
+    return kind.from_file(path) if path.is_file() else kind()
 
 
 def open_components(folder: Path, config: Config) -> list[Component]:
@@ -129,15 +187,17 @@ def open_components(folder: Path, config: Config) -> list[Component]:
     Raises:
         CheckpointError: a file is missing or truncated, or keys or shapes do not fit.
     """
-    components = [
-        _open(folder / "transformer", "", transformer.param_shapes(config.transformer), transformer_layout, config.transformer),
-        _open(folder / "vae", "video_vae", video_vae.param_shapes(config.video_vae), video_vae_layout, config.video_vae),
-    ]  # fmt: skip
+    shapes = transformer.param_shapes(config.transformer)
+    layout = transformer_layout(config.transformer)
+    components = [_open(folder / "transformer", "", shapes, layout)]
+    shapes, layout = video_vae.param_shapes(config.video_vae), video_vae_layout(config.video_vae)
+    components.append(_open(folder / "vae", "video_vae", shapes, layout))
     if config.has_sound:
         sound = folder / "sound_tokenizer"
         encoder = _has_encoder(sound)
         shapes = sound_vae.param_shapes(config.sound_vae, encoder)
-        components.append(_open(sound, "sound_vae", shapes, sound_vae_layout, config.sound_vae, encoder))
+        layout = sound_vae_layout(config.sound_vae, encoder)
+        components.append(_open(sound, "sound_vae", shapes, layout))
     return components
 
 
@@ -149,35 +209,40 @@ def load_params(
     Args:
         components: see `open_components`.
         dtype: of every leaf but the few that stay in float32.
-        on_bytes: called with the size of each leaf once it is placed, for progress.
+        on_bytes: called with the size of each leaf once it is placed.
     """
     tree: dict = {}
     for component in components:
-        for leaf, rules in component.rules_by_leaf().items():
-            values = np.empty(component.leaves[leaf], component.dtype_of(leaf, dtype))
-            for rule in rules:
-                values[rule.index] = component.read(rule)
+        pieces = component.pieces(dtype)
+        for (leaf, kept), group in itertools.groupby(pieces, operator.attrgetter("leaf", "dtype")):
+            values = np.empty(component.leaves[leaf], kept)
+            for piece in group:
+                values[piece.place] = component.read(piece)
             *parents, name = f"{component.prefix}/{leaf}".strip("/").split("/")
             node = tree
             for parent in parents:
                 node = node.setdefault(parent, {})
-            node[name] = jax.block_until_ready(jnp.asarray(values))
+            # Not jnp.asarray, which makes another copy on the host first. After the transfer JAX
+            # holds the array until the next collection, and two large leaves would be in memory.
+            node[name] = jax.block_until_ready(jax.device_put(values))
+            gc.collect(generation=0)
             if on_bytes is not None:
                 on_bytes(values.nbytes)
     return tree
 
 
-def converted_layout(name: str, leaves: dict[str, tuple[int, ...]], float32: tuple[str, ...]) -> Layout:
+def converted_layout(public: Layout, leaves: dict[str, tuple[int, ...]]) -> Layout:
     """Our own layout: a tensor a leaf under its path, a tensor a layer where layers are stacked."""
     rules = []
     for leaf, shape in leaves.items():
-        if "/layers/" in f"/{leaf}" and name == "transformer":
-            rules += [Rule(f"{leaf}/{layer}", leaf, "... -> ...", (layer,)) for layer in range(shape[0])]
+        if "/layers/" in f"/{leaf}" and public.name == "transformer":
+            places = [(f"{leaf}/{layer}", (layer,)) for layer in range(shape[0])]
         else:
-            rules.append(Rule(leaf, leaf, "... -> ..."))
+            places = [(leaf, ())]
+        rules += [Rule(key, leaf, "... -> ...", index) for key, index in places]
     # Sound may be there and not asked for; it is then passed over, as in the public layout.
     unused = () if any(leaf.startswith("gen/sound_") for leaf in leaves) else (r"gen/sound_.*",)
-    return Layout(name, tuple(rules), unused, float32)
+    return Layout(public.name, tuple(rules), unused, public.float32)
 
 
 def is_converted(folder: Path) -> bool:
@@ -185,13 +250,18 @@ def is_converted(folder: Path) -> bool:
     return has_tensors(folder, CONVERTED_STEM)
 
 
-def _open(folder: Path, prefix: str, shapes: dict, public_layout: Callable, *arguments) -> Component:
-    leaves = leaf_shapes(shapes)
-    layout = public_layout(*arguments)
-    converted = is_converted(folder)
-    if converted:
-        layout = converted_layout(layout.name, leaves, layout.float32)
-    files = TensorFiles(folder, CONVERTED_STEM if converted else PUBLIC_STEM)
+def _open(folder: Path, prefix: str, shapes: dict, public_layout: Layout) -> Component:
+    leaves, layout, stem = leaf_shapes(shapes), public_layout, PUBLIC_STEM
+    if is_converted(folder):
+        layout, stem = converted_layout(layout, leaves), CONVERTED_STEM
+    files = TensorFiles(folder, stem)
+    # Before the keys: a quantised checkpoint has other keys too, and this is why.
+    stored = {key: files.dtypes.get(key) for rule in layout.rules for key in rule.keys}
+    odd = [f"{key}: {kind}" for key, kind in stored.items() if kind not in (*FLOAT_DTYPES, None)]
+    raise_problems(
+        f"{folder} is quantised or damaged; weights are read from {', '.join(FLOAT_DTYPES)} alone",
+        {"stored otherwise": odd},
+    )
     check(layout, files.shapes, leaves)
     return Component(folder.name, files, layout, leaves, prefix)
 

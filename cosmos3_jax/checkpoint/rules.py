@@ -1,9 +1,10 @@
 """How a public tensor becomes a place in our parameter tree: strict, invertible rules.
 
-A layout (`transformer_layout.py`, `video_vae_layout.py`, `sound_vae_layout.py`) is a list of `Rule`s, one
-for each public tensor that generation reads, and a list of patterns for those that it never reads. A leaf
-of our tree may be filled by several tensors: layers are stacked, q, k and v share one kernel. `check`
-compares a layout with the keys and shapes of a checkpoint and raises with everything that differs.
+A layout (`transformer_layout.py`, `video_vae_layout.py`, `sound_vae_layout.py`) is a list of
+`Rule`s, one for each public tensor that generation reads, and a list of patterns for those that it
+never reads. A leaf of our tree may be filled by several tensors: layers are stacked; q, k and v
+share one kernel. `check` compares a layout with the keys and shapes of a checkpoint and raises with
+all that differs.
 """
 
 import dataclasses
@@ -105,11 +106,14 @@ def leaf_shapes(tree: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[in
     shapes = {}
     for name, value in tree.items():
         path = f"{prefix}/{name}" if prefix else name
-        shapes |= leaf_shapes(value, path) if isinstance(value, Mapping) else {path: tuple(value.shape)}
+        inner = isinstance(value, Mapping)
+        shapes |= leaf_shapes(value, path) if inner else {path: tuple(value.shape)}
     return shapes
 
 
-def check(layout: Layout, shapes: Mapping[str, Sequence[int]], leaves: Mapping[str, tuple[int, ...]]) -> None:
+def check(
+    layout: Layout, shapes: Mapping[str, Sequence[int]], leaves: Mapping[str, tuple[int, ...]]
+) -> None:
     """Raise CheckpointError unless a checkpoint fits a layout and the layout fills our tree.
 
     Args:
@@ -117,8 +121,8 @@ def check(layout: Layout, shapes: Mapping[str, Sequence[int]], leaves: Mapping[s
         shapes: public key -> shape, as found in the files.
         leaves: path -> shape of every leaf of our tree (see `leaf_shapes`).
 
-    Every difference is in the message: missing, unexpected and mis-shaped keys of the checkpoint, and
-    leaves of ours that no tensor, or more than one, fills.
+    Every difference is in the message: missing, unexpected and mis-shaped keys of the checkpoint,
+    and leaves of ours that no tensor, or more than one, fills.
     """
     expected: dict[str, tuple[int, ...]] = {}
     filled = {path: 0 for path in leaves}
@@ -135,7 +139,9 @@ def check(layout: Layout, shapes: Mapping[str, Sequence[int]], leaves: Mapping[s
     size = {path: int(np.prod(shape)) for path, shape in leaves.items()}
     problems["leaf not filled exactly once"] = [p for p in leaves if filled[p] != size[p]]
     problems["missing"] = [key for key in expected if key not in shapes]
-    problems["unexpected"] = [key for key in shapes if key not in expected and not layout.is_unused(key)]
+    problems["unexpected"] = [
+        key for key in shapes if key not in expected and not layout.is_unused(key)
+    ]
     problems["wrong shape"] = [
         f"{key}: {tuple(shapes[key])} in the checkpoint, {shape} in the model"
         for key, shape in expected.items()
@@ -151,6 +157,7 @@ def raise_problems(title: str, problems: Mapping[str, Iterable[str]], shown: int
         items = list(items)
         if items:
             more = [f"... and {len(items) - shown} more"] if len(items) > shown else []
-            lines += [f"  {kind} ({len(items)}):", *(f"    {item}" for item in items[:shown] + more)]
+            lines.append(f"  {kind} ({len(items)}):")
+            lines += [f"    {item}" for item in items[:shown] + more]
     if lines:
         raise CheckpointError("\n".join([f"{title}:", *lines]))

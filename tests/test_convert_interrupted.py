@@ -1,0 +1,215 @@
+"""Conversions that are killed, run into a full disk or replace another: nothing is lost."""
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from checkpoint_files import assert_same_folder, contents, link_checkpoint, read_tensors
+from safetensors import SafetensorError
+
+from cosmos3_jax.checkpoint import convert, files, load
+from cosmos3_jax.checkpoint.convert import convert_checkpoint
+from cosmos3_jax.checkpoint.rules import CheckpointError
+
+SHARD_BYTES = 200_000  # several shards for each component of the small checkpoints
+
+
+@pytest.fixture(scope="module")
+def converted(public_checkpoint, tmp_path_factory):
+    """The checkpoint in our layout, in bfloat16 and several shards."""
+    target = tmp_path_factory.mktemp("converted") / "nested" / "checkpoint"
+    return convert_checkpoint(public_checkpoint, target, max_shard_bytes=SHARD_BYTES)
+
+
+# Run in a process of its own, which is killed when the third shard is half written, under our
+# temporary name and under the one that safetensors uses.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from cosmos3_jax.checkpoint import convert, files
+
+save_file, written = files.save_file, []
+
+def save_and_die(tensors, path, metadata):
+    if len(written) == 2:
+        path.write_bytes(b"half a shard")
+        path.with_name(".tmpAbCdEf").write_bytes(b"half a shard")
+        os.kill(os.getpid(), signal.SIGKILL)
+    written.append(path)
+    save_file(tensors, path, metadata)
+
+files.save_file = save_and_die
+convert.convert_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]), max_shard_bytes=int(sys.argv[3]))
+"""
+
+
+@pytest.fixture(scope="module")
+def killed(public_checkpoint, tmp_path_factory):
+    """What a conversion leaves that is killed in its third shard: a folder and a plan beside it."""
+    folder = tmp_path_factory.mktemp("killed")
+    command = [sys.executable, "-c", KILLED, public_checkpoint, folder / "target", str(SHARD_BYTES)]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    return folder
+
+
+@pytest.fixture
+def unfinished(killed, tmp_path):
+    folder = link_checkpoint(killed, tmp_path / "unfinished")
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "target.partial",
+        "target.partial.json",
+    ]
+    return folder / "target"
+
+
+def test_resumed_after_a_kill(public_checkpoint, converted, unfinished, monkeypatch):
+    """Whole shards stay as they are, half ones go, and the result is that of a run in one go."""
+    partial = unfinished.with_name("target.partial")
+    whole = sorted((partial / "transformer").glob("params*"))
+    hidden = sorted(path.name for path in (partial / "transformer").glob(".*"))
+    assert len(whole) == 2
+    assert len(hidden) == 2
+    before = [(path.name, path.stat().st_ino, path.stat().st_mtime_ns) for path in whole]
+    written = []
+    write_shard = convert.write_shard
+    monkeypatch.setattr(
+        convert,
+        "write_shard",
+        lambda path, values: (written.append(path), write_shard(path, values)),
+    )
+    reported = []
+    convert_checkpoint(
+        public_checkpoint, unfinished, max_shard_bytes=SHARD_BYTES, on_bytes=reported.append
+    )
+    assert_same_folder(unfinished, converted)
+    names = {path.name for path in whole}
+    stats = [(name, (unfinished / "transformer" / name).stat()) for name in sorted(names)]
+    assert [(name, stat.st_ino, stat.st_mtime_ns) for name, stat in stats] == before
+    shards = list(unfinished.rglob("*.safetensors"))
+    assert len(written) == len(shards) - 2
+    # Progress counts the shards that were found, too.
+    folders = [unfinished / name for name in ("transformer", "vae", "sound_tokenizer")]
+    tensors = [value for folder in folders for value in read_tensors(folder).values()]
+    assert (len(reported), sum(reported)) == (len(shards), sum(x.nbytes for x in tensors))
+    assert [path.name for path in unfinished.parent.iterdir()] == ["target"]
+
+
+def test_a_damaged_shard_is_written_again(public_checkpoint, converted, unfinished):
+    """As after a power failure, when a renamed file can be short."""
+    shard = min((unfinished.with_name("target.partial") / "transformer").glob("params*"))
+    content = shard.read_bytes()
+    shard.unlink()  # it is linked to the fixture's
+    shard.write_bytes(content[:-1])
+    convert_checkpoint(public_checkpoint, unfinished, max_shard_bytes=SHARD_BYTES)
+    assert_same_folder(unfinished, converted)
+
+
+@pytest.mark.parametrize(
+    "change", [{"dtype": "float32"}, {"sound": False}, {"max_shard_bytes": 10**6}, "source", "plan"]
+)
+def test_a_leftover_of_another_conversion_is_refused(
+    public_checkpoint, unfinished, tmp_path, change
+):
+    arguments = {"source": public_checkpoint, "max_shard_bytes": SHARD_BYTES}
+    if change == "source":
+        arguments["source"] = link_checkpoint(public_checkpoint, tmp_path / "other")
+    elif change == "plan":
+        unfinished.with_name("target.partial.json").unlink()
+    else:
+        arguments |= change
+    before = contents(unfinished.parent)
+    with pytest.raises(CheckpointError, match="target.partial holds an unfinished .*; remove it"):
+        convert_checkpoint(target=unfinished, **arguments)
+    assert contents(unfinished.parent) == before
+
+
+def test_a_changed_source_is_another_source(public_checkpoint, tmp_path):
+    """The same names with other bytes: shards of the first must not be mixed with the second's."""
+    source = shutil.copytree(public_checkpoint, tmp_path / "source")
+
+    def stop(size):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert_checkpoint(source, tmp_path / "target", on_bytes=stop)
+    shard = max((source / "vae").glob("*.safetensors"))
+    os.utime(shard, ns=(0, 0))
+    with pytest.raises(CheckpointError, match="holds an unfinished conversion"):
+        convert_checkpoint(source, tmp_path / "target")
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+@pytest.mark.parametrize("error", [OSError, Killed])
+@pytest.mark.parametrize("renames", [0, 1])
+def test_overwriting_never_loses_the_old(
+    public_checkpoint, silent_checkpoint, tmp_path, monkeypatch, renames, error
+):
+    """Stopped before either rename, the old checkpoint is still there; the next run ends well."""
+    target = convert_checkpoint(silent_checkpoint, tmp_path / "target")
+    old = contents(target)
+    replace, done = os.replace, []
+
+    def failing(source, destination):
+        if target in (source, destination):
+            if len(done) == renames:
+                monkeypatch.setattr(os, "replace", replace)
+                raise error
+            done.append(destination)
+        replace(source, destination)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(error):
+        convert_checkpoint(public_checkpoint, target, overwrite=True)
+    assert len(done) == renames
+    lost = error is Killed and renames == 1  # between the two, the old one has another name
+    assert contents(tmp_path / ".target.replaced" if lost else target) == old
+    convert_checkpoint(public_checkpoint, target, overwrite=True)
+    assert load.load_config(target).has_sound
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+@contextmanager
+def largest_file(size: int):
+    """The kernel refuses to let files of this process grow further, as a full disk would."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk(public_checkpoint, converted, tmp_path):
+    """The file is named, nothing half-written stays, and there being room again the run goes on."""
+    target = tmp_path / "target"
+    with (
+        largest_file(SHARD_BYTES // 2),
+        pytest.raises(OSError, match=r"params-\S+ cannot be written"),
+    ):
+        convert_checkpoint(public_checkpoint, target, max_shard_bytes=SHARD_BYTES)
+    assert not target.exists()
+    assert not [path for path in tmp_path.rglob(".*")]
+    convert_checkpoint(public_checkpoint, target, max_shard_bytes=SHARD_BYTES)
+    assert_same_folder(target, converted)
+
+
+def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
+    """Whichever way a version of safetensors fails: under a name of its own or under ours."""
+
+    def save_half(tensors, path, metadata):
+        path.write_bytes(b"half a shard")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(files, "save_file", save_half)
+    with pytest.raises(OSError, match=r"a\.safetensors cannot be written: .*No space left"):
+        files.write_shard(tmp_path / "a.safetensors", {"x": np.zeros(3)})
+    assert list(tmp_path.iterdir()) == []
