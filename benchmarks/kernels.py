@@ -1,4 +1,5 @@
-"""Rates of the products, attentions and convolutions that the full-size model is made of, one formulation
+"""Rates of the products, attentions and convolutions that the full-size model is made of, one
+formulation
 beside another: what to choose is decided here, before the model is changed.
 
 python benchmarks/kernels.py [gemm attention conv] --out FILE.json
@@ -145,7 +146,13 @@ def conv_summed(x, w):
 
 def conv() -> list[dict]:
     rows = []
-    shapes = [(2, 90, 160, 1024, 1024), (4, 180, 320, 1024, 512), (4, 180, 320, 512, 512), (4, 360, 640, 512, 256), (4, 360, 640, 256, 256)]  # fmt: skip
+    shapes = [
+        (2, 90, 160, 1024, 1024),
+        (4, 180, 320, 1024, 512),
+        (4, 180, 320, 512, 512),
+        (4, 360, 640, 512, 256),
+        (4, 360, 640, 256, 256),
+    ]
     for frames, height, width, channels, features in shapes:
         for chunk in (1, 2):
             t = frames * chunk

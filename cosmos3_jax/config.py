@@ -1,8 +1,8 @@
 """Model configurations, read by name from the JSON files of a checkpoint.
 
 Defaults are Cosmos3-Nano's. Keys that mean nothing here are ignored (the public files carry about
-eighteen of them); values that this implementation cannot honour are refused when they are read, so a
-checkpoint of an unsupported kind fails before any weight is touched.
+eighteen of them); values that this implementation cannot honour are refused when they are read, so
+a checkpoint of an unsupported kind fails before any weight is touched.
 """
 
 import dataclasses
@@ -12,21 +12,27 @@ from pathlib import Path
 from typing import Any, Self
 
 MEAN_WAN22 = (
-    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891,
-    0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
-    -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723,
-    -0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
+    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557,
+    -0.1382, 0.0542, 0.2813, 0.0891, 0.1570, -0.0098, 0.0375, -0.1825,
+    -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
+    -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230,
+    -0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.0520, 0.3748,
+    0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
 )  # fmt: skip
 STD_WAN22 = (
-    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901,
-    0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
-    0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
-    0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
+    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013,
+    0.8158, 1.0344, 0.5894, 1.0901, 0.6885, 0.6165, 0.8454, 0.4978,
+    0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+    0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093,
+    0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887,
+    0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
 )  # fmt: skip
 
 
 class ConfigError(ValueError):
-    """A configuration file is unreadable, or asks for something that this implementation does not do."""
+    """A configuration file is unreadable, or asks for something that this implementation does not
+    do.
+    """
 
 
 def _check(condition: bool, message: str) -> None:
@@ -40,9 +46,13 @@ class _JsonConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Build from a parsed JSON object. Lists become tuples; raises ConfigError on impossible values."""
+        """Build from a parsed JSON object. Lists become tuples; raises ConfigError on impossible
+        values.
+        """
         known = {field.name for field in dataclasses.fields(cls)}
-        chosen = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
+        chosen = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known
+        }
         try:
             return cls(**chosen)
         except TypeError as error:  # a comparison in __post_init__ met a value of the wrong type
@@ -50,7 +60,9 @@ class _JsonConfig:
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:
-        """Build from a JSON file. Raises ConfigError, naming the file, if it is missing or malformed."""
+        """Build from a JSON file. Raises ConfigError, naming the file, if it is missing or
+        malformed.
+        """
         try:
             return cls.from_dict(read_json(path))
         except ConfigError as error:
@@ -123,9 +135,17 @@ class TransformerConfig(_JsonConfig):
             use_und_k_norm_for_gen=False,
             unified_3d_mrope_reset_spatial_ids=True,
         )
-        for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        for name in (
+            "hidden_size",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "intermediate_size",
+        ):
             _check(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
-        _check(self.num_hidden_layers >= 2, f"num_hidden_layers={self.num_hidden_layers} must be at least 2")
+        _check(
+            self.num_hidden_layers >= 2,
+            f"num_hidden_layers={self.num_hidden_layers} must be at least 2",
+        )
         _check(
             self.num_attention_heads % self.num_key_value_heads == 0,
             f"num_attention_heads={self.num_attention_heads} is not a multiple of "
@@ -133,22 +153,26 @@ class TransformerConfig(_JsonConfig):
         )
         _check(
             len(self.rope_axes_dim) == 3 and 2 * sum(self.rope_axes_dim) == self.head_dim,
-            f"rope_axes_dim={self.rope_axes_dim} must be three numbers that add up to head_dim / 2 = "
+            f"rope_axes_dim={self.rope_axes_dim} must be three numbers that add up to head_dim / "
+            "2 = "
             f"{self.head_dim / 2:g}",
         )
         time, height, width = self.rope_axes_dim
         _check(
             time >= max(height, width),
-            f"rope_axes_dim={self.rope_axes_dim}: interleaving needs time >= height and time >= width",
+            f"rope_axes_dim={self.rope_axes_dim}: interleaving needs time >= height and time >= "
+            "width",
         )
         patch_dim = self.latent_channel * self.latent_patch_size**2
         _check(
             self.patch_latent_dim == patch_dim,
-            f"patch_latent_dim={self.patch_latent_dim} is not latent_channel * latent_patch_size^2 = {patch_dim}",
+            f"patch_latent_dim={self.patch_latent_dim} is not latent_channel * "
+            f"latent_patch_size^2 = {patch_dim}",
         )
         _check(
             not self.sound_gen or bool(self.sound_dim),
-            f"sound_gen is on, but sound_dim={self.sound_dim}: it must be a positive number of channels",
+            f"sound_gen is on, but sound_dim={self.sound_dim}: it must be a positive number of "
+            "channels",
         )
 
 
@@ -177,22 +201,26 @@ class VideoVAEConfig(_JsonConfig):
         self.refuse_other(is_residual=True, attn_scales=(), clip_output=False)
         _check(
             len(self.temperal_downsample) == len(self.dim_mult) - 1,
-            f"temperal_downsample={self.temperal_downsample} needs one entry fewer than dim_mult={self.dim_mult}",
+            f"temperal_downsample={self.temperal_downsample} needs one entry fewer than "
+            f"dim_mult={self.dim_mult}",
         )
         for name in ("latents_mean", "latents_std"):
             length = len(getattr(self, name))
             _check(length == self.z_dim, f"{name} has {length} entries, z_dim is {self.z_dim}")
         _check(
-            min(self.latents_std) > 0, f"latents_std must be positive, its minimum is {min(self.latents_std)}"
+            min(self.latents_std) > 0,
+            f"latents_std must be positive, its minimum is {min(self.latents_std)}",
         )
         _check(
             self.in_channels == self.out_channels == 3 * self.patch_size**2,
-            f"in_channels={self.in_channels} and out_channels={self.out_channels} must be 3 * patch_size^2 = "
+            f"in_channels={self.in_channels} and out_channels={self.out_channels} must be 3 * "
+            "patch_size^2 = "
             f"{3 * self.patch_size**2}",
         )
         _check(
             self.scale_factor_spatial == self.patch_size * 2 ** len(self.temperal_downsample),
-            f"scale_factor_spatial={self.scale_factor_spatial} is not what patch_size={self.patch_size} and "
+            f"scale_factor_spatial={self.scale_factor_spatial} is not what "
+            f"patch_size={self.patch_size} and "
             f"{len(self.temperal_downsample)} downsamplings give",
         )
         _check(
@@ -263,20 +291,24 @@ class SoundVAEConfig(_JsonConfig):
         )
         _check(
             len(self.dec_c_mults) == len(self.dec_strides),
-            f"dec_c_mults={self.dec_c_mults} and dec_strides={self.dec_strides} must have one entry a stage",
+            f"dec_c_mults={self.dec_c_mults} and dec_strides={self.dec_strides} must have one "
+            "entry a stage",
         )
         _check(
             len(self.enc_c_mults) == len(self.enc_strides),
-            f"enc_c_mults={self.enc_c_mults} and enc_strides={self.enc_strides} must have one entry a stage",
+            f"enc_c_mults={self.enc_c_mults} and enc_strides={self.enc_strides} must have one "
+            "entry a stage",
         )
         _check(
             self.enc_latent_dim == 2 * self.vocoder_input_dim,
-            f"enc_latent_dim={self.enc_latent_dim} must be 2 * vocoder_input_dim = {2 * self.vocoder_input_dim} "
+            f"enc_latent_dim={self.enc_latent_dim} must be 2 * vocoder_input_dim = "
+            f"{2 * self.vocoder_input_dim} "
             "(mean and scale)",
         )
         _check(
             self.samples_per_latent == math.prod(self.dec_strides),
-            f"hop_size={self.hop_size} is not the product of dec_strides, {math.prod(self.dec_strides)}",
+            f"hop_size={self.hop_size} is not the product of dec_strides, "
+            f"{math.prod(self.dec_strides)}",
         )
 
     @property
@@ -294,7 +326,8 @@ class SoundVAEConfig(_JsonConfig):
 class SchedulerConfig(_JsonConfig):
     """`scheduler/scheduler_config.json`: what UniPC needs of it.
 
-    `flow_shift` and `use_karras_sigmas` are kept for `info` alone: the recipe, not this file, chooses them.
+    `flow_shift` and `use_karras_sigmas` are kept for `info` alone: the recipe, not this file,
+    chooses them.
     """
 
     num_train_timesteps: int = 1000
@@ -329,7 +362,9 @@ class SchedulerConfig(_JsonConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Recipe(_JsonConfig):
-    """Sizes and sampler settings used where the caller names none: `cosmos3_recipe.json`, else Nano's."""
+    """Sizes and sampler settings used where the caller names none: `cosmos3_recipe.json`, else
+    Nano's.
+    """
 
     num_frames: int = 189
     height: int = 720
@@ -343,7 +378,9 @@ class Recipe(_JsonConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything that shapes the computation. `sound_vae` is None for a checkpoint without sound."""
+    """Everything that shapes the computation. `sound_vae` is None for a checkpoint without
+    sound.
+    """
 
     transformer: TransformerConfig = TransformerConfig()
     video_vae: VideoVAEConfig = VideoVAEConfig()
@@ -354,7 +391,8 @@ class Config:
     def __post_init__(self):
         _check(
             self.transformer.latent_channel == self.video_vae.z_dim,
-            f"the transformer's latent_channel={self.transformer.latent_channel} is not the video VAE's "
+            f"the transformer's latent_channel={self.transformer.latent_channel} is not the video "
+            "VAE's "
             f"z_dim={self.video_vae.z_dim}",
         )
         if self.sound_vae is not None and self.transformer.sound_gen:
@@ -366,5 +404,7 @@ class Config:
 
     @property
     def has_sound(self) -> bool:
-        """Whether both halves of sound generation are there: the transformer's head and the sound VAE."""
+        """Whether both halves of sound generation are there: the transformer's head and the sound
+        VAE.
+        """
         return self.transformer.sound_gen and self.sound_vae is not None

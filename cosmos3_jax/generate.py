@@ -8,6 +8,7 @@ Axes: B batch, S text tokens; latents t frames, h rows, w columns, C channels; s
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import einops
 import jax
@@ -19,6 +20,10 @@ from jax import Array
 from cosmos3_jax import sound_vae, unipc, video_vae
 from cosmos3_jax.config import Config
 from cosmos3_jax.transformer import Condition, Latents, encode_condition, velocity
+
+# Media tokens up to which both guidance branches run as one batch. Beyond, each fills a GPU alone, and one
+# after the other is faster and takes half the memory; measured in benchmarks/NOTES.md.
+ONE_BATCH_TOKENS = 32768
 
 
 @struct.dataclass(kw_only=True)
@@ -97,7 +102,9 @@ def generate(
     else:
         result = channels_first(latents)
     if trajectory is not None:
-        result["trajectory"] = {name: jax.vmap(channels_first)(states) for name, states in trajectory.items()}
+        result["trajectory"] = {
+            name: jax.vmap(channels_first)(states) for name, states in trajectory.items()
+        }
     return result
 
 
@@ -110,24 +117,39 @@ def denoise(
 ) -> tuple[Latents, dict[str, Latents] | None]:
     """Initial noise -> final latents, channels last, and the trajectory if asked for."""
     noise = _initial_latents(request, config)
-    condition, branches = _conditions(params, request, config)
-    given = condition.frame_mask[:, :, None, None, None]
+    conditions = _conditions(params, request, config)
+    clean, given = conditions[0].clean_latents, conditions[0].frame_mask[:, :, None, None, None]
+
+    tokens = len(given) * conditions[0].rope[0].shape[1]
+    one_batch = len(conditions) == 2 and tokens <= ONE_BATCH_TOKENS
+    if one_batch:
+        conditions = [_concatenate(*conditions)]
 
     def guided_velocity(latents: Latents, timestep: Array) -> Latents:
-        if branches is None:
-            return velocity(params["gen"], config.transformer, condition, latents, timestep)
-        doubled = jax.tree.map(lambda x: jnp.concatenate([x, x]), latents)
-        both = velocity(params["gen"], config.transformer, branches, doubled, timestep)
-        return jax.tree.map(lambda v: _guide(v, request.guidance_scale), both)
+        if one_batch:
+            latents = jax.tree.map(lambda x: jnp.concatenate([x, x]), latents)
+        branches = [
+            velocity(params["gen"], config.transformer, condition, latents, timestep)
+            for condition in conditions
+        ]
+        if one_batch:
+            branches = [
+                jax.tree.map(lambda v, i=i: jnp.split(v, 2)[i], *branches) for i in range(2)
+            ]
+        return jax.tree.map(partial(_guide, scale=request.guidance_scale), *branches)
 
     def keep_given(latents: Latents) -> Latents:
-        return latents.replace(video=jnp.where(given, condition.clean_latents, latents.video))
+        return latents.replace(video=jnp.where(given, clean, latents.video))
 
     table = request.sampler
     if table is None:
         table = unipc.tableau(unipc.sigmas("native", request.num_inference_steps))
     final, trajectory = unipc.sample(
-        guided_velocity, keep_given(noise), table, on_step=on_step, return_trajectory=return_trajectory
+        guided_velocity,
+        keep_given(noise),
+        table,
+        on_step=on_step,
+        return_trajectory=return_trajectory,
     )
     if trajectory is not None:
         states = {"latents": trajectory.latents, "clean": trajectory.clean}
@@ -178,7 +200,9 @@ def check_request(request: T2VRequest, config: Config) -> None:
     for name, shape in expected.items():
         value = getattr(request, name)
         if value is not None and tuple(value.shape) != tuple(shape):
-            raise ValueError(f"{name} has shape {tuple(value.shape)}, this request needs {tuple(shape)}")
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}, this request needs {tuple(shape)}"
+            )
     if request.num_inference_steps < 1:
         raise ValueError(f"num_inference_steps={request.num_inference_steps} must be at least 1")
     if request.sampler is not None and len(request.sampler.timestep) != request.num_inference_steps:
@@ -210,8 +234,8 @@ def channels_last(video: Array, sound: Array | None = None) -> Latents:
     return Latents(video, None if sound is None else einops.rearrange(sound, "b c s -> b s c"))
 
 
-def _conditions(params: dict, request: T2VRequest, config: Config) -> tuple[Condition, Condition | None]:
-    """The prompt's condition; and both guidance branches as one batch, or None without guidance."""
+def _conditions(params: dict, request: T2VRequest, config: Config) -> list[Condition]:
+    """The prompt's condition and, with guidance, the negative prompt's."""
     clean = request.clean_latents
     shared = {
         "video_shape": request.video_shape,
@@ -224,10 +248,10 @@ def _conditions(params: dict, request: T2VRequest, config: Config) -> tuple[Cond
     def encode(ids: Array, mask: Array) -> Condition:
         return encode_condition(params["und"], config.transformer, ids, mask, **shared)
 
-    condition = encode(request.text_ids, request.text_mask)
-    if request.neg_text_ids is None:
-        return condition, None
-    return condition, _concatenate(condition, encode(request.neg_text_ids, request.neg_text_mask))
+    conditions = [encode(request.text_ids, request.text_mask)]
+    if request.neg_text_ids is not None:
+        conditions.append(encode(request.neg_text_ids, request.neg_text_mask))
+    return conditions
 
 
 def _concatenate(first: Condition, second: Condition) -> Condition:
@@ -235,7 +259,9 @@ def _concatenate(first: Condition, second: Condition) -> Condition:
     longest = max(first.key.shape[2], second.key.shape[2])
 
     def join(a: Array, b: Array) -> Array:  # [L, B, S, K, H]
-        padded = [jnp.pad(x, [(0, 0), (0, 0), (0, longest - x.shape[2]), (0, 0), (0, 0)]) for x in (a, b)]
+        padded = [
+            jnp.pad(x, [(0, 0), (0, 0), (0, longest - x.shape[2]), (0, 0), (0, 0)]) for x in (a, b)
+        ]
         return jnp.concatenate(padded, axis=1)
 
     batched = jax.tree.map(
@@ -246,9 +272,11 @@ def _concatenate(first: Condition, second: Condition) -> Condition:
     return batched.replace(key=join(first.key, second.key), value=join(first.value, second.value))
 
 
-def _guide(both: Array, scale: Array | float) -> Array:
-    """Classifier-free guidance (Ho & Salimans, 2022) in float32; `both` holds the prompt's half first."""
-    prompt, negative = jnp.split(both.astype(jnp.float32), 2)
+def _guide(prompt: Array, negative: Array | None = None, scale: Array | float = 1.0) -> Array:
+    """Classifier-free guidance (Ho & Salimans, 2022) in float32; without a negative, the prompt's alone."""
+    if negative is None:
+        return prompt
+    prompt, negative = prompt.astype(jnp.float32), negative.astype(jnp.float32)
     scale = jnp.asarray(scale, jnp.float32).reshape(-1, *[1] * (prompt.ndim - 1))
     return negative + scale * (prompt - negative)
 
@@ -271,8 +299,10 @@ def _draw(seed: Array | int, batch: int, shape: tuple[int, ...]) -> Array:
     seeds = jnp.asarray(seed, jnp.uint32)
     seeds = seeds + jnp.arange(batch, dtype=jnp.uint32) if seeds.ndim == 0 else seeds
 
-    def draw(seeds):
-        return np.stack([initial_noise(int(seed), shape) for seed in seeds])
+    def draw(
+        seeds,
+    ):  # as a numpy array: to iterate over a JAX array would run JAX inside of the callback
+        return np.stack([initial_noise(int(seed), shape) for seed in np.asarray(seeds)])
 
     result = jax.ShapeDtypeStruct((batch, *shape), jnp.float32)
     return jax.pure_callback(draw, result, seeds, vmap_method="sequential")

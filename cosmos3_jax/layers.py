@@ -1,10 +1,9 @@
-"""The layers that both towers share: RMSNorm, SwiGLU, the timestep embedding and the one attention function.
+"""The layers that both towers share: RMSNorm, SwiGLU, the timestep embedding and the one attention
+function.
 
-Axes: B batch, S query tokens, T key tokens, N query heads, K key/value heads, H head dimension, D model.
-Weights are cast to a module's `dtype` when they are used, so they may be stored in any.
+Axes: B batch, S query tokens, T key tokens, N query heads, K key/value heads, H head dimension, D
+model. Weights are cast to a module's `dtype` when they are used, so they may be stored in any.
 """
-
-import functools
 
 import flax.linen as nn
 import jax
@@ -16,7 +15,9 @@ from cosmos3_jax.config import TransformerConfig
 
 
 def precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
-    """Full float32 products for float32 (a GPU would take TF32 by default); nothing to ask for otherwise."""
+    """Full float32 products for float32 (a GPU would take TF32 by default); nothing to ask for
+    otherwise.
+    """
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
@@ -57,7 +58,8 @@ class SwiGLU(nn.Module):
 
 
 class TimestepEmbedding(nn.Module):
-    """Integer timestep [B] -> float32 [B, D]: 128 cosines and sines, then a two-layer MLP, all in float32.
+    """Integer timestep [B] -> float32 [B, D]: 128 cosines and sines, then a two-layer MLP, all in
+    float32.
 
     The timestep reaches 999 in steps of one, which bfloat16 cannot tell apart.
     """
@@ -165,8 +167,8 @@ def _split_attention(query: Array, key: Array, value: Array, text: Text) -> Arra
     """Attention over the media and over the text apart, merged by their log-sum-exps; exact.
 
     A mask costs the kernel several per cent of its rate, and so does a number of keys that is not a
-    multiple of `KEY_BLOCK`. Here only the few keys behind the last whole block pay for it. The merging
-    rule: Dao et al., 2022, section 3.1.
+    multiple of `KEY_BLOCK`. Here only the few keys behind the last whole block pay for it. The
+    merging rule: Dao et al., 2022, section 3.1.
     """
     # Not through jax.nn, which rounds the log-sum-exp to the output's dtype.
     from jax._src.cudnn import fused_attention_stablehlo as cudnn

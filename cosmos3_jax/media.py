@@ -1,10 +1,12 @@
 """Media files in and out: mp4 (h264 and AAC), wav, png and jpg. The readers are in media_read.py.
 
-Axes: B batch, T frames, H height, W width, N sound channels, S sound samples. What the model makes is
-channels first and float: video [B, 3, T, H, W] in [0, 1], sound [B, N, S] in [-1, 1]; of numpy or JAX.
+Axes: B batch, T frames, H height, W width, N sound channels, S sound samples. What the model makes
+is channels first and float: video [B, 3, T, H, W] in [0, 1], sound [B, N, S] in [-1, 1]; of numpy
+or JAX.
 
-A writer fills a temporary file beside its target and renames it when it is complete, so a failure leaves
-neither half a file nor a damaged older one. An existing path is refused unless `overwrite=True`.
+A writer fills a temporary file beside its target and renames it when it is complete, so a failure
+leaves neither half a file nor a damaged older one. An existing path is refused unless
+`overwrite=True`.
 """
 
 import contextlib
@@ -24,7 +26,15 @@ from av.video.reformatter import ColorRange, Colorspace
 from jax.typing import ArrayLike
 from PIL import Image
 
-from cosmos3_jax.media_read import MediaInfo, PathLike, probe, read_image, read_sound, read_video, to_uint8
+from cosmos3_jax.media_read import (
+    MediaInfo,
+    PathLike,
+    probe,
+    read_image,
+    read_sound,
+    read_video,
+    to_uint8,
+)
 
 __all__ = [
     "MediaInfo", "check_writable", "frame_rate", "probe", "read_image", "read_sound", "read_video",
@@ -35,8 +45,8 @@ IMAGE_SUFFIXES = (".png", ".jpg")
 MEDIA_SUFFIXES = (".mp4", ".wav", *IMAGE_SUFFIXES)
 SOUND_BITS_PER_SECOND = 256_000
 AAC_FRAME = 1024  # samples
-# ffmpeg's default coder garbles the first 20 ms of a sound that starts at once. Noise substitution and
-# intensity stereo save bits that 256 kb/s has to spare.
+# ffmpeg's default coder garbles the first 20 ms of a sound that starts at once. Noise substitution
+# and intensity stereo save bits that 256 kb/s has to spare.
 AAC_OPTIONS = {"aac_coder": "fast", "aac_pns": "0", "aac_is": "0"}
 BT709 = 1  # H.273 gives its matrix, its primaries and its transfer curve the same number
 
@@ -46,9 +56,9 @@ def check_writable(
 ) -> Path:
     """Raise unless `path` can be written, and return it; call this before any long work.
 
-    Makes missing parent folders. `suffixes=None` allows any. Raises ValueError for an unsupported suffix,
-    FileExistsError for an existing path without `overwrite`, IsADirectoryError for a folder, and another
-    OSError if the parent folder cannot be made or written to.
+    Makes missing parent folders. `suffixes=None` allows any. Raises ValueError for an unsupported
+    suffix, FileExistsError for an existing path without `overwrite`, IsADirectoryError for a
+    folder, and another OSError if the parent folder cannot be made or written to.
     """
     path = Path(path)
     if suffixes is not None and path.suffix.lower() not in suffixes:
@@ -60,7 +70,8 @@ def check_writable(
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        # mkdir says "file exists" of a parent that is a regular file; that must not read as "pass overwrite".
+        # mkdir says "file exists" of a parent that is a regular file; that must not read as "pass
+        # overwrite".
         kind = NotADirectoryError if isinstance(error, FileExistsError) else type(error)
         reason = error.strerror or error
         raise kind(
@@ -69,13 +80,17 @@ def check_writable(
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give the name of a file")
     if os.path.lexists(path) and not overwrite:
-        raise FileExistsError(f"{path} exists; pass overwrite=True (--overwrite) or choose another name")
+        raise FileExistsError(
+            f"{path} exists; pass overwrite=True (--overwrite) or choose another name"
+        )
     return path
 
 
 @contextlib.contextmanager
 def _replacing(path: PathLike, overwrite: bool, suffixes: Sequence[str] | None) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, with its suffix; rename it to `path` if the body succeeds."""
+    """Yield a temporary path beside `path`, with its suffix; rename it to `path` if the body
+    succeeds.
+    """
     path = check_writable(path, overwrite, suffixes)
     temporary = path.with_name(f".cosmos3-{secrets.token_hex(8)}{path.suffix}")
     try:
@@ -86,7 +101,9 @@ def _replacing(path: PathLike, overwrite: bool, suffixes: Sequence[str] | None) 
 
 
 def write_text(path: PathLike, text: str, overwrite: bool = False) -> Path:
-    """Write `text` as UTF-8, whole or not at all. Raises as `check_writable` does; any suffix will do."""
+    """Write `text` as UTF-8, whole or not at all. Raises as `check_writable` does; any suffix will
+    do.
+    """
     with _replacing(path, overwrite, None) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return Path(path)
@@ -114,17 +131,20 @@ def save_mp4(
     example: int = 0,
     crf: int = 18,
 ) -> Path:
-    """Write one example of what `generate` returns as an mp4: h264 yuv420p (BT.709, limited range) and AAC.
+    """Write one example of what `generate` returns as an mp4: h264 yuv420p (BT.709, limited range)
+    and AAC.
 
     Args:
-        output: "video" [B, 3, T, H, W] or [3, T, H, W] in [0, 1]; optionally "sound" [B, N, S] or [N, S] in
-            [-1, 1], with one or two channels, and then "sample_rate" in Hz. The sound is trimmed, or padded
-            with silence, to T / fps seconds: the model makes whole 40 ms latent frames, a little too many.
+        output: "video" [B, 3, T, H, W] or [3, T, H, W] in [0, 1]; optionally "sound" [B, N, S] or
+            [N, S] in [-1, 1], with one or two channels, and then "sample_rate" in Hz. The sound is
+            trimmed, or padded with silence, to T / fps seconds: the model makes whole 40 ms latent
+            frames, a little too many.
         fps: frames per second, made exact by `frame_rate`.
         example: which of the batch.
         crf: x264's quality, from 0 (lossless) to 51 (worst).
 
-    Raises ValueError for shapes, odd sizes, rates or values that cannot be written, and as `check_writable`.
+    Raises ValueError for shapes, odd sizes, rates or values that cannot be written, and as
+    `check_writable`.
     """
     rate = frame_rate(fps)
     video = _check_video(_example(output, "video", example, "3 T H W"), even=True)
@@ -133,8 +153,12 @@ def save_mp4(
         sound = _check_sound(_example(output, "sound", example, "N S"), sample_rate, max_channels=2)
         sample_rate = int(sample_rate)
         sound = _fit(sound, round(video.shape[1] / rate * sample_rate))
-    # Edit lists count in the movie's time scale: the default, 1 ms, would round the sound to 48 samples.
-    options = {"movflags": "faststart", "movie_timescale": str(sample_rate if sound is not None else 90_000)}
+    # Edit lists count in the movie's time scale: the default, 1 ms, would round the sound to 48
+    # samples.
+    options = {
+        "movflags": "faststart",
+        "movie_timescale": str(sample_rate if sound is not None else 90_000),
+    }
     with _replacing(path, overwrite, (".mp4",)) as temporary:
         with av.open(temporary, "w", format="mp4", options=options) as container:
             packets = _encode_video(container, video, rate, crf)
@@ -177,7 +201,9 @@ def _encode_sound(
     stream = container.add_stream("aac", rate=sample_rate, layout=layout, options=AAC_OPTIONS)
     rates = stream.codec_context.codec.audio_rates
     if sample_rate not in rates:
-        raise ValueError(f"sample_rate={sample_rate} is not one of AAC's: {rates}; resample, or use save_wav")
+        raise ValueError(
+            f"sample_rate={sample_rate} is not one of AAC's: {rates}; resample, or use save_wav"
+        )
     stream.bit_rate = SOUND_BITS_PER_SECOND
     packets = []
     for start in range(0, sound.shape[1], AAC_FRAME):
@@ -188,11 +214,18 @@ def _encode_sound(
     return packets + stream.encode()
 
 
-def save_wav(path: PathLike, waveform: ArrayLike, sample_rate: int, overwrite: bool = False) -> Path:
-    """Write `waveform` [N, S] in [-1, 1] as 16-bit PCM, rounded and clipped. Raises as `save_mp4` does."""
+def save_wav(
+    path: PathLike, waveform: ArrayLike, sample_rate: int, overwrite: bool = False
+) -> Path:
+    """Write `waveform` [N, S] in [-1, 1] as 16-bit PCM, rounded and clipped. Raises as `save_mp4`
+    does.
+    """
     sound = _check_sound(waveform, sample_rate, max_channels=8)
     samples = np.rint(sound * 32768).clip(max=32767).astype("<i2")  # 32768: what readers divide by
-    with _replacing(path, overwrite, (".wav",)) as temporary, wave.open(str(temporary), "wb") as file:
+    with (
+        _replacing(path, overwrite, (".wav",)) as temporary,
+        wave.open(str(temporary), "wb") as file,
+    ):
         file.setnchannels(sound.shape[0])
         file.setsampwidth(2)
         file.setframerate(int(sample_rate))
@@ -205,7 +238,9 @@ def save_png(image: ArrayLike, path: PathLike, overwrite: bool = False) -> Path:
     shape = np.shape(image)
     video = _check_video(image if len(shape) == 4 else np.asarray(image)[:, None])
     if video.shape[1] != 1:
-        raise ValueError(f"the image is {list(shape)}: {video.shape[1]} frames; use save_frames or save_mp4")
+        raise ValueError(
+            f"the image is {list(shape)}: {video.shape[1]} frames; use save_frames or save_mp4"
+        )
     with _replacing(path, overwrite, IMAGE_SUFFIXES) as temporary:
         Image.fromarray(_frame(video, 0)).save(temporary, quality=95)
     return Path(path)
@@ -214,8 +249,9 @@ def save_png(image: ArrayLike, path: PathLike, overwrite: bool = False) -> Path:
 def save_frames(video: ArrayLike, folder: PathLike, overwrite: bool = False) -> list[Path]:
     """Write `video` [3, T, H, W] in [0, 1] as folder/frame_0000.png and on; returns the paths.
 
-    With `overwrite`, the folder's older frame_*.png are removed; its other files are never touched. Raises
-    FileExistsError if there are older frames and no `overwrite`, and as `check_writable` does.
+    With `overwrite`, the folder's older frame_*.png are removed; its other files are never touched.
+    Raises FileExistsError if there are older frames and no `overwrite`, and as `check_writable`
+    does.
     """
     video, folder = _check_video(video), Path(folder)
     older = sorted(folder.glob("frame_*.png"))
@@ -246,7 +282,9 @@ def _example(output: Mapping[str, Any], name: str, example: int, axes: str) -> A
     if len(shape) != len(axes.split()) + 1:
         raise ValueError(f"{name} is {list(shape)}; expected [B {axes}] or [{axes}]")
     if not 0 <= example < shape[0]:  # JAX would clamp the index, and save another example
-        raise ValueError(f"example={example} is not in the batch; {name} has {shape[0]}, counted from 0")
+        raise ValueError(
+            f"example={example} is not in the batch; {name} has {shape[0]}, counted from 0"
+        )
     return array[example]
 
 
@@ -255,12 +293,15 @@ def _check_video(video: ArrayLike, even: bool = False) -> np.ndarray:
     video = np.asarray(video)
     if video.ndim != 4 or video.shape[0] != 3 or 0 in video.shape:
         raise ValueError(
-            f"the video is {list(video.shape)}; expected [3, T, H, W], not empty: choose one example of"
+            f"the video is {list(video.shape)}; expected [3, T, H, W], not empty: choose one "
+            "example of"
             " a batch, and decode latents to pixels first"
         )
     height, width = video.shape[2:]
     if even and (height % 2 or width % 2):
-        raise ValueError(f"height={height}, width={width}: yuv420p needs even sizes; use multiples of 16")
+        raise ValueError(
+            f"height={height}, width={width}: yuv420p needs even sizes; use multiples of 16"
+        )
     return video
 
 
@@ -286,5 +327,7 @@ def _fit(sound: np.ndarray, samples: int) -> np.ndarray:
 
 
 def _frame(video: np.ndarray, t: int) -> np.ndarray:
-    """Frame `t` of [3, T, H, W] as uint8 [H, W, 3]: one at a time, so a long video is never copied whole."""
+    """Frame `t` of [3, T, H, W] as uint8 [H, W, 3]: one at a time, so a long video is never copied
+    whole.
+    """
     return np.ascontiguousarray(to_uint8(video[:, t]).transpose(1, 2, 0))

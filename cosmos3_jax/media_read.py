@@ -1,7 +1,8 @@
 """Images, videos and sounds as arrays, from files and from what callers hold.
 
-Axes: T frames, H height, W width, C colour channels, N sound channels, S sound samples. Pixels are uint8, RGB
-and channels last, as image libraries have them; sound is float32 in [-1, 1]. PyAV and Pillow do the decoding.
+Axes: T frames, H height, W width, C colour channels, N sound channels, S sound samples. Pixels are
+uint8, RGB and channels last, as image libraries have them; sound is float32 in [-1, 1]. PyAV and
+Pillow do the decoding.
 """
 
 import contextlib
@@ -28,7 +29,9 @@ _CHANNELS = (1, 2, 3, 4)  # grey, grey and alpha, RGB, RGBA
 
 @dataclasses.dataclass(frozen=True)
 class MediaInfo:
-    """What decoding a whole file finds; times in seconds. Fields of a missing stream are zero or None."""
+    """What decoding a whole file finds; times in seconds. Fields of a missing stream are zero or
+    None.
+    """
 
     frames: int = 0
     height: int = 0
@@ -44,9 +47,11 @@ class MediaInfo:
 
 
 def to_uint8(video: ArrayLike) -> np.ndarray:
-    """Floats in [0, 1], any shape -> uint8, clamped and rounded to nearest. uint8 passes through unchanged.
+    """Floats in [0, 1], any shape -> uint8, clamped and rounded to nearest. uint8 passes through
+    unchanged.
 
-    Raises TypeError for other integers, and ValueError for NaN or infinity, which has no pixel value.
+    Raises TypeError for other integers, and ValueError for NaN or infinity, which has no pixel
+    value.
     """
     pixels = np.asarray(video)
     if pixels.dtype == np.uint8:
@@ -62,9 +67,10 @@ def to_uint8(video: ArrayLike) -> np.ndarray:
 def read_image(source: ImageSource) -> np.ndarray:
     """An image as uint8 [H, W, 3].
 
-    `source` is a path, a PIL image, or an array [H, W], [H, W, C] or [C, H, W] of uint8 or floats in [0, 1],
-    C from 1 to 4. An EXIF orientation is applied, grey is repeated, alpha is dropped (not blended).
-    Raises FileNotFoundError, IsADirectoryError, or ValueError for what is not an image.
+    `source` is a path, a PIL image, or an array [H, W], [H, W, C] or [C, H, W] of uint8 or floats
+    in [0, 1], C from 1 to 4. An EXIF orientation is applied, grey is repeated, alpha is dropped
+    (not blended). Raises FileNotFoundError, IsADirectoryError, or ValueError for what is not an
+    image.
     """
     if isinstance(source, Image.Image):
         return _rgb_from_pil(source)
@@ -83,16 +89,18 @@ def read_video(
 ) -> tuple[np.ndarray, float | None]:
     """A video as uint8 [T, H, W, 3], and its frames per second (None unless it is a file).
 
-    `source` is a path, an array [T, H, W, C] or [T, C, H, W] as in `read_image`, or a list of sources that
-    `read_image` takes, of one size. At most `max_frames` are kept: the first, or the last. The rotation that
-    a phone writes into its files is applied.
+    `source` is a path, an array [T, H, W, C] or [T, C, H, W] as in `read_image`, or a list of
+    sources that `read_image` takes, of one size. At most `max_frames` are kept: the first, or the
+    last. The rotation that a phone writes into its files is applied.
     Raises FileNotFoundError, IsADirectoryError, or ValueError for what is not a video.
     """
     if max_frames is not None and max_frames < 1:
         raise ValueError(f"max_frames={max_frames} must be at least 1, or None for all")
     if keep not in ("first", "last"):
         raise ValueError(f'keep={keep!r} must be "first" or "last"')
-    wanted = slice(max_frames) if keep == "first" or max_frames is None else slice(-max_frames, None)
+    wanted = (
+        slice(max_frames) if keep == "first" or max_frames is None else slice(-max_frames, None)
+    )
     if isinstance(source, str | os.PathLike):
         return _read_video_file(source, max_frames, keep)
     if not isinstance(source, list | tuple):
@@ -101,7 +109,8 @@ def read_video(
 
 
 def read_sound(path: PathLike) -> tuple[np.ndarray, int]:
-    """The first sound track of a wav or mp4 file: float32 [N, S] in [-1, 1], and its sample rate in Hz.
+    """The first sound track of a wav or mp4 file: float32 [N, S] in [-1, 1], and its sample rate in
+    Hz.
 
     Raises FileNotFoundError, IsADirectoryError, or ValueError for a file without sound.
     """
@@ -110,12 +119,14 @@ def read_sound(path: PathLike) -> tuple[np.ndarray, int]:
             raise ValueError(f"{path} has no sound track")
         stream = container.streams.audio[0]
         to_planes = av.AudioResampler(format="fltp")
-        frames = [planes for frame in container.decode(stream) for planes in to_planes.resample(frame)]
+        frames = [
+            planes for frame in container.decode(stream) for planes in to_planes.resample(frame)
+        ]
         if not frames:
             raise ValueError(f"{path} has a sound track without samples")
         sound = np.concatenate([frame.to_ndarray() for frame in frames], axis=1)
-        # Codecs fill up their last block; the container knows where the sound ends. Its duration can be a
-        # guess, so no more than part of a block is ever cut.
+        # Codecs fill up their last block; the container knows where the sound ends. Its duration
+        # can be a guess, so no more than part of a block is ever cut.
         end = round((stream.duration or 0) * stream.time_base * stream.rate)
         if 0 < sound.shape[1] - end < frames[-1].samples:
             sound = sound[:, :end]
@@ -130,15 +141,22 @@ def probe(path: PathLike) -> MediaInfo:
         if container.streams.video:
             stream = container.streams.video[0]
             frames, codec = sum(1 for _ in container.decode(stream)), stream.codec_context
-            info |= dict(frames=frames, height=codec.height, width=codec.width, fps=stream.average_rate)
-            info |= dict(duration=float(frames / stream.average_rate), video_codec=codec.codec.canonical_name)
+            info |= dict(
+                frames=frames, height=codec.height, width=codec.width, fps=stream.average_rate
+            )
+            info |= dict(
+                duration=float(frames / stream.average_rate), video_codec=codec.codec.canonical_name
+            )
         if has_sound:
             info |= dict(audio_codec=container.streams.audio[0].codec_context.codec.canonical_name)
     if has_sound:
         sound, rate = read_sound(path)
         channels, samples = sound.shape
         info |= dict(
-            sample_rate=rate, channels=channels, audio_samples=samples, audio_duration=samples / rate
+            sample_rate=rate,
+            channels=channels,
+            audio_samples=samples,
+            audio_duration=samples / rate,
         )
     return MediaInfo(**info)
 
@@ -155,7 +173,9 @@ def _check_file(path: PathLike) -> None:
 
 @contextlib.contextmanager
 def _opened(path: PathLike) -> Iterator[av.container.InputContainer]:
-    """Open a file to decode it. Whatever FFmpeg cannot read becomes a ValueError that names the file."""
+    """Open a file to decode it. Whatever FFmpeg cannot read becomes a ValueError that names the
+    file.
+    """
     _check_file(path)
     try:
         with av.open(path) as container:
@@ -180,7 +200,9 @@ def _read_video_file(
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         decoded = container.decode(stream)
-        frames = itertools.islice(decoded, max_frames) if keep == "first" else deque(decoded, max_frames)
+        frames = (
+            itertools.islice(decoded, max_frames) if keep == "first" else deque(decoded, max_frames)
+        )
         video = _stack([_rgb_from_frame(frame) for frame in frames], path)
         return video, float(stream.average_rate) if stream.average_rate else None
 
@@ -192,14 +214,17 @@ def _stack(frames: list[np.ndarray], name: PathLike) -> np.ndarray:
         if frame.shape != frames[0].shape:
             (height, width), (first_height, first_width) = frame.shape[:2], frames[0].shape[:2]
             raise ValueError(
-                f"{name}: frame {t} is {height}x{width} but frame 0 is {first_height}x{first_width};"
+                f"{name}: frame {t} is {height}x{width} but frame 0 is "
+                f"{first_height}x{first_width};"
                 " all must have one size, so resize them first"
             )
     return np.stack(frames)
 
 
 def _rgb_from_frame(frame: av.VideoFrame) -> np.ndarray:
-    """A decoded frame as uint8 [H, W, 3], upright. Its tags choose the matrix; BT.601 if none, as ffmpeg."""
+    """A decoded frame as uint8 [H, W, 3], upright. Its tags choose the matrix; BT.601 if none, as
+    ffmpeg.
+    """
     pixels = frame.to_ndarray(format="rgb24", dst_color_range=ColorRange.JPEG)
     return np.rot90(pixels, round(frame.rotation / 90))
 
@@ -230,7 +255,8 @@ def _rgb_from_array(
         array = np.moveaxis(array, -3, -1)
     if array.shape[-1] not in _CHANNELS:
         raise ValueError(
-            f"{name} has shape {shape}; its first or last image axis must be channels, 1 to 4 of them"
+            f"{name} has shape {shape}; its first or last image axis must be channels, 1 to 4 of "
+            "them"
         )
     if array.dtype.kind not in "biu" and (array.min() < 0 or array.max() > 1):
         raise ValueError(

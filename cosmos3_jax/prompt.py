@@ -1,8 +1,9 @@
 """Captions and their metadata, chat template, token ids.
 
-The reference implementations turn the same words into different tokens, and at guidance 6 that outweighs any
-rounding. Each set of choices is a named style: `native` (cosmos-framework, the model's own), `phyai` (PhyAI),
-`diffusers` (`Cosmos3OmniPipeline.tokenize_prompt` of diffusers 0.42.1, whose ids the tests reproduce).
+The reference implementations turn the same words into different tokens, and at guidance 6 that
+outweighs any rounding. Each set of choices is a named style: `native` (cosmos-framework, the
+model's own), `phyai` (PhyAI), `diffusers` (`Cosmos3OmniPipeline.tokenize_prompt` of diffusers
+0.42.1, whose ids the tests reproduce).
 
 Not through transformers: its `AutoTokenizer` imports torch where torch is installed.
 
@@ -56,7 +57,9 @@ class _Metadata:
             if not isinstance(value, (int, np.integer)) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a positive whole number")
         if not 0 < self.fps < float("inf"):
-            raise ValueError(f"fps={self.fps!r} must be positive and finite; the model's own rate is 24")
+            raise ValueError(
+                f"fps={self.fps!r} must be positive and finite; the model's own rate is 24"
+            )
 
     @property
     def medium(self) -> str:
@@ -69,13 +72,18 @@ class _Metadata:
         if self.medium == "image":
             return [size]
         seconds = self.num_frames / self.fps
-        return [f"The video {verb} {seconds:.1f} seconds long and {verb} of {self.fps:.0f} FPS.", size]
+        return [
+            f"The video {verb} {seconds:.1f} seconds long and {verb} of {self.fps:.0f} FPS.",
+            size,
+        ]
 
     def inject(self, caption: dict[str, Any], aspect_ratio: str | None) -> str:
         """`caption` as JSON text with the metadata as fields; those present keep their place."""
         fields = {"resolution": {"H": int(self.height), "W": int(self.width)}}
         if self.medium == "image":  # lasts no time: cosmos-framework and PhyAI take these two out
-            caption = {key: value for key, value in caption.items() if key not in ("duration", "fps")}
+            caption = {
+                key: value for key, value in caption.items() if key not in ("duration", "fps")
+            }
         else:
             fields = {"duration": f"{int(self.num_frames / self.fps)}s", "fps": self.fps} | fields
         if aspect_ratio:
@@ -95,7 +103,7 @@ def resolve_prompts(
     system_prompt: str | None = None,
     aspect_ratio: str | None = None,
 ) -> ResolvedPrompt:
-    """Add a style's metadata to a prompt and its negative (reference/numerics.md, section 2).
+    """Add a style's metadata to a prompt and its negative.
 
     | | native | phyai | diffusers |
     |---|---|---|---|
@@ -106,15 +114,19 @@ def resolve_prompts(
     | `negative_prompt` None | means the built-in | means the built-in | means "" |
     | `system_prompt` None | no system turn | no system turn | SYSTEM_PROMPT |
 
-    A negative is never parsed as JSON: sentences follow its closing brace. What is appended to an empty text
-    stands alone, except in the native and PhyAI positive prompt: ". The video is ...", as they have it.
+    A negative is never parsed as JSON: sentences follow its closing brace. What is appended to an
+    empty text stands alone, except in the native and PhyAI positive prompt: ". The video is ...",
+    as they have it.
 
-    `num_frames` (1: an image), `height`, `width` in pixels and `fps` are the request's own, unrounded;
-    `system_prompt` "" turns the system turn off; `aspect_ratio` is written "16,9". Raises ValueError for an
-    unknown style, an impossible size or rate, or invalid Unicode; TypeError for a prompt that is no string.
+    `num_frames` (1: an image), `height`, `width` in pixels and `fps` are the request's own,
+    unrounded; `system_prompt` "" turns the system turn off; `aspect_ratio` is written "16,9".
+    Raises ValueError for an unknown style, an impossible size or rate, or invalid Unicode;
+    TypeError for a prompt that is no string.
     """
     if style not in PROMPT_STYLES:
-        raise ValueError(f"prompt style {style!r} is unknown; choose one of {', '.join(PROMPT_STYLES)}")
+        raise ValueError(
+            f"prompt style {style!r} is unknown; choose one of {', '.join(PROMPT_STYLES)}"
+        )
     texts = {"prompt": prompt, "negative_prompt": negative_prompt, "system_prompt": system_prompt}
     for name, text in texts.items():
         if text is not None or name == "prompt":
@@ -131,7 +143,9 @@ def resolve_prompts(
         if caption is None:
             positive = _append_stripped(prompt, metadata.sentences())
         else:
-            positive = metadata.inject(caption, aspect_ratio or ("16,9" if style == "native" else None))
+            positive = metadata.inject(
+                caption, aspect_ratio or ("16,9" if style == "native" else None)
+            )
         negative = built_in_negative_prompt() if negative_prompt is None else negative_prompt
     if style == "native":  # which takes the separator off the front of a negative again
         negative = _append_stripped(negative, metadata.sentences()).lstrip(".").strip()
@@ -147,14 +161,18 @@ def _append(text: str, sentences: list[str]) -> str:
 
 
 def _append_stripped(text: str, sentences: list[str]) -> str:
-    """cosmos-framework's and PhyAI's join: white space at both ends goes first, then trailing dots."""
+    """cosmos-framework's and PhyAI's join: white space at both ends goes first, then trailing
+    dots.
+    """
     for sentence in sentences:
         text = text.strip().rstrip(".") + ". " + sentence
     return text
 
 
 def parse_caption(text: str) -> dict[str, Any] | None:
-    """The structured caption that `text` holds, or None: JSON arrays, numbers and strings are plain text."""
+    """The structured caption that `text` holds, or None: JSON arrays, numbers and strings are plain
+    text.
+    """
     try:
         value = json.loads(text)
     except ValueError:
@@ -164,7 +182,8 @@ def parse_caption(text: str) -> dict[str, Any] | None:
 
 @functools.cache
 def built_in_negative_prompt() -> str:
-    """The negative where the caller gives None: unwanted qualities, as a structured caption of our own.
+    """The negative where the caller gives None: unwanted qualities, as a structured caption of our
+    own.
 
     It is not NVIDIA's `neg_prompts.json`; to compare with a reference, pass both the same negative.
     """
@@ -174,8 +193,9 @@ def built_in_negative_prompt() -> str:
 def read_prompt(path: str | Path) -> str:
     """The text of a prompt file, unchanged: no stripping, no newline conversion.
 
-    Raises FileNotFoundError, or ValueError if the file is not UTF-8, starts with a byte order mark, is
-    empty, or is named `.json` and holds no JSON object: each would silently become another prompt.
+    Raises FileNotFoundError, or ValueError if the file is not UTF-8, starts with a byte order mark,
+    is empty, or is named `.json` and holds no JSON object: each would silently become another
+    prompt.
     """
     path = Path(path)
     try:
@@ -183,11 +203,17 @@ def read_prompt(path: str | Path) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(f"prompt file {path} is not UTF-8 ({error}); save it as UTF-8") from error
     if text.startswith("\ufeff"):
-        raise ValueError(f"prompt file {path} starts with a byte order mark; save it as UTF-8 without one")
+        raise ValueError(
+            f"prompt file {path} starts with a byte order mark; save it as UTF-8 without one"
+        )
     if not text.strip():
-        raise ValueError(f'prompt file {path} is empty; for an empty prompt pass "" instead of a file')
+        raise ValueError(
+            f'prompt file {path} is empty; for an empty prompt pass "" instead of a file'
+        )
     if path.suffix.lower() == ".json" and parse_caption(text) is None:
-        raise ValueError(f"prompt file {path} holds no JSON object; a plain prompt belongs in a .txt file")
+        raise ValueError(
+            f"prompt file {path} holds no JSON object; a plain prompt belongs in a .txt file"
+        )
     return text
 
 
@@ -195,7 +221,8 @@ def read_prompt(path: str | Path) -> str:
 class Tokenizer:
     """A checkpoint's tokenizer together with its chat template.
 
-    A special token's string in a user's text ("<|im_end|>") becomes that token, as it does in transformers.
+    A special token's string in a user's text ("<|im_end|>") becomes that token, as it does in
+    transformers.
     """
 
     backend: tokenizers.Tokenizer
@@ -206,14 +233,17 @@ class Tokenizer:
     def from_folder(cls, path: str | Path) -> Self:
         """Load a checkpoint's `text_tokenizer/`.
 
-        Reads `tokenizer.json`; `chat_template.jinja`, else `chat_template` in `tokenizer_config.json`; and
-        `eos_token` from the latter ("<|im_end|>" if absent). Raises FileNotFoundError for a missing file,
-        ConfigError for a malformed one or a vocabulary without the tokens that generation needs.
+        Reads `tokenizer.json`; `chat_template.jinja`, else `chat_template` in
+        `tokenizer_config.json`; and `eos_token` from the latter ("<|im_end|>" if absent). Raises
+        FileNotFoundError for a missing file, ConfigError for a malformed one or a vocabulary
+        without the tokens that generation needs.
         """
         folder = Path(path)
         file, config_file = folder / "tokenizer.json", folder / "tokenizer_config.json"
         if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing; fetch the checkpoint's whole text_tokenizer/ folder")
+            raise FileNotFoundError(
+                f"{file} is missing; fetch the checkpoint's whole text_tokenizer/ folder"
+            )
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # tokenizers raises nothing narrower
@@ -225,7 +255,9 @@ class Tokenizer:
         eos_token = eos_token["content"] if isinstance(eos_token, dict) else eos_token
         missing = [t for t in (eos_token, START_OF_GENERATION) if backend.token_to_id(t) is None]
         if missing:
-            raise ConfigError(f"{file} has no token {' or '.join(missing)}; is it a Cosmos3 text_tokenizer?")
+            raise ConfigError(
+                f"{file} has no token {' or '.join(missing)}; is it a Cosmos3 text_tokenizer?"
+            )
         return cls(backend, _chat_template(folder, config), eos_token)
 
     @property
@@ -242,7 +274,10 @@ class Tokenizer:
         if system_prompt:
             messages.insert(0, {"role": "system", "content": system_prompt})
         chat = self.template.render(
-            messages=messages, add_generation_prompt=True, add_vision_id=False, eos_token=self.eos_token
+            messages=messages,
+            add_generation_prompt=True,
+            add_vision_id=False,
+            eos_token=self.eos_token,
         )
         if text not in chat:
             raise ValueError("the chat template alters the prompt; use the checkpoint's own")
@@ -253,18 +288,28 @@ class Tokenizer:
 
         No BOS, no padding, no truncation. Qwen's tokenizer itself normalises what it gets (NFC).
         """
-        ids = self.backend.encode(self.render_chat(text, system_prompt), add_special_tokens=False).ids
-        return ids + [self.backend.token_to_id(token) for token in (self.eos_token, START_OF_GENERATION)]
+        ids = self.backend.encode(
+            self.render_chat(text, system_prompt), add_special_tokens=False
+        ).ids
+        return ids + [
+            self.backend.token_to_id(token) for token in (self.eos_token, START_OF_GENERATION)
+        ]
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> jinja2.Template:
-    """The folder's chat template, compiled with the whitespace rules that transformers gives templates."""
+    """The folder's chat template, compiled with the whitespace rules that transformers gives
+    templates.
+    """
     file = folder / "chat_template.jinja"
     source = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
     if not isinstance(source, str):
-        raise FileNotFoundError(f"{file} is missing; fetch the checkpoint's whole text_tokenizer/ folder")
+        raise FileNotFoundError(
+            f"{file} is missing; fetch the checkpoint's whole text_tokenizer/ folder"
+        )
     try:
-        return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(source)
+        return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(
+            source
+        )
     except jinja2.TemplateError as error:
         raise ConfigError(f"the chat template in {folder} is malformed: {error}") from error
 
@@ -278,12 +323,15 @@ def encode_prompts(tokenizer: Tokenizer, resolved: ResolvedPrompt) -> tuple[list
 def pad_token_ids(id_lists: Sequence[Sequence[int]], bucket: int) -> tuple[np.ndarray, np.ndarray]:
     """A batch of prompts: ids int32 [B, S], and mask bool [B, S] that is True at real tokens.
 
-    S is the longest length rounded up to a multiple of `bucket`, so prompts of similar lengths share one
-    compiled program. Padding is on the right, id 0. Raises ValueError without prompts or for an empty one.
+    S is the longest length rounded up to a multiple of `bucket`, so prompts of similar lengths
+    share one compiled program. Padding is on the right, id 0. Raises ValueError without prompts or
+    for an empty one.
     """
     lengths = [len(ids) for ids in id_lists]
     if min(lengths, default=0) == 0 or bucket < 1:
-        raise ValueError(f"prompt lengths {lengths} and bucket={bucket}: each must be at least 1 token")
+        raise ValueError(
+            f"prompt lengths {lengths} and bucket={bucket}: each must be at least 1 token"
+        )
     padded_length = -(-max(lengths) // bucket) * bucket
     mask = np.arange(padded_length) < np.array(lengths)[:, None]
     ids = np.zeros(mask.shape, np.int32)
@@ -297,4 +345,6 @@ def _check_text(name: str, text: object) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"{name} is not valid Unicode ({error}); decode its source as UTF-8") from error
+        raise ValueError(
+            f"{name} is not valid Unicode ({error}); decode its source as UTF-8"
+        ) from error

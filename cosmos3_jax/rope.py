@@ -40,7 +40,8 @@ def video_positions(
         temporal_compression: pixel frames to one latent frame.
 
     Returns:
-        float32 [B, 3, S]. A frame's time is its latent index, in latent frames of the base frame rate.
+        float32 [B, 3, S]. A frame's time is its latent index, in latent frames of the base frame
+        rate.
     """
     time, rows, columns = (np.arange(n, dtype=np.float32) for n in grid)
     time = jnp.broadcast_to(time, (len(text_length), grid[0]))
@@ -53,12 +54,15 @@ def video_positions(
     time = time + _media_offset(config, text_length)
     shape = (len(text_length), *grid)
     axes = (time[:, :, None, None], rows[:, None], columns)
-    return jnp.stack([jnp.broadcast_to(axis, shape) for axis in axes], axis=1).reshape(len(time), 3, -1)
+    return jnp.stack([jnp.broadcast_to(axis, shape) for axis in axes], axis=1).reshape(
+        len(time), 3, -1
+    )
 
 
 def sound_positions(config: TransformerConfig, frames: int, text_length: Array) -> Array:
     """float32 [B, 3, S]: sound latents, from the first video frame's time on, row 0, column 0."""
-    # Computed here, not on the device: a compiler may turn the division into a product, an ulp away.
+    # Computed here, not on the device: a compiler may turn the division into a product, an ulp
+    # away.
     time = np.arange(frames, dtype=np.float32)
     if config.enable_fps_modulation:
         time = time / np.float32(config.sound_latent_fps) * np.float32(config.base_fps)
@@ -80,7 +84,8 @@ def inverse_frequencies(config: TransformerConfig) -> np.ndarray:
 def axis_of_slot(config: TransformerConfig) -> np.ndarray:
     """int [J]: the axis (0 time, 1 height, 2 width) whose position turns each frequency.
 
-    Interleaved as THW THW ... TT (Qwen3-VL): height and width take every third slot until theirs are used.
+    Interleaved as THW THW ... TT (Qwen3-VL): height and width take every third slot until theirs
+    are used.
     """
     axes = np.zeros(config.head_dim // 2, dtype=np.int32)
     for axis in (1, 2):
@@ -98,7 +103,9 @@ def rope_table(config: TransformerConfig, positions: Array) -> Rope:
 
 def apply_rope(x: Array, rope: Rope) -> Array:
     """Rotate pairs (j, j + J) of the last axis of x [B, S, heads, 2J] by the table's angles."""
-    cos, sin = (jnp.concatenate([table, table], axis=-1)[:, :, None].astype(x.dtype) for table in rope)
+    cos, sin = (
+        jnp.concatenate([table, table], axis=-1)[:, :, None].astype(x.dtype) for table in rope
+    )
     first, second = jnp.split(x, 2, axis=-1)
     return x * cos + jnp.concatenate([-second, first], axis=-1) * sin
 

@@ -1,12 +1,14 @@
-"""AVAE, the sound autoencoder: 48 kHz waveforms to and from 64 channels at 25 latent frames a second.
+"""AVAE, the sound autoencoder: 48 kHz waveforms to and from 64 channels at 25 latent frames a
+second.
 
-The decoder is Oobleck's (Evans et al., "Fast Timing-Conditioned Latent Audio Diffusion", 2024) with SnakeBeta
-activations (Lee et al., "BigVGAN", 2023, after Ziyin et al., 2020). The encoder is a stack of ConvNeXt blocks
-(Liu et al., "A ConvNet for the 2020s", 2022) over a short-time spectrum. Weight norm is folded when a
-checkpoint is read, so every convolution here is a plain one.
+The decoder is Oobleck's (Evans et al., "Fast Timing-Conditioned Latent Audio Diffusion", 2024) with
+SnakeBeta activations (Lee et al., "BigVGAN", 2023, after Ziyin et al., 2020). The encoder is a
+stack of ConvNeXt blocks (Liu et al., "A ConvNet for the 2020s", 2022) over a short-time spectrum.
+Weight norm is folded when a checkpoint is read, so every convolution here is a plain one.
 
-Axes: B batch, S latent frames, N waveform samples, T positions at any rate between the two, C channels,
-R the real and imaginary part, F frequencies. Inside, channels are last; waveforms are [B, C, N] for callers.
+Axes: B batch, S latent frames, N waveform samples, T positions at any rate between the two, C
+channels, R the real and imaginary part, F frequencies. Inside, channels are last; waveforms are [B,
+C, N] for callers.
 """
 
 import itertools
@@ -23,7 +25,11 @@ from cosmos3_jax.config import SoundVAEConfig
 
 
 def decode(
-    params: Mapping[str, Any], config: SoundVAEConfig, latents: jax.Array, *, dtype: Any = jnp.float32
+    params: Mapping[str, Any],
+    config: SoundVAEConfig,
+    latents: jax.Array,
+    *,
+    dtype: Any = jnp.float32,
 ) -> jax.Array:
     """Turn sound latents into a waveform.
 
@@ -41,35 +47,44 @@ def decode(
     """
     channels = config.vocoder_input_dim
     if latents.ndim != 3 or latents.shape[-1] != channels:
-        raise ValueError(f"sound latents of shape {latents.shape} are not [batch, frames, {channels}]")
+        raise ValueError(
+            f"sound latents of shape {latents.shape} are not [batch, frames, {channels}]"
+        )
     waveform = Decoder(config, dtype).apply({"params": params["decoder"]}, latents)
     return jnp.clip(rearrange(waveform.astype(jnp.float32), "b n c -> b c n"), -1.0, 1.0)
 
 
 def encode(
-    params: Mapping[str, Any], config: SoundVAEConfig, waveform: jax.Array, *, dtype: Any = jnp.float32
+    params: Mapping[str, Any],
+    config: SoundVAEConfig,
+    waveform: jax.Array,
+    *,
+    dtype: Any = jnp.float32,
 ) -> jax.Array:
     """Turn a waveform into the mean of its latent distribution.
 
-    Each example is scaled to a peak of 0.95 by itself, over its channels together so that their balance
-    stays: what one example encodes to must not depend on which others share its batch. (diffusers takes the
-    peak of the whole batch; for a batch of one there is no difference.)
+    Each example is scaled to a peak of 0.95 by itself, over its channels together so that their
+    balance stays: what one example encodes to must not depend on which others share its batch.
+    (diffusers takes the peak of the whole batch; for a batch of one there is no difference.)
 
     Args:
         params: a tree with an `"encoder"`, in any floating dtype.
         config: the sound VAE's configuration.
-        waveform: [B, 2, N] in [-1, 1] at `config.sampling_rate`; silence completes its last latent frame.
+        waveform: [B, 2, N] in [-1, 1] at `config.sampling_rate`; silence completes its last latent
+            frame.
         dtype: what convolutions compute in. Spectra, norms and snakes are float32 whatever it is.
 
     Returns:
         float32 [B, ceil(N / 1920), 64].
 
     Raises:
-        ValueError: the waveform has the wrong number of channels or no samples, or `params` has no encoder.
+        ValueError: the waveform has the wrong number of channels or no samples, or `params` has no
+            encoder.
     """
     if "encoder" not in params:
         raise ValueError(
-            "these sound VAE weights have a decoder only; to encode sound, load or convert a checkpoint "
+            "these sound VAE weights have a decoder only; to encode sound, load or convert a "
+            "checkpoint "
             "whose sound_tokenizer/ has encoder.* tensors"
         )
     channels = config.audio_channels
@@ -92,8 +107,9 @@ def encode(
 def sound_latent_length(config: SoundVAEConfig, num_frames: int, fps: float) -> int:
     """Latent frames of the sound that covers a video: ceil(int(num_frames / fps * 48000) / 1920).
 
-    The waveform is thus up to 1919 samples longer than the video; nothing trims it. Whole samples come first
-    because ceil(num_frames / fps * 25) has a frame too many where rounding lifts it over a whole number.
+    The waveform is thus up to 1919 samples longer than the video; nothing trims it. Whole samples
+    come first because ceil(num_frames / fps * 25) has a frame too many where rounding lifts it over
+    a whole number.
 
     Raises:
         ValueError: `num_frames` is less than 1, or `fps` is not a positive, finite number.
@@ -107,7 +123,9 @@ def sound_latent_length(config: SoundVAEConfig, num_frames: int, fps: float) -> 
 
 
 def param_shapes(config: SoundVAEConfig, with_encoder: bool) -> dict[str, Any]:
-    """The parameter tree with a `jax.ShapeDtypeStruct` for each leaf. Nothing is computed or allocated."""
+    """The parameter tree with a `jax.ShapeDtypeStruct` for each leaf. Nothing is computed or
+    allocated.
+    """
 
     def shapes(module: nn.Module, *inputs: int) -> dict[str, Any]:
         return jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros(inputs)))["params"]
@@ -115,7 +133,9 @@ def param_shapes(config: SoundVAEConfig, with_encoder: bool) -> dict[str, Any]:
     tree = {"decoder": shapes(Decoder(config, jnp.float32), 1, 1, config.vocoder_input_dim)}
     if with_encoder:
         bins = config.audio_channels * (config.enc_n_fft + 2)
-        tree["encoder"] = shapes(Encoder(config, jnp.float32), 1, math.prod(config.enc_strides), bins)
+        tree["encoder"] = shapes(
+            Encoder(config, jnp.float32), 1, math.prod(config.enc_strides), bins
+        )
     return tree
 
 
@@ -137,7 +157,9 @@ class Decoder(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """Upsampling, then residual units that look ever farther: [B, T, C] -> [B, T * stride, width]."""
+    """Upsampling, then residual units that look ever farther: [B, T, C] -> [B, T * stride,
+    width].
+    """
 
     width: int
     stride: int
@@ -162,7 +184,9 @@ class ResidualUnit(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         width = x.shape[-1]
         y = Snake(self.dtype, name="snake1")(x)
-        y = _conv(width, 7, self.dtype, "conv1", padding=3 * self.dilation, kernel_dilation=self.dilation)(y)
+        y = _conv(
+            width, 7, self.dtype, "conv1", padding=3 * self.dilation, kernel_dilation=self.dilation
+        )(y)
         y = Snake(self.dtype, name="snake2")(y)
         return x + _conv(width, 1, self.dtype, "conv2")(y)
 
@@ -185,7 +209,9 @@ class Encoder(nn.Module):
             for _ in range(config.enc_num_blocks):
                 x = ConvNeXtBlock(self.dtype, name=next(names))(x)
             padding = math.ceil(stride / 2)
-            x = _conv(width, 2 * stride, self.dtype, next(names), padding=padding, strides=stride)(x)
+            x = _conv(width, 2 * stride, self.dtype, next(names), padding=padding, strides=stride)(
+                x
+            )
         return _conv(config.enc_latent_dim, 1, self.dtype, next(names), use_bias=False)(x)
 
 
@@ -208,7 +234,8 @@ class ConvNeXtBlock(nn.Module):
 class Snake(nn.Module):
     """SnakeBeta: x + sin^2(a x) / b with a = exp(alpha), b = exp(beta) a channel.
 
-    In float32 whatever `dtype` is: a sine needs its angle's absolute error to be small, not its relative one.
+    In float32 whatever `dtype` is: a sine needs its angle's absolute error to be small, not its
+    relative one.
     """
 
     dtype: Any
@@ -222,10 +249,11 @@ class Snake(nn.Module):
 
 
 class ConvTranspose(nn.Module):
-    """The transpose of a strided convolution: [B, T, C] -> [B, T * stride, width], for odd strides too.
+    """The transpose of a strided convolution: [B, T, C] -> [B, T * stride, width], for odd strides
+    too.
 
-    The kernel, [2 * stride, C in, C out], runs backwards over the input, spread out with zeros in between.
-    It is stored in the checkpoint's order, and turned round here.
+    The kernel, [2 * stride, C in, C out], runs backwards over the input, spread out with zeros in
+    between. It is stored in the checkpoint's order, and turned round here.
     """
 
     width: int
@@ -235,7 +263,9 @@ class ConvTranspose(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         size = 2 * self.stride
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (size, x.shape[-1], self.width))
+        kernel = self.param(
+            "kernel", nn.initializers.lecun_normal(), (size, x.shape[-1], self.width)
+        )
         bias = self.param("bias", nn.initializers.zeros_init(), (self.width,))
         before = size - 1 - math.ceil(self.stride / 2)
         after = before + self.stride % 2
@@ -257,7 +287,8 @@ def short_time_spectrum(waveform: jax.Array, size: int, hop: int) -> jax.Array:
     Args:
         waveform: float32 [B, C, N]; N is a multiple of `hop`.
         size: samples in a window.
-        hop: samples from one window to the next; `size - hop` samples of silence go half before, half after.
+        hop: samples from one window to the next; `size - hop` samples of silence go half before,
+            half after.
 
     Returns:
         float32 [B, N / hop, C * R * F] with F = `size` / 2 + 1.
@@ -278,5 +309,7 @@ def _conv(width: int, size: int, dtype: Any, name: str, **options: Any) -> nn.Co
 
 
 def _precision(dtype: Any) -> jax.lax.Precision | None:
-    """Float32 means float32: left to itself, a GPU multiplies in TF32, with ten bits of fraction."""
+    """Float32 means float32: left to itself, a GPU multiplies in TF32, with ten bits of
+    fraction.
+    """
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None

@@ -1,8 +1,9 @@
 """A complete text_tokenizer folder with 264 ids, for small checkpoints, tests and demonstrations.
 
-Byte-level BPE without merges, so the id of an ordinary token is its UTF-8 byte; then the special tokens of
-Qwen's vocabulary that generation meets. Files and behaviour (NFC, pre-tokeniser) follow Qwen's, so
-`transformers.AutoTokenizer`, `Qwen2TokenizerFast` and `cosmos3_jax.prompt.Tokenizer` give the same ids.
+Byte-level BPE without merges, so the id of an ordinary token is its UTF-8 byte; then the special
+tokens of Qwen's vocabulary that generation meets. Files and behaviour (NFC, pre-tokeniser) follow
+Qwen's, so `transformers.AutoTokenizer`, `Qwen2TokenizerFast` and `cosmos3_jax.prompt.Tokenizer`
+give the same ids.
 """
 
 import json
@@ -13,8 +14,8 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 SPECIAL_TOKENS = (
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
-    "<|image_pad|>", "<|video_pad|>",
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
+    "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
 )  # fmt: skip
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
@@ -64,7 +65,9 @@ def _tokenizer() -> tokenizers.Tokenizer:
 
 
 def byte_characters() -> list[str]:
-    """The character by which byte-level BPE (GPT-2) names each of the 256 bytes: itself if it is visible."""
+    """The character by which byte-level BPE (GPT-2) names each of the 256 bytes: itself if it is
+    visible.
+    """
     visible = {*range(33, 127), *range(161, 173), *range(174, 256)}
     substitutes = iter(range(256, 512))
     return [chr(byte if byte in visible else next(substitutes)) for byte in range(256)]

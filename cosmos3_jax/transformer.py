@@ -1,12 +1,14 @@
-"""The Mixture-of-Transformers: a text tower that runs once a prompt, a media tower that runs at every step.
+"""The Mixture-of-Transformers: a text tower that runs once a prompt, a media tower that runs at
+every step.
 
-`encode_condition` keeps the keys and values of every layer of the text tower. `velocity` is one pass of
-the media tower: its queries come from video and sound tokens, its keys and values are its own and the
-text's of the same layer. Keys are ordered media first, text last, so that text padding trails and one
-length an example masks it. Both towers are stacked layers under `nn.scan`: one layer is compiled.
+`encode_condition` keeps the keys and values of every layer of the text tower. `velocity` is one
+pass of the media tower: its queries come from video and sound tokens, its keys and values are its
+own and the text's of the same layer. Keys are ordered media first, text last, so that text padding
+trails and one length an example masks it. Both towers are stacked layers under `nn.scan`: one layer
+is compiled.
 
-Axes: B batch, S text tokens, M media tokens, L layers, N query heads, K key/value heads, H head dimension,
-D model; of the latents t frames, h rows, w columns, C channels, and s sound frames.
+Axes: B batch, S text tokens, M media tokens, L layers, N query heads, K key/value heads, H head
+dimension, D model; of the latents t frames, h rows, w columns, C channels, and s sound frames.
 """
 
 import einops
@@ -23,7 +25,8 @@ from cosmos3_jax.layers import RMSNorm, SwiGLU, TimestepEmbedding, attention, de
 
 @struct.dataclass
 class Latents:
-    """Normalised latents, or anything of their shape: noise, velocity, a prediction of the clean latents.
+    """Normalised latents, or anything of their shape: noise, velocity, a prediction of the clean
+    latents.
 
     Attributes:
         video: [B, t, h, w, C].
@@ -130,7 +133,9 @@ class KeyValue(nn.Module):
 
 
 class TextTower(nn.Module):
-    """Token ids [B, S] -> keys and values [L, B, S, K, H]. Causal, so padding behind a prompt changes nothing."""
+    """Token ids [B, S] -> keys and values [L, B, S, K, H]. Causal, so padding behind a prompt
+    changes nothing.
+    """
 
     config: TransformerConfig
     dtype: jnp.dtype
@@ -199,7 +204,8 @@ def patch_grid(
 
 
 def patchify(config: TransformerConfig, video: Array) -> Array:
-    """[B, t, h, w, C] -> [B, M, p p C], zero rows and columns added at the bottom and right where needed.
+    """[B, t, h, w, C] -> [B, M, p p C], zero rows and columns added at the bottom and right where
+    needed.
 
     The features of a patch run over (row, column, channel).
     """
@@ -240,8 +246,8 @@ def encode_condition(
     Args:
         params: the text tower's parameters, `params["und"]`.
         text_ids: int32 [B, S], padded on the right.
-        text_mask: bool [B, S], True on the prompt, False on the padding. What stands in the padding does
-            not change the result.
+        text_mask: bool [B, S], True on the prompt, False on the padding. What stands in the padding
+            does not change the result.
         video_shape: latent (t, h, w).
         fps: frames per second of the video, a scalar or [B].
         sound_frames: sound latents s, 0 for none.

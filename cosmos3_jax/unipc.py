@@ -1,9 +1,10 @@
 """Sigma schedules, and UniPC as a table of coefficients driven by one scan.
 
-UniPC (Zhao et al., 2023; order 2, B(h) = expm1(-h), data prediction) is linear in the samples and in the
-predictions of the clean latents m_i = x_i - sigma_i v_i, with coefficients that depend on the sigmas
-alone. So the solver is data: a `Tableau` computed on the host in float64, one row a step, and a scan over
-its rows with the explicit state (x, the corrected x of the last step, m_{i-1}, m_{i-2}) in float32.
+UniPC (Zhao et al., 2023; order 2, B(h) = expm1(-h), data prediction) is linear in the samples and
+in the predictions of the clean latents m_i = x_i - sigma_i v_i, with coefficients that depend on
+the sigmas alone. So the solver is data: a `Tableau` computed on the host in float64, one row a
+step, and a scan over its rows with the explicit state (x, the corrected x of the last step,
+m_{i-1}, m_{i-2}) in float32.
 
 Flow convention: x_sigma = (1 - sigma) x_0 + sigma noise; the model predicts v = noise - x_0.
 
@@ -29,13 +30,14 @@ Tree = Any  # a pytree of arrays: latents, velocity
 
 @struct.dataclass
 class Tableau:
-    """UniPC for one sigma schedule, as arrays: another schedule of as many steps compiles nothing anew.
+    """UniPC for one sigma schedule, as arrays: another schedule of as many steps compiles nothing
+    anew.
 
     Attributes:
         timestep: int32 [K], what the model is told: 1000 sigma, truncated.
         sigma: float32 [K], what the solver uses.
-        correct: float32 [K, 5], the corrected sample as a combination of (x_i, the corrected x_{i-1},
-            m_{i-1}, m_{i-2}, m_i). The first row keeps x_0.
+        correct: float32 [K, 5], the corrected sample as a combination of (x_i, the corrected
+            x_{i-1}, m_{i-1}, m_{i-2}, m_i). The first row keeps x_0.
         predict: float32 [K, 3], the next sample as a combination of (corrected x_i, m_i, m_{i-1}).
     """
 
@@ -55,8 +57,8 @@ def sigmas(
     """The K + 1 noise levels of a schedule, float64, strictly decreasing to 0.
 
     Args:
-        schedule: `native` (linear flow from 0.999, the model's own framework), `diffusers` (linear flow
-            from 1) or `karras` (the published scheduler file's; it ignores `flow_shift`).
+        schedule: `native` (linear flow from 0.999, the model's own framework), `diffusers` (linear
+            flow from 1) or `karras` (the published scheduler file's; it ignores `flow_shift`).
         num_inference_steps: K >= 1.
         flow_shift: s in sigma = s u / (1 + (s - 1) u), positive.
         karras_range: lowest and highest noise-to-signal ratio of the `karras` schedule.
@@ -77,7 +79,11 @@ def sigmas(
         u = (high + ramp * (low - high)) ** KARRAS_RHO
         levels = u / (u + 1)
     else:
-        ends = (1 - 1 / NUM_TRAIN_TIMESTEPS, 0) if schedule == "native" else (1, 1 / NUM_TRAIN_TIMESTEPS)
+        ends = (
+            (1 - 1 / NUM_TRAIN_TIMESTEPS, 0)
+            if schedule == "native"
+            else (1, 1 / NUM_TRAIN_TIMESTEPS)
+        )
         u = np.linspace(*ends, steps + 1)[:-1]
         levels = flow_shift * u / (1 + (flow_shift - 1) * u)
         if abs(levels[0] - 1) < 1e-6:
@@ -88,9 +94,10 @@ def sigmas(
 def tableau(levels: np.ndarray) -> Tableau:
     """UniPC's coefficients for K + 1 sigmas that fall from at most 1 to 0.
 
-    The sigmas are rounded to float32 before anything is computed from them, in float64, so that solver and
-    model agree with an implementation whose state is float32. At the last step the formula's h is infinite
-    and its order 1: the sample becomes m_{K-1}, the model's clean prediction.
+    The sigmas are rounded to float32 before anything is computed from them, in float64, so that
+    solver and model agree with an implementation whose state is float32. At the last step the
+    formula's h is infinite and its order 1: the sample becomes m_{K-1}, the model's clean
+    prediction.
 
     Raises:
         ValueError: if the sigmas are not strictly decreasing, not in (0, 1), or do not end in 0.
@@ -100,7 +107,8 @@ def tableau(levels: np.ndarray) -> Tableau:
     timestep = (levels[:-1] * NUM_TRAIN_TIMESTEPS).astype(np.int32)
     if len(timestep) > 1 and timestep[0] == timestep[1]:
         warnings.warn(
-            f"{len(timestep)} steps give the first two steps the same integer timestep {timestep[0]}; "
+            f"{len(timestep)} steps give the first two steps the same integer timestep "
+            f"{timestep[0]}; "
             "diffusers' scheduler breaks here, so nothing comparable exists. Use fewer steps.",
             stacklevel=2,
         )
@@ -153,19 +161,27 @@ def _corrector(lam, alpha, sigma, i: int, order: int) -> tuple[float, float, flo
 
 def _check_sigmas(levels: np.ndarray) -> None:
     if levels.ndim != 1 or len(levels) < 2:
-        raise ValueError(f"sigmas of shape {levels.shape}: expected the K + 1 >= 2 noise levels of K steps")
+        raise ValueError(
+            f"sigmas of shape {levels.shape}: expected the K + 1 >= 2 noise levels of K steps"
+        )
     if levels[-1] != 0:
         raise ValueError(f"sigmas must end in 0, the last is {levels[-1]}; append it")
     if not (np.diff(levels) < 0).all():
         at = int(np.argmin(np.diff(levels) < 0))
-        raise ValueError(f"sigmas must fall strictly: number {at} is {levels[at]}, the next {levels[at + 1]}")
+        raise ValueError(
+            f"sigmas must fall strictly: number {at} is {levels[at]}, the next {levels[at + 1]}"
+        )
     if not np.float32(levels[0]) < 1:
-        raise ValueError(f"sigmas must be below 1 (log(1 - sigma) diverges), the first is {levels[0]}")
+        raise ValueError(
+            f"sigmas must be below 1 (log(1 - sigma) diverges), the first is {levels[0]}"
+        )
 
 
 @struct.dataclass
 class Trajectory:
-    """Every step of a run, stacked on a leading axis K: the latents after it and its clean prediction."""
+    """Every step of a run, stacked on a leading axis K: the latents after it and its clean
+    prediction.
+    """
 
     latents: Tree
     clean: Tree
@@ -205,7 +221,9 @@ def sample(
         corrected = combine(row.correct, x, last, m1, m2, m0)
         x = combine(row.predict, corrected, m0, m1)
         if on_step is not None:  # an element of the result, so that the report waits for it
-            jax.debug.callback(lambda i, _: on_step(int(i)), index, jax.tree.leaves(x)[0].ravel()[0])
+            jax.debug.callback(
+                lambda i, _: on_step(int(i)), index, jax.tree.leaves(x)[0].ravel()[0]
+            )
         return (x, corrected, m0, m1), Trajectory(x, m0) if return_trajectory else None
 
     x = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), noise)

@@ -1,10 +1,10 @@
 """The Wan2.2 residual video VAE: pixels to latents and back, streamed over time.
 
-Axes: B batch, T frames (of pixels or latents, whichever the array holds), H height, W width, C channels.
-Latents are [B, T, H, W, C]; video is [B, C, T, H, W].
+Axes: B batch, T frames (of pixels or latents, whichever the array holds), H height, W width, C
+channels. Latents are [B, T, H, W, C]; video is [B, C, T, H, W].
 
-The modules are in `video_vae_modules.py`. Here a clip goes through them in pieces of a few latent frames,
-so memory does not grow with its length.
+The modules are in `video_vae_modules.py`. Here a clip goes through them in pieces of a few latent
+frames, so memory does not grow with its length.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,7 +30,9 @@ def _latent_statistics(config: VideoVAEConfig, dtype: DTypeLike) -> tuple[np.nda
 
 
 def normalize_latents(config: VideoVAEConfig, latents: jax.Array) -> jax.Array:
-    """The encoder's output [..., z_dim] -> latents of about unit variance, which the transformer reads."""
+    """The encoder's output [..., z_dim] -> latents of about unit variance, which the transformer
+    reads.
+    """
     mean, inverse_std = _latent_statistics(config, latents.dtype)
     return (latents - mean) * inverse_std
 
@@ -44,7 +46,8 @@ def denormalize_latents(config: VideoVAEConfig, latents: jax.Array) -> jax.Array
 def pixel_to_latent_shape(
     config: VideoVAEConfig, num_frames: int, height: int, width: int
 ) -> tuple[int, int, int]:
-    """The latent grid (t, h, w) of a video: t = (num_frames - 1) / 4 + 1, h = height / 16, w = width / 16.
+    """The latent grid (t, h, w) of a video: t = (num_frames - 1) / 4 + 1, h = height / 16, w =
+    width / 16.
 
     Raises ValueError unless num_frames is 4k+1 and height and width are multiples of 16.
     """
@@ -58,7 +61,8 @@ def pixel_to_latent_shape(
         if size < 1 or size % space:
             below = max(size // space * space, space)
             raise ValueError(
-                f"{name}={size} is not a multiple of {space}; nearest are {below} and {below + space}"
+                f"{name}={size} is not a multiple of {space}; nearest are {below} and "
+                f"{below + space}"
             )
     return (num_frames - 1) // time + 1, height // space, width // space
 
@@ -69,10 +73,11 @@ def _first_pixel_frame(config: VideoVAEConfig, latent_frame: int | jax.Array) ->
 
 
 def _over_time(step: Callable, output: jax.Array, latent_frames: int, chunk_size: int) -> jax.Array:
-    """Run `step(cache, output, start, frames, first) -> (cache, output)` over a clip, in latent frames.
+    """Run `step(cache, output, start, frames, first) -> (cache, output)` over a clip, in latent
+    frames.
 
-    The output is a buffer of which each step writes its part in place: memory does not grow with the clip,
-    where stacked outputs of a scan would be copied into their final layout.
+    The output is a buffer of which each step writes its part in place: memory does not grow with
+    the clip, where stacked outputs of a scan would be copied into their final layout.
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size} must be at least 1")
@@ -107,7 +112,8 @@ def decode(
         params: the tree of `param_shapes`; only "decoder" is read.
         config: the VAE's configuration.
         latents: normalised, [B, t, h, w, z_dim].
-        chunk_size: latent frames at a time after the first. The result does not depend on it; memory does.
+        chunk_size: latent frames at a time after the first. The result does not depend on it;
+            memory does.
         dtype: of the computation.
         video_dtype: of the result; `dtype` if None.
 
@@ -157,7 +163,8 @@ def encode(
         dtype: of the computation and of the result.
 
     Returns:
-        Latents [B, (T-1)/4 + 1, H/16, W/16, z_dim]. Those of a prefix of the video are a prefix of them.
+        Latents [B, (T-1)/4 + 1, H/16, W/16, z_dim]. Those of a prefix of the video are a prefix of
+        them.
 
     Raises:
         ValueError: the video has another shape, or chunk_size is below 1.

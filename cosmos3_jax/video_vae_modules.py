@@ -1,15 +1,17 @@
-"""The modules of the Wan2.2 video VAE: causal convolutions, residual blocks, resampling, encoder, decoder.
+"""The modules of the Wan2.2 video VAE: causal convolutions, residual blocks, resampling, encoder,
+decoder.
 
-Axes: B batch, T frames (of pixels or latents, whichever the array holds), H height, W width, C channels.
-Arrays are [B, T, H, W, C].
+Axes: B batch, T frames (of pixels or latents, whichever the array holds), H height, W width, C
+channels. Arrays are [B, T, H, W, C].
 
-Everything is causal: no frame sees a later one. So each convolution over time keeps the last frames that
-it read in the variable collection "cache", a clip passes through in pieces, and the pieces equal the
-whole. Frame 0 stands alone (a latent frame of one pixel frame; each later one is worth four), which is
-why the first piece is that frame, and why the layers that change the frame rate take `first`.
+Everything is causal: no frame sees a later one. So each convolution over time keeps the last frames
+that it read in the variable collection "cache", a clip passes through in pieces, and the pieces
+equal the whole. Frame 0 stands alone (a latent frame of one pixel frame; each later one is worth
+four), which is why the first piece is that frame, and why the layers that change the frame rate
+take `first`.
 
-Source: Wan (arXiv:2503.20314), the VAE of its 2.2 release. Parameters may be stored in any dtype; they
-are cast to `dtype`, the compute dtype, where they are used.
+Source: Wan (arXiv:2503.20314), the VAE of its 2.2 release. Parameters may be stored in any dtype;
+they are cast to `dtype`, the compute dtype, where they are used.
 """
 
 from functools import partial
@@ -33,11 +35,13 @@ def conv2d(features: int, dtype: DTypeLike, kernel_size: int = 3, **kwargs: Any)
 
 
 class CausalConv(nn.Module):
-    """A convolution over frames, zero-padded in space, preceded by the frames that its last call ended with.
+    """A convolution over frames, zero-padded in space, preceded by the frames that its last call
+    ended with.
 
-    With stride s a kernel of t frames must see t - s earlier ones; before the clip they are zeros. The
-    frames that one output reads are laid side by side in the channels: one plain two-dimensional
-    convolution a frame, which GPU libraries run a tenth to a sixth faster than the three-dimensional one.
+    With stride s a kernel of t frames must see t - s earlier ones; before the clip they are zeros.
+    The frames that one output reads are laid side by side in the channels: one plain
+    two-dimensional convolution a frame, which GPU libraries run a tenth to a sixth faster than the
+    three-dimensional one.
     """
 
     features: int
@@ -70,7 +74,9 @@ class CausalConv(nn.Module):
 
 
 def _window(past: jax.Array, x: jax.Array, start: int, length: int) -> jax.Array:
-    """Frames start .. start + length of `past` followed by `x`, without writing the two down in a row."""
+    """Frames start .. start + length of `past` followed by `x`, without writing the two down in a
+    row.
+    """
 
     def place(frames: jax.Array, at: int) -> jax.Array:
         ends = (at - start, length - (at - start) - frames.shape[1], 0)
@@ -135,7 +141,8 @@ class MidBlock(nn.Module):
 
 
 def avg_down(x: jax.Array, features: int, time: int, space: int) -> jax.Array:
-    """The encoder's shortcut: fold time x space x space boxes into channels, then average groups of them.
+    """The encoder's shortcut: fold time x space x space boxes into channels, then average groups of
+    them.
 
     A frame 0 that comes alone fills the end of its box, after zeros.
     """
@@ -145,7 +152,8 @@ def avg_down(x: jax.Array, features: int, time: int, space: int) -> jax.Array:
 
 
 def dup_up(x: jax.Array, features: int, time: int, space: int, first: bool) -> jax.Array:
-    """The decoder's shortcut: repeat each channel, then unfold channels into time x space x space boxes.
+    """The decoder's shortcut: repeat each channel, then unfold channels into time x space x space
+    boxes.
 
     Frame 0 keeps only the last frame of its box.
     """
@@ -155,7 +163,9 @@ def dup_up(x: jax.Array, features: int, time: int, space: int, first: bool) -> j
 
 
 class Downsample(nn.Module):
-    """Halves height and width, and the frame rate where `time` is 2. The first piece is frame 0 alone."""
+    """Halves height and width, and the frame rate where `time` is 2. The first piece is frame 0
+    alone.
+    """
 
     time: int
     dtype: DTypeLike
@@ -166,7 +176,8 @@ class Downsample(nn.Module):
         x = conv2d(C, self.dtype, strides=(2, 2), padding=((0, 1), (0, 1)), name="resample_1")(x)
         if self.time == 1:
             return x
-        # Frame 0 passes by. The convolution remembers it, and has no output until two more frames come.
+        # Frame 0 passes by. The convolution remembers it, and has no output until two more frames
+        # come.
         later = CausalConv(C, self.dtype, (3, 1, 1), stride=2, name="time_conv")(x)
         return jnp.concatenate([x[:, : int(first)], later], axis=1)
 
@@ -190,7 +201,9 @@ class Upsample(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """Residual blocks and a downsampling (none where `space` is 1), beside a shortcut from end to end."""
+    """Residual blocks and a downsampling (none where `space` is 1), beside a shortcut from end to
+    end.
+    """
 
     features: int
     depth: int
@@ -210,7 +223,9 @@ class DownBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """Residual blocks and an upsampling beside a shortcut from end to end; neither where `space` is 1."""
+    """Residual blocks and an upsampling beside a shortcut from end to end; neither where `space` is
+    1.
+    """
 
     features: int
     depth: int
@@ -230,7 +245,8 @@ class UpBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pixels [B, T, H, W, 3] in [-1, 1] -> the posterior's mean [B, T/4, H/16, W/16, z_dim], not normalised.
+    """Pixels [B, T, H, W, 3] in [-1, 1] -> the posterior's mean [B, T/4, H/16, W/16, z_dim], not
+    normalised.
 
     With `first`, T is 1 and makes one latent frame; otherwise T is a multiple of 4.
     """
@@ -256,7 +272,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents [B, T, H, W, z_dim], denormalised -> pixels [B, 4T, 16H, 16W, 3], about [-1, 1], not clipped.
+    """Latents [B, T, H, W, z_dim], denormalised -> pixels [B, 4T, 16H, 16W, 3], about [-1, 1], not
+    clipped.
 
     With `first`, T is 1 and makes one pixel frame.
     """

@@ -1,4 +1,6 @@
-"""Build the wheel, install it in an empty environment away from the repository, and make the demo there."""
+"""Build the wheel, install it in an empty environment away from the repository, and make the demo
+there.
+"""
 
 import subprocess
 import sys

@@ -1,4 +1,6 @@
-"""The executable oracle: diffusers' modules at small sizes, with every parameter away from 0 and 1."""
+"""The executable oracle: diffusers' modules at small sizes, with every parameter away from 0 and
+1.
+"""
 
 from types import SimpleNamespace
 
@@ -21,9 +23,13 @@ from cosmos3_jax.tiny_tokenizer import write_tokenizer
 def tree_from_state_dict(layout: rules.Layout, state_dict, shapes) -> dict:
     """A PyTorch state dict in our tree (nested dict of float32 arrays), through the layout's rules.
 
-    `shapes` is the tree of `jax.ShapeDtypeStruct`s; the rules are checked against the state dict first.
+    `shapes` is the tree of `jax.ShapeDtypeStruct`s; the rules are checked against the state dict
+    first.
     """
-    tensors = {rules.canonical_key(key): value.detach().float().numpy() for key, value in state_dict.items()}
+    tensors = {
+        rules.canonical_key(key): value.detach().float().numpy()
+        for key, value in state_dict.items()
+    }
     leaves = rules.leaf_shapes(shapes)
     rules.check(layout, {key: value.shape for key, value in tensors.items()}, leaves)
     filled = {path: np.full(shape, np.nan, np.float32) for path, shape in leaves.items()}
@@ -55,16 +61,18 @@ def relative_l2(ours, reference) -> float:
     return float(np.linalg.norm(ours - reference) / np.linalg.norm(reference))
 
 
-# Nano's switches at small sizes: silu, text qk-norm, sound and action weights, grouped key/value heads.
+# Nano's switches at small sizes: silu, text qk-norm, sound and action weights, grouped key/value
+# heads.
 TRANSFORMER = dict(
     hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
     intermediate_size=96, vocab_size=264, rope_scaling={"mrope_section": [4, 2, 2]},
-    latent_channel=6, patch_latent_dim=24, sound_gen=True, sound_dim=5, action_gen=True, action_dim=4,
-    num_embodiment_domains=2,
+    latent_channel=6, patch_latent_dim=24, sound_gen=True, sound_dim=5,
+    action_gen=True, action_dim=4, num_embodiment_domains=2,
 )  # fmt: skip
 VIDEO_VAE = dict(
     base_dim=8, decoder_base_dim=8, z_dim=6, dim_mult=[1, 2, 4, 4], num_res_blocks=2,
-    temperal_downsample=[False, True, True], in_channels=12, out_channels=12, patch_size=2, is_residual=True,
+    temperal_downsample=[False, True, True], in_channels=12, out_channels=12, patch_size=2,
+    is_residual=True,
     scale_factor_spatial=16, scale_factor_temporal=4,
     latents_mean=[-0.2, 0.1, 0.3, 0.0, -0.4, 0.2], latents_std=[0.5, 1.1, 0.8, 0.4, 1.3, 0.9],
 )  # fmt: skip
@@ -72,14 +80,18 @@ SOUND_VAE = dict(dec_dim=4, enc_dim=4, vocoder_input_dim=5, enc_latent_dim=10)
 
 
 def save_pipeline(folder, seed: int = 0, **transformer) -> None:
-    """Write a small checkpoint in the public layout by the oracle's own `save_pretrained`, in several shards."""
+    """Write a small checkpoint in the public layout by the oracle's own `save_pretrained`, in
+    several shards.
+    """
     torch.manual_seed(seed)
     model = perturb(Cosmos3OmniTransformer(**TRANSFORMER | transformer), seed + 1, 0.05)
     video = perturb(AutoencoderKLWan(**VIDEO_VAE), seed + 2, 0.02)
     write_tokenizer(folder / "text_tokenizer")
     components = {"transformer": model, "vae": video}
     if model.config.sound_gen:
-        components["sound_tokenizer"] = perturb(Cosmos3AVAEAudioTokenizer(**SOUND_VAE), seed + 3, 0.02)
+        components["sound_tokenizer"] = perturb(
+            Cosmos3AVAEAudioTokenizer(**SOUND_VAE), seed + 3, 0.02
+        )
     else:
         components["sound_tokenizer"] = None
     pipeline = Cosmos3OmniPipeline(
@@ -95,11 +107,17 @@ def save_pipeline(folder, seed: int = 0, **transformer) -> None:
 
 
 def load_pipeline(folder, schedule: str = "native", dtype: torch.dtype = torch.float32):
-    """The oracle's pipeline on a saved checkpoint, with the scheduler that one of our schedules names."""
-    pipeline = Cosmos3OmniPipeline.from_pretrained(folder, enable_safety_checker=False, torch_dtype=dtype)
+    """The oracle's pipeline on a saved checkpoint, with the scheduler that one of our schedules
+    names.
+    """
+    pipeline = Cosmos3OmniPipeline.from_pretrained(
+        folder, enable_safety_checker=False, torch_dtype=dtype
+    )
     if schedule != "karras":
         config = pipeline.scheduler.config
-        pipeline.scheduler = UniPCMultistepScheduler.from_config(config, flow_shift=10.0, use_karras_sigmas=False)
+        pipeline.scheduler = UniPCMultistepScheduler.from_config(
+            config, flow_shift=10.0, use_karras_sigmas=False
+        )
     pipeline.register_to_config(use_native_flow_schedule=schedule == "native")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -15,8 +15,8 @@ from cosmos3_jax import media
 
 RATE = 48_000
 PATCHES = np.array(
-    [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [0, 255, 255], [255, 0, 255], [255, 255, 255],
-     [0, 0, 0], [128, 128, 128], [200, 100, 50]], np.uint8
+    [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [0, 255, 255], [255, 0, 255],
+     [255, 255, 255], [0, 0, 0], [128, 128, 128], [200, 100, 50]], np.uint8
 )  # fmt: skip
 
 
@@ -41,7 +41,8 @@ def everything_in(folder) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
-# Pixels and rates -------------------------------------------------------------------------------------------
+# Pixels and rates
+# -------------------------------------------------------------------------------------------
 
 
 def test_pixels_are_rounded_and_clamped():
@@ -54,7 +55,9 @@ def test_pixels_are_rounded_and_clamped():
     halves = ((np.arange(255) + 0.45) / 255).astype(
         np.float16
     )  # computing in float16 gets some of these wrong
-    np.testing.assert_array_equal(media.to_uint8(halves), np.floor(halves.astype(float) * 255 + 0.5))
+    np.testing.assert_array_equal(
+        media.to_uint8(halves), np.floor(halves.astype(float) * 255 + 0.5)
+    )
     np.testing.assert_array_equal(media.to_uint8(PATCHES), PATCHES)
 
 
@@ -71,7 +74,8 @@ RATES = [
     (29.97, Fraction(30000, 1001)), (23.976, Fraction(24000, 1001)), (59.94, Fraction(60000, 1001)),
     (119.88, Fraction(120000, 1001)), (30000 / 1001, Fraction(30000, 1001)),
     (np.float32(29.97), Fraction(30000, 1001)),
-    (Fraction(24000, 1001), Fraction(24000, 1001)), (7.3, Fraction(73, 10)), (50 / 3, Fraction(50, 3)),
+    (Fraction(24000, 1001), Fraction(24000, 1001)), (7.3, Fraction(73, 10)),
+    (50 / 3, Fraction(50, 3)),
 ]  # fmt: skip
 
 
@@ -86,7 +90,8 @@ def test_impossible_rates(fps):
         media.frame_rate(fps)
 
 
-# mp4 --------------------------------------------------------------------------------------------------------
+# mp4
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fps", [24.0, 30, 29.97, 23.976, 12.5, 16.0])
@@ -100,7 +105,12 @@ def test_mp4_round_trip(tmp_path, fps):
     info = media.probe(path)
     assert (info.frames, info.height, info.width) == (25, 64, 96)
     assert info.fps == media.frame_rate(fps)
-    assert (info.video_codec, info.audio_codec, info.sample_rate, info.channels) == ("h264", "aac", RATE, 2)
+    assert (info.video_codec, info.audio_codec, info.sample_rate, info.channels) == (
+        "h264",
+        "aac",
+        RATE,
+        2,
+    )
     decoded, rate = media.read_video(path)
     assert rate == pytest.approx(float(info.fps))
     # crf 18 gives this clip 36.5 dB; 30 dB is where a viewer starts to see damage.
@@ -119,7 +129,9 @@ def test_sound_is_fitted_to_the_video(tmp_path, samples):
     assert info.audio_samples == 42_000
     with av.open(tmp_path / "a.mp4") as container:
         video, sound = container.streams
-        assert video.duration * video.time_base == sound.duration * sound.time_base == Fraction(21, 24)
+        assert (
+            video.duration * video.time_base == sound.duration * sound.time_base == Fraction(21, 24)
+        )
         assert video.start_time == sound.start_time == 0
 
 
@@ -130,7 +142,8 @@ def test_tones_survive_in_place(tmp_path):
     assert (decoded.shape, decoded.dtype, rate) == (sound.shape, np.float32, RATE)
     peaks = np.abs(np.fft.rfft(decoded)).argmax(axis=1) / 2  # two seconds: bins of 0.5 Hz
     np.testing.assert_array_equal(peaks, [440, 1000])
-    # AAC leaves an error of 0.013 RMS on these tones. One sample late would be 0.036; swapped channels 0.5.
+    # AAC leaves an error of 0.013 RMS on these tones. One sample late would be 0.036; swapped
+    # channels 0.5.
     assert np.sqrt(np.mean((decoded - sound) ** 2)) < 0.025
 
 
@@ -139,7 +152,9 @@ def test_the_onset_survives(tmp_path):
     sound = tones(RATE)
     output = {"video": smooth_video(24, 32, 32), "sound": sound, "sample_rate": RATE}
     decoded, _ = media.read_sound(media.save_mp4(output, tmp_path / "a.mp4"))
-    assert np.abs(decoded - sound)[:, :1024].max() < 0.05  # 0.02 as written; 0.39 with the default coder
+    assert (
+        np.abs(decoded - sound)[:, :1024].max() < 0.05
+    )  # 0.02 as written; 0.39 with the default coder
 
 
 def test_mono_and_other_rates(tmp_path):
@@ -166,25 +181,38 @@ def test_single_frame(tmp_path, sound):
 
 
 def test_colours_survive(tmp_path):
-    """A wrong matrix moves saturated colours by 10 to 40 levels; a wrong range, black and white by 16."""
+    """A wrong matrix moves saturated colours by 10 to 40 levels; a wrong range, black and white by
+    16.
+    """
     image = np.repeat(np.repeat(PATCHES[None], 64, 0), 32, 1).reshape(64, 320, 3)
     video = np.repeat(image.transpose(2, 0, 1)[:, None] / 255, 4, 1)
     path = media.save_mp4({"video": video}, tmp_path / "a.mp4")
     with av.open(path) as container:
         codec = container.streams.video[0].codec_context
-        assert (codec.pix_fmt, codec.colorspace, codec.color_range) == ("yuv420p", 1, 1)  # BT.709, limited
+        assert (codec.pix_fmt, codec.colorspace, codec.color_range) == (
+            "yuv420p",
+            1,
+            1,
+        )  # BT.709, limited
         assert (codec.color_primaries, codec.color_trc) == (1, 1)
         planes = next(container.decode(video=0)).to_ndarray()
-    # The bytes themselves, against the standard's formula: a mistake made both ways cancels in a round trip.
+    # The bytes themselves, against the standard's formula: a mistake made both ways cancels in a
+    # round trip.
     red, green, blue = PATCHES.T / 255
     luma = 0.2126 * red + 0.7152 * green + 0.0722 * blue
-    expected = [16 + 219 * luma, 128 + 224 * (blue - luma) / 1.8556, 128 + 224 * (red - luma) / 1.5748]
+    expected = [
+        16 + 219 * luma,
+        128 + 224 * (blue - luma) / 1.8556,
+        128 + 224 * (red - luma) / 1.5748,
+    ]
     coded = [
         planes[32, 16::32],
         planes[64:80].reshape(32, 160)[16, 8::16],
         planes[80:].reshape(32, 160)[16, 8::16],
     ]
-    np.testing.assert_allclose(coded, expected, atol=2)  # half a level of rounding, and x264's quantiser
+    np.testing.assert_allclose(
+        coded, expected, atol=2
+    )  # half a level of rounding, and x264's quantiser
     decoded = media.read_video(path)[0].astype(float)
     centres = decoded.reshape(4, 64, 10, 32, 3)[:, 16:48, :, 8:24].mean(axis=(0, 1, 3))
     np.testing.assert_allclose(centres, PATCHES, atol=4)  # 8-bit YCbCr alone costs up to 2
@@ -209,7 +237,10 @@ BAD_OUTPUTS = [
     ({"latents": np.zeros((3, 32, 32))}, "no 'video'"),
     ({"video": np.full((3, 2, 32, 32), np.nan)}, "NaN"),
     ({"video": smooth_video(2), "sound": tones(99)}, "sample_rate=None"),
-    ({"video": smooth_video(2), "sound": tones(99), "sample_rate": 47_999}, "47999 is not one of AAC's"),
+    (
+        {"video": smooth_video(2), "sound": tones(99), "sample_rate": 47_999},
+        "47999 is not one of AAC's",
+    ),
     ({"video": smooth_video(2), "sound": np.zeros((64, 99)), "sample_rate": RATE}, "64, 99"),
     ({"video": smooth_video(2), "sound": np.full((2, 99), np.inf), "sample_rate": RATE}, "NaN"),
 ]
@@ -225,14 +256,16 @@ def test_unwritable_outputs(tmp_path, output, message):
 def test_crf_sets_the_quality(tmp_path):
     noise = np.random.default_rng(0).random((3, 4, 64, 64))
     sizes = [
-        media.save_mp4({"video": noise}, tmp_path / f"{c}.mp4", crf=c).stat().st_size for c in (10, 18, 40)
+        media.save_mp4({"video": noise}, tmp_path / f"{c}.mp4", crf=c).stat().st_size
+        for c in (10, 18, 40)
     ]
     assert sizes == sorted(sizes, reverse=True)
     with pytest.raises(ValueError, match="crf=60"):
         media.save_mp4({"video": noise}, tmp_path / "a.mp4", crf=60)
 
 
-# Paths: overwriting, failures -------------------------------------------------------------------------------
+# Paths: overwriting, failures
+# -------------------------------------------------------------------------------
 
 WRITERS = {
     "a.mp4": lambda path, **options: media.save_mp4({"video": smooth_video(2)}, path, **options),
@@ -289,7 +322,9 @@ def test_a_failure_while_encoding_leaves_no_trace(tmp_path):
     path = tmp_path / "a.mp4"
     path.write_bytes(b"precious")
     with pytest.raises(ValueError, match="NaN"):
-        media.save_mp4({"video": video, "sound": tones(99), "sample_rate": RATE}, path, overwrite=True)
+        media.save_mp4(
+            {"video": video, "sound": tones(99), "sample_rate": RATE}, path, overwrite=True
+        )
     assert (path.read_bytes(), everything_in(tmp_path)) == (b"precious", ["a.mp4"])
 
 
@@ -322,7 +357,8 @@ def test_a_writer_refuses_other_suffixes(tmp_path):
             write(tmp_path / "a.webm")
 
 
-# wav --------------------------------------------------------------------------------------------------------
+# wav
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("channels", [1, 2])
@@ -331,12 +367,18 @@ def test_wav_round_trip(tmp_path, channels):
     sound[:, :4] = [-1, 1, 0, 1.7]
     path = media.save_wav(tmp_path / "a.wav", jnp.asarray(sound), RATE)
     with wave.open(str(path)) as file:
-        assert (file.getnchannels(), file.getsampwidth(), file.getframerate()) == (channels, 2, RATE)
+        assert (file.getnchannels(), file.getsampwidth(), file.getframerate()) == (
+            channels,
+            2,
+            RATE,
+        )
     decoded, rate = media.read_sound(path)
     assert (decoded.shape, decoded.dtype, rate) == (sound.shape, np.float32, RATE)
     # Half a step of rounding, and a whole one at +1, which 16 bits do not have.
     np.testing.assert_allclose(decoded, np.clip(sound, -1, 1), atol=1 / 32768)
-    np.testing.assert_allclose(decoded[:, 4:], sound[:, 4:].clip(max=32767 / 32768), atol=0.5001 / 32768)
+    np.testing.assert_allclose(
+        decoded[:, 4:], sound[:, 4:].clip(max=32767 / 32768), atol=0.5001 / 32768
+    )
     again, _ = media.read_sound(media.save_wav(tmp_path / "b.wav", decoded, RATE))
     np.testing.assert_array_equal(again, decoded)
     assert media.probe(path) == media.MediaInfo(
@@ -361,7 +403,8 @@ def test_unwritable_sounds(tmp_path):
     assert everything_in(tmp_path) == []
 
 
-# png --------------------------------------------------------------------------------------------------------
+# png
+# ------------------------------------------------------------------------------------------------
 
 
 def test_png_is_exact(tmp_path):
@@ -383,7 +426,11 @@ def test_png_is_exact(tmp_path):
 def test_frames(tmp_path):
     video, folder = smooth_video(5), tmp_path / "clip"
     paths = media.save_frames(video, folder)
-    assert [path.name for path in paths] == everything_in(folder) == [f"frame_000{t}.png" for t in range(5)]
+    assert (
+        [path.name for path in paths]
+        == everything_in(folder)
+        == [f"frame_000{t}.png" for t in range(5)]
+    )
     frames, fps = media.read_video(paths)
     np.testing.assert_array_equal(frames, media.to_uint8(video).transpose(1, 2, 3, 0))
     assert fps is None
@@ -397,7 +444,8 @@ def test_frames(tmp_path):
     assert everything_in(folder) == ["frame_0000.png", "frame_0001.png", "notes.txt"]
 
 
-# Reading images ---------------------------------------------------------------------------------------------
+# Reading images
+# ---------------------------------------------------------------------------------------------
 
 RGB = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
 GREY = RGB[..., :1]
@@ -467,7 +515,8 @@ def test_bad_image_arrays():
         media.read_image(Image.fromarray(np.full((4, 4), 9000, np.uint16)))
 
 
-# Reading videos ---------------------------------------------------------------------------------------------
+# Reading videos
+# ---------------------------------------------------------------------------------------------
 
 CLIP = np.random.default_rng(1).integers(0, 256, (6, 20, 30, 3), np.uint8)
 VIDEO_SOURCES = {
@@ -505,7 +554,9 @@ def test_video_file_parts(tmp_path):
 
 
 def test_video_rotation(tmp_path):
-    """An upright phone writes frames on their side, and a matrix that turns them clockwise by 90 degrees."""
+    """An upright phone writes frames on their side, and a matrix that turns them clockwise by 90
+    degrees.
+    """
     path = media.save_mp4({"video": smooth_video(2)}, tmp_path / "a.mp4")
     lying, _ = media.read_video(path)
     data, one = path.read_bytes(), 0x10000
@@ -533,7 +584,8 @@ def test_bad_video_sources():
         media.read_video(CLIP.transpose(3, 0, 1, 2))  # [3, T, H, W], as generate returns it
 
 
-# Damaged files ----------------------------------------------------------------------------------------------
+# Damaged files
+# ----------------------------------------------------------------------------------------------
 
 READERS = {
     "read_image": media.read_image, "read_video": media.read_video,
@@ -554,7 +606,9 @@ def test_damaged_files(tmp_path, reader):
     (tmp_path / "noise.mp4").write_bytes(np.random.default_rng(0).bytes(5000))
     with pytest.raises(ValueError, match="noise.mp4 is not"):
         read(tmp_path / "noise.mp4")
-    (tmp_path / "words.txt").write_text("hello, world\n" * 50)  # which ffmpeg would film, as a terminal
+    (tmp_path / "words.txt").write_text(
+        "hello, world\n" * 50
+    )  # which ffmpeg would film, as a terminal
     with pytest.raises(ValueError, match="words.txt is not"):
         read(tmp_path / "words.txt")
 

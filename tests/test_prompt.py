@@ -1,4 +1,4 @@
-"""Prompts: texts against numerics.md section 2 by hand, ids against diffusers' own tokenize_prompt."""
+"""Prompts: texts written by hand, ids against diffusers' own tokenize_prompt."""
 
 import json
 import subprocess
@@ -18,7 +18,12 @@ from cosmos3_jax.tiny_tokenizer import SPECIAL_TOKENS, write_tokenizer
 QWEN3 = Path(__file__).parents[2] / "shared" / "tokenizer"
 NANO = {"num_frames": 189, "height": 720, "width": 1280, "fps": 24.0}
 IMAGE = {"num_frames": 1, "height": 1024, "width": 768, "fps": 24.0}
-SIZES = [NANO, IMAGE, {"num_frames": 61, "height": 480, "width": 832, "fps": 29.97}, NANO | {"fps": 30}]
+SIZES = [
+    NANO,
+    IMAGE,
+    {"num_frames": 61, "height": 480, "width": 832, "fps": 29.97},
+    NANO | {"fps": 30},
+]
 
 DURATION = "The video is 7.9 seconds long and is of 24 FPS."
 SIZE = "This video is of 720x1280 resolution."
@@ -68,7 +73,9 @@ def tokenizer(folder):
 
 @pytest.fixture(scope="session")
 def oracle(folder):
-    """diffusers' pipeline, with a small VAE and no transformer, which tokenize_prompt does not touch."""
+    """diffusers' pipeline, with a small VAE and no transformer, which tokenize_prompt does not
+    touch.
+    """
     import diffusers
     from transformers import AutoTokenizer
 
@@ -96,9 +103,13 @@ def resolve(prompt, negative_prompt=None, *, style, **arguments):
 def test_diffusers_ids_are_the_oracles(tokenizer, oracle, text, size):
     for negative in (None, "", "blurry, jittery...", text):
         for system_prompt, use_system_prompt in ((None, None), ("", False)):
-            resolved = resolve(text, negative, style="diffusers", system_prompt=system_prompt, **size)
+            resolved = resolve(
+                text, negative, style="diffusers", system_prompt=system_prompt, **size
+            )
             ours = prompts.encode_prompts(tokenizer, resolved)
-            theirs = oracle.tokenize_prompt(text, negative, use_system_prompt=use_system_prompt, **size)
+            theirs = oracle.tokenize_prompt(
+                text, negative, use_system_prompt=use_system_prompt, **size
+            )
             assert ours == theirs
 
 
@@ -111,7 +122,9 @@ def test_transformers_loads_the_folder_and_agrees(folder, tokenizer, class_name)
     assert tokenizer.vocab_size == len(theirs)
     for text in PROMPTS.values():
         chat = [{"role": "system", "content": "Be brief. "}, {"role": "user", "content": text}]
-        ids = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=True).input_ids
+        ids = theirs.apply_chat_template(
+            chat, add_generation_prompt=True, return_dict=True
+        ).input_ids
         assert tokenizer.encode_chat(text, "Be brief. ") == ids + suffix
 
 
@@ -123,7 +136,7 @@ def test_qwen3_ids_by_hand():
     assert ids == [151644, 872, 198, 9707, 151645, 198, 151644, 77091, 198, 151645, 151652]
 
 
-# Texts, by hand from section 2
+# Texts, by hand
 
 
 def test_native_text():
@@ -202,7 +215,9 @@ def test_image(style):
     negatives = {"native": f"blurry. {sentence}", "phyai": "blurry."}
     negatives["diffusers"] = "blurry. This image is not of 1024x768 resolution."
     assert resolved.negative_prompt == negatives[style]
-    systems = {"diffusers": "You are a helpful assistant who will generate images from a give prompt."}
+    systems = {
+        "diffusers": "You are a helpful assistant who will generate images from a give prompt."
+    }
     assert resolved.system_prompt == systems.get(style)
 
 
@@ -210,7 +225,9 @@ def test_image_caption_loses_its_time():
     caption = '{"duration": "5s", "subjects": ["a"], "fps": 24}'
     expected = '{"subjects": ["a"], "resolution": {"H": 1024, "W": 768}'
     assert resolve(caption, style="phyai", **IMAGE).prompt == expected + "}"
-    assert resolve(caption, style="native", **IMAGE).prompt == expected + ', "aspect_ratio": "16,9"}'
+    assert (
+        resolve(caption, style="native", **IMAGE).prompt == expected + ', "aspect_ratio": "16,9"}'
+    )
 
 
 @pytest.mark.parametrize("text", ['["a"]', '"a"', "3", "null", "{broken"])
@@ -232,7 +249,8 @@ def test_system_prompt_can_be_given_or_turned_off(style):
 def test_fractional_rates_round_as_the_model_reads_them():
     text = resolve("A cat", style="native", num_frames=61, fps=29.97).prompt
     assert (
-        text == "A cat. The video is 2.0 seconds long and is of 30 FPS. This video is of 720x1280 resolution."
+        text == "A cat. The video is 2.0 seconds long and is of 30 FPS. "
+        "This video is of 720x1280 resolution."
     )
 
 
@@ -241,7 +259,13 @@ def test_built_in_negative_is_a_normalised_structured_caption():
     caption = json.loads(text)
     assert text == json.dumps(caption)
     assert 1500 <= len(text) <= 5000
-    assert {"subjects", "background_setting", "lighting", "cinematography", "actions"} <= caption.keys()
+    assert {
+        "subjects",
+        "background_setting",
+        "lighting",
+        "cinematography",
+        "actions",
+    } <= caption.keys()
     # The request's metadata, not the file, says these.
     assert not {"duration", "fps", "resolution", "aspect_ratio"} & caption.keys()
 
@@ -251,7 +275,9 @@ def test_built_in_negative_is_a_normalised_structured_caption():
 
 @pytest.mark.parametrize("text", ["A cat. ", '{"a": 1}'])
 def test_every_style_gives_other_ids(tiny, text):
-    pairs = [prompts.encode_prompts(tiny, resolve(text, style=style)) for style in prompts.PROMPT_STYLES]
+    pairs = [
+        prompts.encode_prompts(tiny, resolve(text, style=style)) for style in prompts.PROMPT_STYLES
+    ]
     negatives = {tuple(negative) for _, negative in pairs}
     assert len(negatives) == 3
     assert len({(tuple(ids), tuple(negative)) for ids, negative in pairs}) == 3
@@ -264,19 +290,23 @@ def test_each_difference_reaches_the_ids(tiny):
     without_system, with_system = ids(style="diffusers", system_prompt=""), ids(style="diffusers")
     turn = list(b"system\n" + SYSTEM.encode())
     assert with_system[0] == [257, *turn, 258, 10] + without_system[0]
-    # The same words, the positive sentences in both: only the negative's metadata is left to differ.
+    # The same words, the positive sentences in both: only the negative's metadata is left to
+    # differ.
     native, phyai = ids(style="native"), ids(style="phyai")
     assert native[0] == phyai[0] == without_system[0]
     assert len({tuple(x[1]) for x in (native, phyai, without_system)}) == 3
     # JSON injection
-    native, phyai, diffusers = (ids('{"a": 1}', style=s, system_prompt="")[0] for s in prompts.PROMPT_STYLES)
+    native, phyai, diffusers = (
+        ids('{"a": 1}', style=s, system_prompt="")[0] for s in prompts.PROMPT_STYLES
+    )
     assert len(native) - len(phyai) == len(', "aspect_ratio": "16,9"')
     assert bytes(i for i in diffusers if i < 256).count(b'{"a": 1}. The video is 7.9') == 1
 
 
 # Byte-exactness
 
-# Characters that a newer Unicode table may compose differently are left out: unassigned and surrogates.
+# Characters that a newer Unicode table may compose differently are left out: unassigned and
+# surrogates.
 texts = st.text(st.characters(exclude_categories=["Cs", "Cn"]), max_size=60)
 
 
@@ -294,7 +324,9 @@ def test_chat_carries_the_text_verbatim(tiny, text):
 def test_decode_inverts_encode(tiny, text):
     ids = tiny.encode_chat(text)
     chat = tiny.render_chat(unicodedata.normalize("NFC", text))  # the tokenizer's own normalisation
-    assert tiny.backend.decode(ids, skip_special_tokens=False) == f"{chat}<|im_end|><|vision_start|>"
+    assert (
+        tiny.backend.decode(ids, skip_special_tokens=False) == f"{chat}<|im_end|><|vision_start|>"
+    )
     assert ids[-2:] == [258, 259]
 
 
@@ -307,7 +339,9 @@ def test_tiny_ids_are_the_bytes(tiny, text):
 
 def test_qwen3_template_carries_the_text_verbatim(tokenizer):
     text = "  two spaces\r\n\ttab \u3000 and an end \n"
-    assert f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n" == tokenizer.render_chat(text)
+    assert f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n" == tokenizer.render_chat(
+        text
+    )
 
 
 def test_special_tokens_in_the_text_become_tokens(tiny):
@@ -327,7 +361,9 @@ def test_tiny_tokenizer_is_deterministic(tiny_folder, tmp_path):
         "tokenizer_config.json",
     ]
     for name in names:
-        assert (tmp_path / "new" / "folder" / name).read_bytes() == (tiny_folder / name).read_bytes()
+        assert (tmp_path / "new" / "folder" / name).read_bytes() == (
+            tiny_folder / name
+        ).read_bytes()
 
 
 def test_tiny_vocabulary(tiny):
@@ -348,7 +384,9 @@ def test_template_may_be_in_the_config(tiny, tmp_path):
 
 def test_block_lines_of_a_template_leave_no_white_space(tmp_path):
     folder = write_tokenizer(tmp_path)
-    (folder / "chat_template.jinja").write_text("  {% if true %}\n{{ messages[0].content }}\n  {% endif %}\n")
+    (folder / "chat_template.jinja").write_text(
+        "  {% if true %}\n{{ messages[0].content }}\n  {% endif %}\n"
+    )
     assert prompts.Tokenizer.from_folder(folder).render_chat("A cat") == "A cat\n"
 
 
@@ -406,7 +444,11 @@ def test_no_torch(tiny_folder):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"style": "nativ"}, ValueError, r"'nativ' is unknown; choose one of native, phyai, diffusers"),
+        (
+            {"style": "nativ"},
+            ValueError,
+            r"'nativ' is unknown; choose one of native, phyai, diffusers",
+        ),
         ({"prompt": None}, TypeError, "prompt is a NoneType"),
         ({"prompt": ["A cat"]}, TypeError, "prompt is a list"),
         ({"prompt": "\ud800"}, ValueError, "not valid Unicode"),

@@ -94,7 +94,7 @@ def test_rows_of_a_batch_have_their_own_lengths_and_rates():
 
 
 def test_axis_order_is_interleaved():
-    """Written out from numerics.md section 3: 24 slots of time, 20 of height, 20 of width."""
+    """Written out by hand: 24 slots of time, 20 of height, 20 of width."""
     names = "THW" * 20 + "TTTT"
     axes = rope.axis_of_slot(NANO)
     assert "".join("THW"[axis] for axis in axes) == names

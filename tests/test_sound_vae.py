@@ -1,4 +1,6 @@
-"""The sound VAE against diffusers' AVAE, at a small width with Nano's strides, switches and spectrum."""
+"""The sound VAE against diffusers' AVAE, at a small width with Nano's strides, switches and
+spectrum.
+"""
 
 import dataclasses
 import functools
@@ -22,10 +24,11 @@ SMALL = {"dec_dim": 8, "enc_dim": 8, "vocoder_input_dim": 4, "enc_latent_dim": 8
 CONFIG = SoundVAEConfig(**SMALL)
 NANO = SoundVAEConfig()
 FPS = 24.0
-# Measured 4e-7 to 6e-7: two orders of summation of float32 through 37 layers. Ten times that is still a
-# hundred times less than one wrong sample or TF32 would cause.
+# Measured 4e-7 to 6e-7: two orders of summation of float32 through 37 layers. Ten times that is
+# still a hundred times less than one wrong sample or TF32 would cause.
 TOLERANCE = 5e-6
-# What a mistake must at least cost for the tests above to have caught it: a thousand times their tolerance.
+# What a mistake must at least cost for the tests above to have caught it: a thousand times their
+# tolerance.
 OBVIOUS = 5e-3
 
 decode = jax.jit(sound_vae.decode, static_argnums=1, static_argnames="dtype")
@@ -49,7 +52,9 @@ def random_latents(frames: int, batch: int = 1) -> np.ndarray:
 
 
 def random_waveform(samples: int, batch: int = 1) -> np.ndarray:
-    """Noise that grows louder, up to 0.8: not stationary, and not of the peak that encoding gives it."""
+    """Noise that grows louder, up to 0.8: not stationary, and not of the peak that encoding gives
+    it.
+    """
     noise = np.random.default_rng(samples).uniform(-0.8, 0.8, (batch, 2, samples))
     return (noise * np.linspace(0, 1, samples)).astype(np.float32)
 
@@ -82,7 +87,9 @@ def test_decode_equals_oracle(oracle, params, video_frames):
 
 @pytest.mark.parametrize("samples", [1, 2000, 10000, 26000, 34000, 40 * 1920])
 def test_encode_equals_oracle(oracle, params, samples):
-    """The sound of 1, 5, 13, 17 video frames, which ends inside a latent frame; one sample; whole frames."""
+    """The sound of 1, 5, 13, 17 video frames, which ends inside a latent frame; one sample; whole
+    frames.
+    """
     waveform = random_waveform(samples) + np.float32(0.1)
     ours = encode(params, CONFIG, waveform)
     assert ours.shape == (1, math.ceil(samples / 1920), 4) and ours.dtype == jnp.float32
@@ -95,7 +102,8 @@ def test_bfloat16_is_as_exact_as_the_oracle(oracle, params):
     low.load_state_dict(oracle.state_dict())
     low = low.to(torch.bfloat16).eval()
     latents, waveform = random_latents(6), random_waveform(10000)
-    # oneDNN's bfloat16 strided convolution is plainly wrong at these widths (error 1), so we do without it.
+    # oneDNN's bfloat16 strided convolution is plainly wrong at these widths (error 1), so we do
+    # without it.
     with torch.backends.mkldnn.flags(enabled=False):
         low_decoded, low_encoded = oracle_decode(low, latents), oracle_encode(low, waveform)
     decoded, encoded = oracle_decode(oracle, latents), oracle_encode(oracle, waveform)
@@ -115,8 +123,10 @@ def fold_over(axes, direction, gain):
 
 @pytest.mark.parametrize("stride", NANO.dec_strides)
 def test_transposed_convolution(stride):
-    """Each stride alone against torch, and three mistakes made on purpose: a kernel that is not turned round,
-    a weight norm per output channel, and 'SAME' padding (one sample off at the odd stride, right elsewhere).
+    """Each stride alone against torch, and three mistakes made on purpose: a kernel that is not
+    turned round,
+    a weight norm per output channel, and 'SAME' padding (one sample off at the odd stride, right
+    elsewhere).
     """
     torch.manual_seed(stride)
     theirs = torch.nn.ConvTranspose1d(
@@ -126,7 +136,9 @@ def test_transposed_convolution(stride):
     x = np.random.default_rng(stride).standard_normal((2, 9, 6), np.float32)
     with torch.no_grad():
         expected = theirs(torch.from_numpy(x).transpose(1, 2)).transpose(1, 2).numpy()
-    tensors = {rules.canonical_key(key): value.numpy() for key, value in theirs.state_dict().items()}
+    tensors = {
+        rules.canonical_key(key): value.numpy() for key, value in theirs.state_dict().items()
+    }
     rule = rules.Rule("weight", "kernel", "i o k -> k i o", weight_norm=True)
     direction, gain, bias = (tensors[key] for key in (*rule.keys, "bias"))
 
@@ -143,7 +155,9 @@ def test_transposed_convolution(stride):
 
 
 def test_turned_kernel_shows_in_the_waveform(oracle, params):
-    """One transposed convolution of the five turned wrongly is far above the whole decoder's tolerance."""
+    """One transposed convolution of the five turned wrongly is far above the whole decoder's
+    tolerance.
+    """
     latents = random_latents(6)
     expected = oracle_decode(oracle, latents)
     for block in range(5):
@@ -168,7 +182,10 @@ def test_weight_norm_axis_shows_in_the_waveform(oracle, monkeypatch):
 
 def test_both_spellings_of_weight_norm(oracle, params):
     """PyTorch's newer names for gain and direction load to the same values, bit for bit."""
-    names = {"weight_g": "parametrizations.weight.original0", "weight_v": "parametrizations.weight.original1"}
+    names = {
+        "weight_g": "parametrizations.weight.original0",
+        "weight_v": "parametrizations.weight.original1",
+    }
     renamed = {
         re.sub("weight_[gv]", lambda match: names[match[0]], key): value
         for key, value in oracle.state_dict().items()
@@ -182,7 +199,9 @@ def test_both_spellings_of_weight_norm(oracle, params):
 @pytest.mark.parametrize("config", [CONFIG, NANO], ids=["small", "nano"])
 @pytest.mark.parametrize(("with_encoder", "count"), [(True, 249), (False, 182)])
 def test_layout_fits_the_public_checkpoint(config, with_encoder, count):
-    """Names and shapes at both sizes, with nothing allocated on either side; and the parts do not mix."""
+    """Names and shapes at both sizes, with nothing allocated on either side; and the parts do not
+    mix.
+    """
     sizes = dataclasses.asdict(config)
     with torch.device("meta"):
         public = Cosmos3AVAEAudioTokenizer(**sizes, encoder_enabled=with_encoder).state_dict()
@@ -202,7 +221,9 @@ def test_layout_fits_the_public_checkpoint(config, with_encoder, count):
 
 def test_rules_are_invertible(params):
     """to_public and back is the identity on every leaf."""
-    leaves = {"/".join(key.key for key in path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+    leaves = {
+        "/".join(key.key for key in path): leaf for path, leaf in jax.tree.leaves_with_path(params)
+    }
     for rule in sound_vae_layout(CONFIG, True).rules:
         leaf = np.asarray(leaves[rule.leaf])
         public = rule.to_public(leaf)
@@ -214,7 +235,9 @@ def test_shapes_at_full_size():
     """Nano's 197 latent frames of a 189-frame video, traced only."""
     shapes = sound_vae.param_shapes(NANO, with_encoder=True)
     waveform = jax.eval_shape(
-        lambda p, x: sound_vae.decode(p, NANO, x, dtype=jnp.bfloat16), shapes, jnp.zeros((1, 197, 64))
+        lambda p, x: sound_vae.decode(p, NANO, x, dtype=jnp.bfloat16),
+        shapes,
+        jnp.zeros((1, 197, 64)),
     )
     assert (waveform.shape, waveform.dtype) == ((1, 2, 378240), jnp.float32)
     latents = jax.eval_shape(lambda p, x: sound_vae.encode(p, NANO, x), shapes, waveform)
@@ -236,17 +259,23 @@ def test_waveform_is_cut_off_at_one(oracle, params):
 
 
 def test_stored_dtype_is_free(params):
-    """bfloat16 parameters compute in the dtype asked for, as if they had been widened first: exactly so."""
+    """bfloat16 parameters compute in the dtype asked for, as if they had been widened first:
+    exactly so.
+    """
     low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     widened = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), low)
     latents, waveform = random_latents(2), random_waveform(2000)
     # Compiled separately, so sums may be ordered differently: the parity tolerance.
     assert relative_l2(decode(low, CONFIG, latents), decode(widened, CONFIG, latents)) <= TOLERANCE
-    assert relative_l2(encode(low, CONFIG, waveform), encode(widened, CONFIG, waveform)) <= TOLERANCE
+    assert (
+        relative_l2(encode(low, CONFIG, waveform), encode(widened, CONFIG, waveform)) <= TOLERANCE
+    )
 
 
 def test_examples_of_a_batch_do_not_meet(oracle, params):
-    """A loud neighbour changes nothing. The oracle scales by the loudest; one at a time it agrees with us."""
+    """A loud neighbour changes nothing. The oracle scales by the loudest; one at a time it agrees
+    with us.
+    """
     waveform = random_waveform(5000, batch=3) * np.float32([[[1.0]], [[0.1]], [[0.0]]])
     together = np.asarray(encode(params, CONFIG, waveform))
     latents = random_latents(3, batch=3)
@@ -274,7 +303,10 @@ def test_gradients_reach_both_inputs(params):
     def loss(function, x):
         return jnp.mean(function(params, CONFIG, x) ** 2)
 
-    for function, x in ((sound_vae.decode, random_latents(2)), (sound_vae.encode, random_waveform(2000))):
+    for function, x in (
+        (sound_vae.decode, random_latents(2)),
+        (sound_vae.encode, random_waveform(2000)),
+    ):
         gradient = np.asarray(jax.jit(jax.grad(functools.partial(loss, function)))(x))
         assert gradient.shape == x.shape
         assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0
@@ -309,7 +341,9 @@ def test_errors(params):
     with pytest.raises(ValueError, match=r"\(1, 4, 7\) are not \[batch, frames, 4\]"):
         sound_vae.decode(params, CONFIG, jnp.zeros((1, 4, 7)))  # channels first
     for shape in ((1, 1, 1920), (1, 2, 0), (2, 1920)):
-        with pytest.raises(ValueError, match=re.escape(f"{shape} is not [batch, 2, at least one sample]")):
+        with pytest.raises(
+            ValueError, match=re.escape(f"{shape} is not [batch, 2, at least one sample]")
+        ):
             sound_vae.encode(params, CONFIG, jnp.zeros(shape))
     with pytest.raises(ValueError, match="load or convert a checkpoint"):
         sound_vae.encode({"decoder": params["decoder"]}, CONFIG, jnp.zeros((1, 2, 1920)))

@@ -334,7 +334,7 @@ def test_text_is_causal():
 
 
 def positions(config: TransformerConfig, case: Example, text_length: float) -> list[np.ndarray]:
-    """numerics.md section 3, written out in float64: video [3, M] and sound [3, s]."""
+    """The positions written out in float64: video [3, M] and sound [3, s]."""
     frames, rows, columns = np.indices(patch_grid(config, case.video.shape[:3])).reshape(3, -1)
     sound = np.zeros((3, case.sound_frames))
     sound[0] = np.arange(case.sound_frames) / 25 * 24 + text_length + 15000

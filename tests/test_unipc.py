@@ -10,8 +10,8 @@ from oracle import relative_l2
 
 from cosmos3_jax import unipc
 
-# diffusers computes each coefficient in float32 and we in float64; the difference grows with the steps.
-# Measured: at most 1.7e-6 over every K and schedule below.
+# diffusers computes each coefficient in float32 and we in float64; the difference grows with the
+# steps. Measured: at most 1.7e-6 over every K and schedule below.
 TOLERANCE = 5e-6
 STEPS = (1, 2, 3, 5, 10, 35, 50)
 
@@ -43,20 +43,21 @@ def test_agrees_with_diffusers(schedule, steps):
     scheduler = oracle_scheduler(schedule, steps)
     table = unipc.tableau(unipc.sigmas(schedule, steps))
     np.testing.assert_array_equal(table.timestep, scheduler.timesteps.numpy())
-    # float32 rounding of the same float64 values; numpy's power and torch's may differ in the last bit
+    # float32 rounding of the same float64 values; numpy's power and torch's may differ in the last
+    # bit
     np.testing.assert_allclose(table.sigma, scheduler.sigmas[:-1].numpy(), rtol=1.2e-7)
 
     noise = np.random.RandomState(0).standard_normal((1, 4, 8, 8)).astype(np.float32)
     x = torch.from_numpy(noise)
     for t in scheduler.timesteps:
         x = scheduler.step(model(x, t.item(), torch), t, x, return_dict=False)[0]
-    ours, _ = jax.jit(lambda noise, table: unipc.sample(lambda x, t: model(x, t, jnp), noise, table))(
-        noise, table
-    )
+    ours, _ = jax.jit(
+        lambda noise, table: unipc.sample(lambda x, t: model(x, t, jnp), noise, table)
+    )(noise, table)
     assert relative_l2(ours, x.numpy()) <= TOLERANCE
 
 
-# numerics.md section 5: the published fixtures, shift 10, four steps
+# Known values at shift 10 and four steps; the tests' "pitfalls" are numbered in docs/pitfalls.md
 @pytest.mark.parametrize(
     ("schedule", "levels", "timesteps"),
     [
@@ -80,10 +81,11 @@ def test_flow_shift_does_nothing_under_karras():
 
 
 def test_model_timestep_is_the_truncated_sigma():
-    """Pitfall 2: the model is told an integer, the solver uses sigma; neither is made from the other.
+    """Pitfall 2: the model is told an integer, the solver uses sigma; neither is made from the
+    other.
 
-    The mistakes, rounding instead of truncating and handing the solver timestep / 1000, are made here and
-    lead elsewhere.
+    The mistakes, rounding instead of truncating and handing the solver timestep / 1000, are made
+    here and lead elsewhere.
     """
     table = unipc.tableau(unipc.sigmas("native", 35))
     assert (table.timestep != np.rint(table.sigma * 1000)).any()
@@ -100,7 +102,7 @@ def test_model_timestep_is_the_truncated_sigma():
 
 
 def textbook_unipc(velocity, x, levels, corrected_history=False):
-    """UniPC-2 written out step by step in float64 from numerics.md section 5.
+    """UniPC-2 written out step by step in float64.
 
     `corrected_history` makes the mistake of pitfall 3: m_i from the corrected sample.
     """
@@ -149,11 +151,15 @@ def test_predictions_come_from_the_uncorrected_sample():
 
 
 def test_modalities_keep_separate_histories():
-    """Pitfall 4: video and sound solved together equal each solved alone; a shared history would not."""
+    """Pitfall 4: video and sound solved together equal each solved alone; a shared history would
+    not.
+    """
     table = unipc.tableau(unipc.sigmas("native", 6))
     rng = np.random.RandomState(0)
     noise = {"video": rng.standard_normal((3, 5)), "sound": rng.standard_normal((7,))}
-    both, _ = unipc.sample(lambda x, t: jax.tree.map(lambda leaf: model(leaf, t, jnp), x), noise, table)
+    both, _ = unipc.sample(
+        lambda x, t: jax.tree.map(lambda leaf: model(leaf, t, jnp), x), noise, table
+    )
     for name, alone in noise.items():
         expected, _ = unipc.sample(lambda x, t: model(x, t, jnp), alone, table)
         np.testing.assert_array_equal(both[name], expected)
@@ -162,13 +168,17 @@ def test_modalities_keep_separate_histories():
 
 
 def test_state_is_float32_whatever_the_velocity_is():
-    """Pitfall 16: a bfloat16 state drifts; under zero velocity a float32 one stays within rounding."""
+    """Pitfall 16: a bfloat16 state drifts; under zero velocity a float32 one stays within
+    rounding.
+    """
     noise = np.random.RandomState(0).standard_normal(4096).astype(np.float32)
     table = unipc.tableau(unipc.sigmas("native", 35))
     still, _ = unipc.sample(lambda x, t: jnp.zeros_like(x, jnp.bfloat16), noise, table)
     assert still.dtype == jnp.float32
     drift = np.abs(np.asarray(still) - noise).max()
-    assert drift < 5e-6  # 35 steps of float32 rounding on values up to 4; bfloat16 state drifts by 0.09
+    assert (
+        drift < 5e-6
+    )  # 35 steps of float32 rounding on values up to 4; bfloat16 state drifts by 0.09
 
 
 def test_trajectory_and_step_reports():
@@ -187,7 +197,9 @@ def test_trajectory_and_step_reports():
     assert sorted(seen) == [0, 1, 2, 3, 4]
     assert trajectory.latents.shape == trajectory.clean.shape == (5, 16)
     np.testing.assert_array_equal(trajectory.latents[-1], final)
-    np.testing.assert_array_equal(trajectory.clean[-1], final)  # the last step returns the clean prediction
+    np.testing.assert_array_equal(
+        trajectory.clean[-1], final
+    )  # the last step returns the clean prediction
     first = noise - table.sigma[0] * np.asarray(model(noise, table.timestep[0], jnp))
     np.testing.assert_allclose(trajectory.clean[0], first, atol=1e-6)  # one multiply-add of float32
 

@@ -1,4 +1,6 @@
-"""The video VAE against diffusers' AutoencoderKLWan, at a small width with Nano's blocks and switches."""
+"""The video VAE against diffusers' AutoencoderKLWan, at a small width with Nano's blocks and
+switches.
+"""
 
 import copy
 import dataclasses
@@ -30,10 +32,12 @@ GRID = (
     3,
     5,
 )  # odd and oblong, as 720p's 45 rows: a transposed axis or a rounded-up size does not pass
-# Measured 1.5e-7 to 3.3e-7 (decode) and 0.8e-6 to 1.2e-6 (encode): two orders of summation of float32
-# through some thirty convolutions. Four times that is still a hundred times less than TF32 would cause.
+# Measured 1.5e-7 to 3.3e-7 (decode) and 0.8e-6 to 1.2e-6 (encode): two orders of summation of
+# float32 through some thirty convolutions. Four times that is still a hundred times less than TF32
+# would cause.
 TOLERANCE = 5e-6
-# What a mistake must at least cost for the tests above to have caught it: a thousand times their tolerance.
+# What a mistake must at least cost for the tests above to have caught it: a thousand times their
+# tolerance.
 OBVIOUS = 5e-3
 
 # Most of the time here is compilation, which takes a third as long without LLVM's optimisations.
@@ -140,10 +144,11 @@ def test_video_is_clamped(params):
 
 @each_way
 def test_bfloat16_is_as_close_as_the_oracle(oracle, params, way):
-    """Both round activations to bfloat16 at nearly the same places, so the errors are random and alike.
+    """Both round activations to bfloat16 at nearly the same places, so the errors are random and
+    alike.
 
-    Measured over seeds: 4e-3 (decode) and 1.2e-2 to 1.9e-2 (encode) for both, ours 0.77 to 1.09 times theirs.
-    1.2 is what is left to chance.
+    Measured over seeds: 4e-3 (decode) and 1.2e-2 to 1.9e-2 (encode) for both, ours 0.77 to 1.09
+    times theirs. 1.2 is what is left to chance.
     """
     ours, theirs, _ = PASSES[way]
     inputs, exact = reference(oracle, way, 2, 2)
@@ -177,8 +182,8 @@ def test_prefix_encodes_to_the_prefix(params):
 def test_memory_does_not_grow_with_the_clip(params, way):
     """Measured: 64 bytes more for 8 more latent frames, the scan's frame numbers.
 
-    Allowed: less than one copy of what is smallest and grows, the latents, would take (360 bytes a frame).
-    A copy of the video would take 184 kB a latent frame.
+    Allowed: less than one copy of what is smallest and grows, the latents, would take (360 bytes a
+    frame). A copy of the video would take 184 kB a latent frame.
     """
     run, _, random = PASSES[way]
 
@@ -268,7 +273,7 @@ def test_wrong_axes_and_chunks_are_refused(params):
         video_vae.decode(params, CONFIG, random_latents(2), chunk_size=0)
 
 
-# The mistakes of numerics.md, section 12, numbers 7 to 10. Each has the right shapes and raises nothing, so
+# Pitfalls 7 to 10 of docs/pitfalls.md. Each has the right shapes and raises nothing, so
 # only the tests against the oracle can tell: here each is made on purpose, to show that they do.
 
 
@@ -300,7 +305,9 @@ def up_conv_sees_frame_zero(monkeypatch):
 
 
 def down_conv_reads_padding(monkeypatch):
-    """8: frame 0 goes through the downsampling convolution behind padding, where it should pass by."""
+    """8: frame 0 goes through the downsampling convolution behind padding, where it should pass
+    by.
+    """
 
     class Downsample(video_vae_modules.Downsample):
         def __call__(self, x, first):
@@ -344,7 +351,9 @@ def zeros_after_frame_zero(monkeypatch):
 
 
 def columns_select_the_channel(monkeypatch):
-    """10: where the width halves, a pixel's row selects the input channel of the shortcut, not its column."""
+    """10: where the width halves, a pixel's row selects the input channel of the shortcut, not its
+    column.
+    """
     right = video_vae_modules.dup_up
 
     def wrong(x, *args):

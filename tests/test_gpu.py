@@ -1,0 +1,142 @@
+"""What only a CUDA GPU can show: cuDNN attention, TF32 and the device's own cosines. Run with -m
+gpu.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cosmos3_jax import layers, rope, transformer, video_vae
+from cosmos3_jax.config import TransformerConfig, VideoVAEConfig
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def need_gpu():
+    if jax.default_backend() != "gpu":
+        pytest.skip("no GPU")
+
+
+def relative_l2(ours, reference) -> float:
+    ours, reference = (np.asarray(x, np.float64) for x in (ours, reference))
+    return float(np.linalg.norm(ours - reference) / np.linalg.norm(reference))
+
+
+def attention_inputs(media: int, text: int):
+    """Queries, keys and values of the media tokens, keys and values of padded text; 8 heads on
+    2.
+    """
+    shapes = [(1, media, 8, 128), *[(1, media, 2, 128)] * 2, *[(1, text, 2, 128)] * 2]
+    return [jax.random.normal(jax.random.key(i), s, jnp.bfloat16) for i, s in enumerate(shapes)]
+
+
+def masked(query, key, value, text_key, text_value, length):
+    """One attention over all keys with a mask."""
+    keys, values = (jnp.concatenate(pair, 1) for pair in ((key, text_key), (value, text_value)))
+    return layers._cudnn_attention(query, keys, values, key.shape[1] + length)
+
+
+def float32_rows(query, key, value, text_key, text_value, length, rows):
+    """Exact attention of a few query rows."""
+    key, value = (
+        jnp.concatenate([a, b[:, :length]], 1).astype(jnp.float32)
+        for a, b in ((key, text_key), (value, text_value))
+    )
+    with jax.default_matmul_precision("highest"):
+        return jax.nn.dot_product_attention(query[:, rows].astype(jnp.float32), key, value)
+
+
+# 33024 is a whole number of key blocks; 33089 is not, so a few media keys go with the text.
+@pytest.mark.parametrize("media", [33024, 33089])
+@pytest.mark.parametrize("length", [1, 300, 512])
+def test_split_attention_is_exact(media, length):
+    arrays = attention_inputs(media, 512)
+    lengths = jnp.array([length])
+    split = layers.attention(*arrays[:3], text=(*arrays[3:], lengths))
+    whole = masked(*arrays, lengths)
+    rows = np.linspace(0, media - 1, 64, dtype=int)
+    exact = float32_rows(*arrays, length, rows)
+    error = relative_l2(split[:, rows], exact)
+    # Both parts and their merge are rounded to bfloat16: at most twice the variance of one
+    # rounding.
+    assert error <= 1.5 * relative_l2(whole[:, rows], exact)
+    assert error < 5e-3
+
+
+def test_gradient_of_split_attention_is_that_of_the_whole():
+    arrays = attention_inputs(layers.SPLIT_FROM, 256)
+    lengths = jnp.array([100])
+    weights = jax.random.normal(jax.random.key(9), arrays[0].shape, jnp.float32)
+    split = jax.grad(
+        lambda *x: jnp.sum(weights * layers.attention(*x[:3], text=(*x[3:], lengths))), range(5)
+    )
+    whole = jax.grad(lambda *x: jnp.sum(weights * masked(*x, lengths)), range(5))
+    for ours, expected in zip(split(*arrays), whole(*arrays), strict=True):
+        assert relative_l2(ours, expected) < 1e-2  # the same bfloat16 kernel, run twice
+
+
+def test_rotary_table_at_production_positions():
+    """The device's cosines of float32 angles near 15,600 radians, against float64 of the same
+    angles.
+    """
+    config = TransformerConfig()
+    table = jax.jit(
+        lambda fps, length: rope.rope_table(
+            config, rope.video_positions(config, (48, 4, 4), fps, length)
+        )
+    )
+    fps, length = jnp.array([24.0, 29.97]), jnp.array([300, 1500])
+    positions = jax.jit(lambda f, n: rope.video_positions(config, (48, 4, 4), f, n))(fps, length)
+    per_slot = np.asarray(positions)[:, rope.axis_of_slot(config)].swapaxes(1, 2)
+    angles = (per_slot * rope.inverse_frequencies(config)).astype(np.float64)
+    for ours, exact in zip(table(fps, length), (np.cos(angles), np.sin(angles)), strict=True):
+        assert (
+            np.abs(np.asarray(ours) - exact).max() < 3e-7
+        )  # two or three float32 roundings near 1
+
+
+def test_float32_does_not_fall_to_tf32():
+    """A float32 tower and VAE on the GPU agree with the CPU; TF32 would be a thousand times further
+    off.
+    """
+    config = TransformerConfig(
+        hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=32, intermediate_size=256, vocab_size=64, rope_axes_dim=(6, 5, 5),
+    )  # fmt: skip
+    vae = VideoVAEConfig(base_dim=8, decoder_base_dim=8)
+
+    def random(shapes):
+        leaves, tree = jax.tree.flatten(shapes)
+        rng = np.random.RandomState(0)
+        return tree.unflatten(
+            [rng.standard_normal(x.shape).astype(np.float32) * 0.1 for x in leaves]
+        )
+
+    params = random(transformer.param_shapes(config))
+    vae_params = random(video_vae.param_shapes(vae))
+    video = np.random.RandomState(1).standard_normal((1, 2, 5, 3, 48)).astype(np.float32)
+    sound = np.random.RandomState(2).standard_normal((1, 7, 64)).astype(np.float32)
+    ids, mask = np.arange(8, dtype=np.int32)[None], np.ones((1, 8), bool)
+
+    def run():
+        condition = transformer.encode_condition(
+            params["und"], config, ids, mask, video_shape=(2, 5, 3), fps=24.0, sound_frames=7
+        )
+        latents = transformer.Latents(video, sound)
+        out = transformer.velocity(params["gen"], config, condition, latents, 500)
+        return out.video, out.sound, video_vae.decode(vae_params, vae, video)
+
+    on_gpu = jax.jit(run)()
+    with jax.default_device(jax.devices("cpu")[0]):
+        on_cpu = jax.jit(run)()
+    for ours, expected in zip(on_gpu, on_cpu, strict=True):
+        assert relative_l2(ours, expected) < 2e-5  # float32; TF32 gives about 1e-3
+
+
+def test_attention_without_cudnn_refuses_what_cannot_fit():
+    query = jax.ShapeDtypeStruct((1, 44160, 32, 128), jnp.float32)
+    key = jax.ShapeDtypeStruct((1, 44160, 8, 128), jnp.float32)
+    with pytest.raises(ValueError, match="dtype is float32, not bfloat16 or float16"):
+        jax.eval_shape(layers.attention, query, key, key)
