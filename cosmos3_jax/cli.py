@@ -20,13 +20,15 @@ from cosmos3_jax.config import Config
 from cosmos3_jax.generate import T2VRequest
 from cosmos3_jax.pipeline import Cosmos3, find_checkpoint, load_frontend
 from cosmos3_jax.prompt import PROMPT_STYLES, read_prompt
-from cosmos3_jax.request import prepare_request, resolve_batch
+from cosmos3_jax.request import prepare_request, resolve_batch, resolve_sigmas
 
 DEFAULT_PROMPT = "A red ball bounces across a wooden floor; each bounce makes a soft knock."
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command. Returns the exit status; errors that a user can mend are one line, not a traceback."""
+    """Run one command. Returns the exit status; errors that a user can mend are one line, not a
+    traceback.
+    """
     options = parser().parse_args(arguments)
     try:
         return options.run(options)
@@ -53,7 +55,7 @@ def _add_checkpoint(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--checkpoint",
         default=tiny.NAME,
-        help=f"folder, Hub id owner/name, or {tiny.NAME}: the embedded random default (%(default)s)",
+        help=f"folder, Hub id owner/name, or {tiny.NAME}, the embedded default (%(default)s)",
     )
 
 
@@ -72,10 +74,14 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=run_generate)
     _add_checkpoint(command)
     prompt = command.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", default=DEFAULT_PROMPT, help="text, or a structured caption as JSON")
+    prompt.add_argument(
+        "--prompt", default=DEFAULT_PROMPT, help="text, or a structured caption as JSON"
+    )
     prompt.add_argument("--prompt-file", type=Path, help="a text or JSON file, read byte for byte")
     negative = command.add_mutually_exclusive_group()
-    negative.add_argument("--negative-prompt", help="default: the style's; an empty text is an empty prompt")
+    negative.add_argument(
+        "--negative-prompt", help="default: the style's; an empty text is an empty prompt"
+    )
     negative.add_argument("--negative-prompt-file", type=Path)
     command.add_argument("--prompt-style", choices=PROMPT_STYLES, default="native")
     command.add_argument("--system-prompt", help="default: the style's; an empty text turns it off")
@@ -84,13 +90,22 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
     command.add_argument("--guidance-scale", type=float, help="1 skips the negative prompt")
     command.add_argument("--flow-shift", type=float)
     command.add_argument("--schedule", choices=unipc.SCHEDULES)
-    command.add_argument("--sigmas", help="K + 1 comma-separated noise levels ending in 0, instead of those")
-    command.add_argument("--seed", type=int, default=42)
-    command.add_argument("--noise", type=Path, metavar="FILE.npz", help="initial `noise` and `sound_noise`")
     command.add_argument(
-        "--save-latents", type=Path, metavar="FILE.npz", help="write final `video` and `sound` latents"
+        "--sigmas", help="K + 1 comma-separated noise levels ending in 0, instead of those"
     )
-    command.add_argument("--out", type=Path, default=Path("output.mp4"), help="mp4 file (%(default)s)")
+    command.add_argument("--seed", type=int, default=42)
+    command.add_argument(
+        "--noise", type=Path, metavar="FILE.npz", help="initial `noise` and `sound_noise`"
+    )
+    command.add_argument(
+        "--save-latents",
+        type=Path,
+        metavar="FILE.npz",
+        help="write final `video` and `sound` latents",
+    )
+    command.add_argument(
+        "--out", type=Path, default=Path("output.mp4"), help="mp4 file (%(default)s)"
+    )
     command.add_argument("--overwrite", action="store_true", help="replace existing outputs")
 
 
@@ -120,11 +135,13 @@ def run_generate(options: argparse.Namespace) -> int:
     prompt = read_prompt(options.prompt_file) if options.prompt_file else options.prompt
     times: dict[str, float] = {}
     with _timed(times, "preprocess"):
-        folder = find_checkpoint(options.checkpoint)
+        folder = find_checkpoint(options.checkpoint, weights=False)
         config, tokenizer = load_frontend(folder, load_sound=options.sound)
         request = prepare_request(config, tokenizer, prompt, **settings)
     with _timed(times, "model_load"):
-        model = Cosmos3.from_pretrained(folder, options.dtype or _default_dtype(), options.sound)
+        model = Cosmos3.from_pretrained(
+            options.checkpoint, options.dtype or _default_dtype(), options.sound
+        )
     with _timed(times, "denoise"):
         latents, _ = model.denoise(request, progress=sys.stderr.isatty())
     if options.save_latents:
@@ -146,19 +163,29 @@ def run_generate(options: argparse.Namespace) -> int:
 
 
 def _settings(options: argparse.Namespace) -> dict:
-    """The arguments of `Cosmos3.prepare` that the command line names; the rest comes from the recipe."""
+    """The arguments of `Cosmos3.prepare` that the command line names; the rest comes from the
+    recipe.
+    """
     names = (
-        "num_frames", "height", "width", "fps", "num_inference_steps", "guidance_scale", "flow_shift",
-        "schedule", "seed", "sound", "prompt_style", "system_prompt", "negative_prompt",
+        "num_frames", "height", "width", "fps", "num_inference_steps", "guidance_scale",
+        "flow_shift", "schedule", "seed", "sound", "prompt_style",
+        "system_prompt", "negative_prompt",
     )  # fmt: skip
     settings = {name: getattr(options, name) for name in names}
     if options.negative_prompt_file:
         settings["negative_prompt"] = read_prompt(options.negative_prompt_file)
     if options.sigmas:
-        settings["sigmas"] = [float(level) for level in options.sigmas.split(",")]
+        settings["sigmas"] = _numbers("--sigmas", options.sigmas)
     if options.noise:
         settings |= _load_noise(options.noise)
     return settings
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"{option} {text!r} must be numbers with commas between them") from error
 
 
 def _load_noise(path: Path) -> dict[str, np.ndarray]:
@@ -166,7 +193,7 @@ def _load_noise(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path) as arrays:
             found = {name: arrays[name] for name in ("noise", "sound_noise") if name in arrays}
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # numpy, zipfile and zlib raise half a dozen kinds
         raise ValueError(f"--noise {path} cannot be read as an npz file: {error}") from error
     if "noise" not in found:
         raise ValueError(f"--noise {path} holds no array named noise")
@@ -191,30 +218,42 @@ def _record(
     frames = 1 + (request.video_shape[0] - 1) * model.config.video_vae.scale_factor_temporal
     scale = model.config.video_vae.scale_factor_spatial
     height, width = (size * scale for size in request.video_shape[1:])
+    fps = model.config.recipe.fps if settings["fps"] is None else settings["fps"]
     [resolved] = resolve_batch(
         [prompt], settings["negative_prompt"], style=options.prompt_style,
-        system_prompt=options.system_prompt, num_frames=frames, height=height, width=width,
-        fps=settings["fps"] or model.config.recipe.fps,
+        system_prompt=options.system_prompt, num_frames=frames, height=height, width=width, fps=fps,
+    )  # fmt: skip
+    # In float64: the request's are rounded, and 1000 sigma may then be truncated to another
+    # timestep.
+    sigmas = resolve_sigmas(
+        model.config, steps=settings["num_inference_steps"], flow_shift=settings["flow_shift"],
+        schedule=settings["schedule"], sigmas=settings.get("sigmas"),
     )  # fmt: skip
     return {
         "checkpoint": str(options.checkpoint),
         "prompt": prompt,
+        "negative_prompt": settings["negative_prompt"],
+        "system_prompt": options.system_prompt,
         "resolved_prompt": resolved.prompt,
-        "resolved_negative_prompt": resolved.negative_prompt if request.neg_text_ids is not None else None,
-        "system_prompt": resolved.system_prompt,
+        "resolved_negative_prompt": resolved.negative_prompt
+        if request.neg_text_ids is not None
+        else None,
+        "resolved_system_prompt": resolved.system_prompt,
         "prompt_style": options.prompt_style,
         "prompt_tokens": int(request.text_mask.sum()),
-        "negative_prompt_tokens": None if request.neg_text_mask is None else int(request.neg_text_mask.sum()),
+        "negative_prompt_tokens": None
+        if request.neg_text_mask is None
+        else int(request.neg_text_mask.sum()),
         "num_frames": frames,
         "height": height,
         "width": width,
-        "fps": float(request.fps),
+        "fps": float(fps),
         "sound_frames": request.sound_frames,
         "seed": options.seed,
         "noise": str(options.noise) if options.noise else None,
         "num_inference_steps": request.num_inference_steps,
         "guidance_scale": float(request.guidance_scale),
-        "sigmas": [*map(float, request.sampler.sigma), 0.0],
+        "sigmas": sigmas.tolist(),
         "timesteps": [*map(int, request.sampler.timestep)],
         "dtype": options.dtype or _default_dtype(),
         "device": jax.devices()[0].device_kind,
@@ -231,7 +270,9 @@ def _record(
 def run_convert(options: argparse.Namespace) -> int:
     source = find_checkpoint(options.source)
     sound = False if options.no_sound else None
-    convert_checkpoint(source, options.target, dtype=options.dtype, sound=sound, overwrite=options.overwrite)
+    convert_checkpoint(
+        source, options.target, dtype=options.dtype, sound=sound, overwrite=options.overwrite
+    )
     print(f"wrote {options.target}")
     return 0
 
@@ -240,9 +281,8 @@ def run_info(options: argparse.Namespace) -> int:
     folder = find_checkpoint(options.checkpoint)
     config = load.load_config(folder, load_sound=None)
     components = load.open_components(folder, config)
-    print(
-        f"{options.checkpoint}: {'converted' if load.is_converted(folder / 'transformer') else 'public'} layout"
-    )
+    layout = "converted" if load.is_converted(folder / "transformer") else "public"
+    print(f"{options.checkpoint}: {layout} layout")
     for component in components:
         print(f"  {component.name:16} {len(component.files.shapes):5} tensors, fits the model")
     print("parameters that generation reads")
@@ -258,7 +298,9 @@ def _print_memory(options: argparse.Namespace, config: Config) -> None:
     names = ("num_frames", "height", "width", "fps")
     shape = {name: getattr(options, name) or getattr(config.recipe, name) for name in names}
     dtype = options.dtype or "bfloat16"
-    needed = memory.generation_bytes(config, **shape, sound=options.sound and config.has_sound, dtype=dtype)
+    needed = memory.generation_bytes(
+        config, **shape, sound=options.sound and config.has_sound, dtype=dtype
+    )
     frames, height, width, _ = shape.values()
     print(f"device memory for {frames} frames of {height}x{width} in {dtype}, an estimate")
     for part, size in [*needed.items(), ("total", sum(needed.values()))]:

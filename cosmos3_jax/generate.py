@@ -1,10 +1,12 @@
-"""The pure generate function: text condition -> a scan over denoising steps -> latents -> pixels, waveform.
+"""The pure generate function: text condition -> a scan over denoising steps -> latents -> pixels,
+waveform.
 
-It composes with `jax.jit`, `jax.grad`, `jax.vmap` and sharding. Only shapes and the number of steps are
-static: prompts (of one padded length), noise, guidance scale, fps and sigmas are arrays, and changing them
-compiles nothing.
+It composes with `jax.jit`, `jax.grad`, `jax.vmap` and sharding. Only shapes and the number of steps
+are static: prompts (of one padded length), noise, guidance scale, fps and sigmas are arrays, and
+changing them compiles nothing.
 
-Axes: B batch, S text tokens; latents t frames, h rows, w columns, C channels; s sound frames; K steps.
+Axes: B batch, S text tokens; latents t frames, h rows, w columns, C channels; s sound frames; K
+steps.
 """
 
 from collections.abc import Callable
@@ -21,8 +23,8 @@ from cosmos3_jax import sound_vae, unipc, video_vae
 from cosmos3_jax.config import Config
 from cosmos3_jax.transformer import Condition, Latents, encode_condition, velocity
 
-# Media tokens up to which both guidance branches run as one batch. Beyond, each fills a GPU alone, and one
-# after the other is faster and takes half the memory; measured in benchmarks/NOTES.md.
+# Media tokens up to which both guidance branches run as one batch. Beyond, each fills a GPU alone,
+# and one after the other is faster and takes half the memory; measured in benchmarks/NOTES.md.
 ONE_BATCH_TOKENS = 32768
 
 
@@ -31,16 +33,18 @@ class T2VRequest:
     """The arrays that one generation needs. `Cosmos3.prepare` makes it from a prompt.
 
     Attributes:
-        text_ids, text_mask: int32 and bool [B, S]; prompts padded on the right, mask True on the prompt.
-        neg_text_ids, neg_text_mask: the same for the negative prompts, of the same or another length.
-            None skips the second branch of classifier-free guidance: the guidance scale 1.
+        text_ids, text_mask: int32 and bool [B, S]; prompts padded on the right, mask True on the
+            prompt.
+        neg_text_ids, neg_text_mask: the same for the negative prompts, of the same or another
+            length. None skips the second branch of classifier-free guidance: the guidance scale 1.
         video_shape: latent (t, h, w); see `pixel_to_latent_shape`. Static.
         fps: frames per second, a scalar or float [B].
         num_inference_steps: K, static.
         guidance_scale: v_uncond + scale (v_cond - v_uncond); a scalar or float [B].
         seed: int scalar (example b takes seed + b) or [B], read where `noise` is None.
         noise: [B, C, t, h, w] initial noise, unit variance, or None.
-        sound_frames: sound latents s, 0 for a video without sound. Static. See `sound_latent_length`.
+        sound_frames: sound latents s, 0 for a video without sound. Static. See
+            `sound_latent_length`.
         sound_noise: [B, C_sound, s], or None.
         sampler: the UniPC tableau; None is the native schedule with shift 10.
         clean_latents: [B, C, t, h, w] normalised latents of given frames, or None.
@@ -77,18 +81,19 @@ def generate(
     """Generate a video, or a video with sound, from noise.
 
     Args:
-        params: `{"und", "gen", "video_vae", "sound_vae"}`; the autoencoders are read only for media.
+        params: `{"und", "gen", "video_vae", "sound_vae"}`; the autoencoders are read only for
+            media.
         request: see `T2VRequest`.
         config: the checkpoint's.
         output: `media` (pixels and waveform) or `latents` (final normalised latents).
-        return_trajectory: adds `trajectory`: under `latents` and `clean`, every step's latents and clean
-            predictions, stacked on a leading axis K.
+        return_trajectory: adds `trajectory`: under `latents` and `clean`, every step's latents and
+            clean predictions, stacked on a leading axis K.
         on_step: called on the host with each finished step's index.
         decode_chunk_size: latent frames decoded at a time.
 
     Returns:
-        `video`: float32 [B, 3, T, H, W] in [0, 1], or latents [B, C, t, h, w]; with sound also `sound`:
-        float32 [B, channels, samples] in [-1, 1], or latents [B, C_sound, s].
+        `video`: float32 [B, 3, T, H, W] in [0, 1], or latents [B, C, t, h, w]; with sound also
+        `sound`: float32 [B, channels, samples] in [-1, 1], or latents [B, C_sound, s].
 
     Raises:
         ValueError: if the request's arrays do not fit one another or the model.
@@ -176,10 +181,11 @@ def decode(params: dict, latents: Latents, config: Config, chunk_size: int = 1) 
 
 
 def initial_noise(seed: int, shape: tuple[int, ...]) -> np.ndarray:
-    """float32 standard normal noise of numpy's `RandomState(seed)`, as the model's own framework draws it.
+    """float32 standard normal noise of numpy's `RandomState(seed)`, as the model's own framework
+    draws it.
 
-    Video and sound each start from a fresh `RandomState` of the same seed, so the sound's noise repeats
-    the video's first values. So does the reference.
+    Video and sound each start from a fresh `RandomState` of the same seed, so the sound's noise
+    repeats the video's first values. So does the reference.
     """
     return np.random.RandomState(seed).standard_normal(shape).astype(np.float32)
 
@@ -221,7 +227,9 @@ def check_request(request: T2VRequest, config: Config) -> None:
 
 
 def channels_first(latents: Latents) -> dict[str, Array]:
-    """Latents as they leave the package: `video` [B, C, t, h, w] and, if there is sound, `sound` [B, C, s]."""
+    """Latents as they leave the package: `video` [B, C, t, h, w] and, if there is sound, `sound`
+    [B, C, s].
+    """
     arrays = {"video": einops.rearrange(latents.video, "b t h w c -> b c t h w")}
     if latents.sound is not None:
         arrays["sound"] = einops.rearrange(latents.sound, "b s c -> b c s")
@@ -273,7 +281,9 @@ def _concatenate(first: Condition, second: Condition) -> Condition:
 
 
 def _guide(prompt: Array, negative: Array | None = None, scale: Array | float = 1.0) -> Array:
-    """Classifier-free guidance (Ho & Salimans, 2022) in float32; without a negative, the prompt's alone."""
+    """Classifier-free guidance (Ho & Salimans, 2022) in float32; without a negative, the prompt's
+    alone.
+    """
     if negative is None:
         return prompt
     prompt, negative = prompt.astype(jnp.float32), negative.astype(jnp.float32)

@@ -1,4 +1,6 @@
-"""What a checkpoint weighs and what a generation of a given shape needs, by arithmetic on shapes alone."""
+"""What a checkpoint weighs and what a generation of a given shape needs, by arithmetic on shapes
+alone.
+"""
 
 import math
 
@@ -34,8 +36,8 @@ def generation_bytes(
 ) -> dict[str, int]:
     """Device memory of one generation, by what needs it; an estimate.
 
-    Weights, condition, sampler state and pixels are exact. A layer's working set is counted as the tensors
-    that must be alive at once around its largest product; a compiler may keep more.
+    Weights, condition, sampler state and pixels are exact. A layer's working set is counted as the
+    tensors that must be alive at once around its largest product; a compiler may keep more.
     """
     itemsize = jnp.dtype(dtype).itemsize
     shape = video_vae.pixel_to_latent_shape(config.video_vae, num_frames, height, width)
@@ -56,7 +58,9 @@ def generation_bytes(
 
 
 def _layer_width(model: TransformerConfig) -> int:
-    """Values a token that are alive around the SwiGLU: the residual, its norm, gate and up, their product."""
+    """Values a token that are alive around the SwiGLU: the residual, its norm, gate and up, their
+    product.
+    """
     return 2 * model.hidden_size + 3 * model.intermediate_size
 
 

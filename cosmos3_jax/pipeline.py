@@ -1,7 +1,8 @@
 """Cosmos3: a checkpoint on the device, and prompts turned into videos with it.
 
-This is the stateful shell around the pure `generate`: it reads files, tokenises, draws noise, compiles and
-shows progress. Research code that wants none of that calls `prepare` once and then `generate` itself.
+This is the stateful shell around the pure `generate`: it reads files, tokenises, draws noise,
+compiles and shows progress. Research code that wants none of that calls `prepare` once and then
+`generate` itself.
 
 Axes: B batch, C channels, T frames, H rows, W columns; latents t, h, w; s sound latents.
 """
@@ -31,8 +32,12 @@ _decode_sound = jax.jit(sound_vae.decode, static_argnames=("config", "dtype"))
 
 
 def _settings_of(function: Callable) -> Callable[[Callable], Callable]:
-    """Show the settings of `function` in the signature of a method that passes `**settings` on to it."""
-    settings = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    """Show the settings of `function` in the signature of a method that passes `**settings` on to
+    it.
+    """
+    settings = [
+        p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY
+    ]
 
     def decorate(method: Callable) -> Callable:
         signature = inspect.signature(method)
@@ -64,9 +69,10 @@ class Cosmos3:
 
         Args:
             path_or_hub_id: a local folder; a Hub id `owner/name`; or `tiny`, the embedded default.
-            dtype: of the weights and of the computation, `bfloat16` or `float32`. The timestep embedding and
-                the sampler are always float32.
-            load_sound: None loads sound if the checkpoint has it, True insists, False leaves it out.
+            dtype: of the weights and of the computation, `bfloat16` or `float32`. The timestep
+                embedding and the sampler are always float32.
+            load_sound: None loads sound if the checkpoint has it, True insists, False leaves it
+                out.
 
         Raises:
             CheckpointError: the folder is no checkpoint, or its files do not fit the model.
@@ -95,19 +101,23 @@ class Cosmos3:
         Args:
             prompt: one prompt or a list of them; a list is a batch.
             output: `media`, or `latents` for the final normalised latents.
-            return_trajectory: add every step's latents and clean predictions (see `generate.generate`).
+            return_trajectory: add every step's latents and clean predictions (see
+                `generate.generate`).
             progress: show a bar over the steps.
             decode_chunk_size: latent frames decoded at a time: memory against speed.
             **settings: sizes, sampler, seeds and prompt style; see `request.prepare_request`.
 
         Returns:
-            `video`: float32 [B, 3, T, H, W] in [0, 1]; with sound also `sound`: float32 [B, channels,
-            samples] in [-1, 1], and `sample_rate` in Hz. As latents: [B, C, t, h, w] and [B, C_sound, s].
+            `video`: float32 [B, 3, T, H, W] in [0, 1]; with sound also `sound`: float32
+            [B, channels, samples] in [-1, 1], and `sample_rate` in Hz. As latents:
+            [B, C, t, h, w] and [B, C_sound, s].
         """
         if output not in ("media", "latents"):
             raise ValueError(f"output={output!r} is unknown; choose media or latents")
         request = self.prepare(prompt, **settings)
-        latents, trajectory = self.denoise(request, return_trajectory=return_trajectory, progress=progress)
+        latents, trajectory = self.denoise(
+            request, return_trajectory=return_trajectory, progress=progress
+        )
         result = self.decode(latents, decode_chunk_size) if output == "media" else latents
         if trajectory is not None:
             result["trajectory"] = trajectory
@@ -115,20 +125,30 @@ class Cosmos3:
 
     @_settings_of(prepare_request)
     def prepare(self, prompt: str | Sequence[str], **settings) -> T2VRequest:
-        """Check and tokenise everything that one generation needs (see `request.prepare_request`)."""
+        """Check and tokenise everything that one generation needs (see
+        `request.prepare_request`).
+        """
         return prepare_request(self.config, self.tokenizer, prompt, **settings)
 
     def denoise(
         self, request: T2VRequest, *, return_trajectory: bool = False, progress: bool = False
     ) -> tuple[dict[str, Array], dict | None]:
-        """A request -> final latents `{"video"[, "sound"]}`, channels first, and the trajectory or None."""
+        """A request -> final latents `{"video"[, "sound"]}`, channels first, and the trajectory or
+        None.
+        """
         on_step = None
         if progress:
-            self._progress_bar = tqdm.tqdm(total=request.num_inference_steps, unit="step", desc="denoise")
+            self._progress_bar = tqdm.tqdm(
+                total=request.num_inference_steps, unit="step", desc="denoise"
+            )
             on_step = self._advance
         try:
             latents, trajectory = _denoise(
-                self.params, request, config=self.config, on_step=on_step, return_trajectory=return_trajectory
+                self.params,
+                request,
+                config=self.config,
+                on_step=on_step,
+                return_trajectory=return_trajectory,
             )
             jax.block_until_ready(latents)
             jax.effects_barrier()
@@ -136,7 +156,9 @@ class Cosmos3:
             if progress:
                 self._progress_bar.close()
         if trajectory is not None:
-            trajectory = {name: jax.vmap(channels_first)(states) for name, states in trajectory.items()}
+            trajectory = {
+                name: jax.vmap(channels_first)(states) for name, states in trajectory.items()
+            }
         return channels_first(latents), trajectory
 
     def decode(self, latents: dict[str, Array], chunk_size: int = 1) -> dict:
@@ -148,7 +170,9 @@ class Cosmos3:
         return result
 
     def encode_sound(self, waveform: Array) -> Array:
-        """Waveform [B, channels, samples] in [-1, 1] -> latents [B, C_sound, s]; the last frame is padded."""
+        """Waveform [B, channels, samples] in [-1, 1] -> latents [B, C_sound, s]; the last frame is
+        padded.
+        """
         params = self._sound_params()
         latents = _encode_sound(params, self.config.sound_vae, waveform, dtype=_dtype(params))
         return einops.rearrange(latents, "b s c -> b c s")
@@ -181,15 +205,18 @@ class Cosmos3:
             self._progress_bar.update()
 
 
-def find_checkpoint(path_or_hub_id: str | Path) -> Path:
-    """The local folder of a checkpoint: itself, the embedded default for `tiny`, or a Hub download."""
+def find_checkpoint(path_or_hub_id: str | Path, weights: bool = True) -> Path:
+    """The local folder of a checkpoint: itself, the embedded default for `tiny`, or a Hub
+    download.
+    """
     if str(path_or_hub_id) == tiny.NAME and not Path(path_or_hub_id).is_dir():
         return tiny.tiny_checkpoint()
-    return load.find_checkpoint(path_or_hub_id)
+    return load.find_checkpoint(path_or_hub_id, weights)
 
 
 def load_frontend(folder: Path, load_sound: bool | None = None) -> tuple[Config, Tokenizer]:
-    """The configuration and tokenizer of a checkpoint folder: what `prepare_request` needs, no weights.
+    """The configuration and tokenizer of a checkpoint folder: what `prepare_request` needs, no
+    weights.
 
     Raises:
         CheckpointError: the folder is no checkpoint, or its tokenizer belongs to another one.

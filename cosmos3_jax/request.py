@@ -1,6 +1,8 @@
-"""From prompts and settings to the arrays of one generation: everything that can be refused is refused here.
+"""From prompts and settings to the arrays of one generation: everything that can be refused is
+refused here.
 
-It needs a configuration and a tokenizer but no weights, so bad input fails before anything is loaded.
+It needs a configuration and a tokenizer but no weights, so bad input fails before anything is
+loaded.
 
 Axes: B batch, C channels; latents t frames, h rows, w columns; s sound latents; K steps.
 """
@@ -13,9 +15,17 @@ from jax.typing import ArrayLike
 from cosmos3_jax import sound_vae, unipc, video_vae
 from cosmos3_jax.config import Config
 from cosmos3_jax.generate import T2VRequest, check_request, initial_noise
-from cosmos3_jax.prompt import ResolvedPrompt, Tokenizer, encode_prompts, pad_token_ids, resolve_prompts
+from cosmos3_jax.prompt import (
+    ResolvedPrompt,
+    Tokenizer,
+    encode_prompts,
+    pad_token_ids,
+    resolve_prompts,
+)
 
-TEXT_BUCKET = 128  # prompts are padded to a multiple of this many tokens, so that few programs are compiled
+TEXT_BUCKET = (
+    128  # prompts are padded to a multiple of this many tokens, so that few programs are compiled
+)
 
 
 def prepare_request(
@@ -40,7 +50,8 @@ def prepare_request(
     prompt_style: str = "native",
     system_prompt: str | None = None,
 ) -> T2VRequest:
-    """Check and tokenise everything that one generation needs. Sizes left None come from the recipe.
+    """Check and tokenise everything that one generation needs. Sizes left None come from the
+    recipe.
 
     Args:
         config: the checkpoint's.
@@ -78,7 +89,10 @@ def prepare_request(
         raise ValueError(f"guidance_scale={guidance_scale} must be a finite number")
     video_shape = video_vae.pixel_to_latent_shape(config.video_vae, num_frames, height, width)
     sound_frames = _sound_frames(config, num_frames, fps) if sound else 0
-    table = _tableau(config, num_inference_steps, flow_shift, schedule, sigmas)
+    levels = resolve_sigmas(
+        config, steps=num_inference_steps, flow_shift=flow_shift, schedule=schedule, sigmas=sigmas
+    )
+    table = unipc.tableau(levels)
     resolved = resolve_batch(
         prompts, negative_prompt, style=prompt_style, system_prompt=system_prompt,
         num_frames=num_frames, height=height, width=width, fps=fps,
@@ -86,13 +100,17 @@ def prepare_request(
     ids, negative_ids = zip(*(encode_prompts(tokenizer, one) for one in resolved), strict=True)
     text_ids, text_mask = pad_token_ids(ids, TEXT_BUCKET)
     guided = guidance_scale != 1
-    neg_text_ids, neg_text_mask = pad_token_ids(negative_ids, TEXT_BUCKET) if guided else (None, None)
+    neg_text_ids, neg_text_mask = (
+        pad_token_ids(negative_ids, TEXT_BUCKET) if guided else (None, None)
+    )
     seeds = _seeds(seed, len(prompts))
     channels, sound_channels = config.transformer.latent_channel, config.transformer.sound_dim
     if noise is None:
         noise = _draw(seeds, (channels, *video_shape))
     if sound_frames and sound_noise is None:
         sound_noise = _draw(seeds, (sound_channels, sound_frames))
+    if sound_noise is not None and not sound_frames:
+        raise ValueError("sound_noise is given, but no sound is asked for: pass sound=True too")
     request = T2VRequest(
         text_ids=text_ids,
         text_mask=text_mask,
@@ -108,42 +126,49 @@ def prepare_request(
         sampler=table,
     )
     check_request(request, config)
+    for name in ("noise", "sound_noise"):
+        if getattr(request, name) is not None and not np.isfinite(getattr(request, name)).all():
+            raise ValueError(f"{name} holds NaN or infinity; it should be standard normal")
     return request
 
 
 def resolve_batch(
     prompts: Sequence[str], negative_prompt: str | Sequence[str] | None, **settings
 ) -> list[ResolvedPrompt]:
-    """The exact texts that reach the tokenizer, one pair for each prompt (see `prompt.resolve_prompts`)."""
+    """The exact texts that reach the tokenizer, one pair for each prompt (see
+    `prompt.resolve_prompts`).
+    """
     if not prompts:
         raise ValueError("the list of prompts is empty; give at least one")
     one_for_all = negative_prompt is None or isinstance(negative_prompt, str)
     negatives = [negative_prompt] * len(prompts) if one_for_all else list(negative_prompt)
     if len(negatives) != len(prompts):
         raise ValueError(
-            f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one for all, or one for each"
+            f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one for all, "
+            "or one for each"
         )
     return [resolve_prompts(p, n, **settings) for p, n in zip(prompts, negatives, strict=True)]
 
 
-def _tableau(
+def resolve_sigmas(
     config: Config,
-    steps: int | None,
-    flow_shift: float | None,
-    schedule: str | None,
-    sigmas: Sequence[float] | None,
-) -> unipc.Tableau:
+    *,
+    steps: int | None = None,
+    flow_shift: float | None = None,
+    schedule: str | None = None,
+    sigmas: Sequence[float] | None = None,
+) -> np.ndarray:
+    """The K + 1 noise levels, float64. Given again as `sigmas`, they make the same video."""
     if sigmas is not None:
-        return unipc.tableau(np.asarray(sigmas, np.float64))
+        return np.asarray(sigmas, np.float64)
     recipe, scheduler = config.recipe, config.scheduler
     karras = (scheduler.sigma_min, scheduler.sigma_max)
-    levels = unipc.sigmas(
+    return unipc.sigmas(
         recipe.schedule if schedule is None else schedule,
         recipe.num_inference_steps if steps is None else steps,
         recipe.flow_shift if flow_shift is None else flow_shift,
         **({} if None in karras else {"karras_range": karras}),
     )
-    return unipc.tableau(levels)
 
 
 def _sound_frames(config: Config, num_frames: int, fps: float) -> int:
@@ -152,17 +177,23 @@ def _sound_frames(config: Config, num_frames: int, fps: float) -> int:
             "sound is asked for, but this checkpoint has none or was loaded without: leave it out"
         )
     if num_frames == 1:
-        raise ValueError("num_frames=1 makes an image, which has no sound: ask for 5 frames or more")
+        raise ValueError(
+            "num_frames=1 makes an image, which has no sound: ask for 5 frames or more"
+        )
     return sound_vae.sound_latent_length(config.sound_vae, num_frames, fps)
 
 
 def _seeds(seed: int | Sequence[int], batch: int) -> list[int]:
     seeds = [seed + b for b in range(batch)] if isinstance(seed, int | np.integer) else list(seed)
     if len(seeds) != batch:
-        raise ValueError(f"{len(seeds)} seeds for {batch} prompts: give one for all, or one for each")
+        raise ValueError(
+            f"{len(seeds)} seeds for {batch} prompts: give one for all, or one for each"
+        )
     for one in seeds:
         if not 0 <= one < 2**32:
-            raise ValueError(f"seed={one} is outside 0..{2**32 - 1}, the range of numpy's RandomState")
+            raise ValueError(
+                f"seed={one} is outside 0..{2**32 - 1}, the range of numpy's RandomState"
+            )
     return seeds
 
 

@@ -69,10 +69,10 @@ def sigmas(
     steps = num_inference_steps
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule={schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}")
-    if steps < 1:
-        raise ValueError(f"num_inference_steps={steps} must be at least 1")
-    if not flow_shift > 0:
-        raise ValueError(f"flow_shift={flow_shift} must be positive")
+    if not isinstance(steps, int | np.integer) or steps < 1:
+        raise ValueError(f"num_inference_steps={steps} must be at least 1, and whole")
+    if not 0 < flow_shift < np.inf:
+        raise ValueError(f"flow_shift={flow_shift} must be positive and finite")
     if schedule == "karras":
         ramp = np.linspace(0, 1, steps)
         low, high = (ratio ** (1 / KARRAS_RHO) for ratio in karras_range)

@@ -324,6 +324,19 @@ def test_hub_id(public_checkpoint, monkeypatch, tree):
     assert_same_tree(model.params, tree)
 
 
+def test_a_request_is_checked_before_weights_are_downloaded(monkeypatch, tmp_path):
+    asked = []
+
+    def snapshot_download(repo_id, allow_patterns):
+        asked.append(list(filter_repo_objects(NANO_READ, allow_patterns=allow_patterns)))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    load.find_checkpoint("nvidia/Cosmos3-Nano", weights=False)
+    weights = [name for name in NANO_READ if name.endswith(".safetensors")]
+    assert weights and asked == [[name for name in NANO_READ if name not in weights]]
+
+
 def test_hub_failure(monkeypatch):
     def snapshot_download(*_, **__):
         raise ConnectionError("name resolution failed")

@@ -50,8 +50,8 @@ HUB_FILES = [
     f"{TOKENIZER_FOLDER}/*",
     "scheduler/*.json",
     *(f"{part}/*.json" for part in ("transformer", "vae", "sound_tokenizer")),
-    *(f"{part}/*.safetensors" for part in ("transformer", "vae", "sound_tokenizer")),
 ]
+HUB_WEIGHTS = [f"{part}/*.safetensors" for part in ("transformer", "vae", "sound_tokenizer")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,8 +121,10 @@ class Component:
         return values
 
 
-def find_checkpoint(path_or_hub_id: str | Path) -> Path:
+def find_checkpoint(path_or_hub_id: str | Path, weights: bool = True) -> Path:
     """The local folder of a checkpoint; a Hub id is downloaded, only what generation reads of it.
+
+    Without `weights`, only configurations and tokenizer are: enough to check a request.
 
     Raises:
         CheckpointError: if it is neither a folder nor a Hub id that can be reached.
@@ -137,7 +139,8 @@ def find_checkpoint(path_or_hub_id: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=HUB_FILES))
+        wanted = HUB_FILES + HUB_WEIGHTS * weights
+        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=wanted))
     except Exception as error:  # of a dozen kinds, from a name not found to a licence not accepted
         raise CheckpointError(
             f"{path_or_hub_id} is no local folder, and downloading it from the Hub failed: {error}"

@@ -1,7 +1,8 @@
 """Where the tensors of the public `sound_tokenizer/` live in our tree (see `sound_vae.py`).
 
-A leaf has its tensor's name with slashes for dots, and an underscore before a list index. The full checkpoint
-has 249 tensors; 182 of them are the decoder's, and a checkpoint with these alone is as valid.
+A leaf has its tensor's name with slashes for dots, and an underscore before a list index. The full
+checkpoint has 249 tensors; 182 of them are the decoder's, and a checkpoint with these alone is as
+valid.
 """
 
 import re
@@ -14,7 +15,9 @@ CONV_TRANSPOSE = "i o k -> k i o"
 
 
 def sound_vae_layout(config: SoundVAEConfig, with_encoder: bool) -> Layout:
-    """The rules of the sound VAE. Without `with_encoder`, encoder tensors may be there but stay unread."""
+    """The rules of the sound VAE. Without `with_encoder`, encoder tensors may be there but stay
+    unread.
+    """
     if with_encoder:
         return Layout("sound VAE", (*_decoder(config), *_encoder(config)))
     return Layout("sound VAE", tuple(_decoder(config)), unused=(r"encoder\..*",))
@@ -43,17 +46,23 @@ def _encoder(config: SoundVAEConfig) -> list[Rule]:
 
 def _convnext(name: str) -> list[Rule]:
     norm = Rule(f"{name}.norm.weight", _leaf(name, "norm/scale"), "c -> c")
-    convs = (_conv(f"{name}.{conv}", weight_norm=False) for conv in ("dwconv.1", "pwconv1", "pwconv2"))
+    convs = (
+        _conv(f"{name}.{conv}", weight_norm=False) for conv in ("dwconv.1", "pwconv1", "pwconv2")
+    )
     return [norm, *sum(convs, []), *_snake(f"{name}.act")]
 
 
-def _conv(name: str, pattern: str = CONV, bias: bool = True, weight_norm: bool = True) -> list[Rule]:
+def _conv(
+    name: str, pattern: str = CONV, bias: bool = True, weight_norm: bool = True
+) -> list[Rule]:
     kernel = Rule(f"{name}.weight", _leaf(name, "kernel"), pattern, weight_norm=weight_norm)
     return [kernel, Rule(f"{name}.bias", _leaf(name, "bias"), "o -> o")] if bias else [kernel]
 
 
 def _snake(name: str) -> list[Rule]:
-    return [Rule(f"{name}.{which}", _leaf(name, which), "1 c 1 -> c") for which in ("alpha", "beta")]
+    return [
+        Rule(f"{name}.{which}", _leaf(name, which), "1 c 1 -> c") for which in ("alpha", "beta")
+    ]
 
 
 def _leaf(name: str, leaf: str) -> str:

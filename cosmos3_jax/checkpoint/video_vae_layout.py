@@ -1,7 +1,7 @@
 """Where the tensors of the public `vae/` folder live in the parameter tree of `video_vae.py`.
 
-Names stay as they are, but for the indices of lists (`resnets.1` becomes `resnets_1`) and for the two 1x1x1
-convolutions at the latents, which move into the half of the VAE that uses them.
+Names stay as they are, but for the indices of lists (`resnets.1` becomes `resnets_1`) and for the
+two 1x1x1 convolutions at the latents, which move into the half of the VAE that uses them.
 """
 
 import re
@@ -43,10 +43,14 @@ def _rules(config: VideoVAEConfig) -> Iterator[Rule]:
 def _blocks(
     prefix: str, resampler: str, widths: tuple[int, ...], depth: int, time: tuple[bool, ...]
 ) -> Iterator[Rule]:
-    """The blocks of one half. `widths` has one entry more than there are blocks, `time` one fewer."""
+    """The blocks of one half. `widths` has one entry more than there are blocks, `time` one
+    fewer.
+    """
     for i in range(len(widths) - 1):
         for j in range(depth):
-            yield from _resnet(f"{prefix}.{i}.resnets.{j}", widened=j == 0 and widths[i] != widths[i + 1])
+            yield from _resnet(
+                f"{prefix}.{i}.resnets.{j}", widened=j == 0 and widths[i] != widths[i + 1]
+            )
         if i < len(time):
             yield from _conv(f"{prefix}.{i}.{resampler}.resample.1", CONV_2D)
             if time[i]:

@@ -1,0 +1,427 @@
+"""The command line: what it writes, what it says, and what it refuses before anything is loaded."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import cosmos3_jax
+from cosmos3_jax import Cosmos3, cli, media, memory, pipeline, unipc
+from cosmos3_jax.config import Config
+
+# The smallest video with sound of the embedded checkpoint that has an odd latent height and width.
+SHAPE = ["--num-frames", "9", "--height", "48", "--width", "80"]
+PROMPT = "A red ball"
+TEXTS = ["--prompt", PROMPT, "--negative-prompt", "blurry"]
+BARE = ["generate", *SHAPE, "--steps", "2", "--sound"]
+SMALL = [*BARE, *TEXTS]
+STAGES = {"preprocess", "model_load", "denoise", "decode", "to_cpu", "encode", "total"}
+
+# Runs one command in a process of its own and says what was imported.
+CHILD = """
+import json, sys
+from cosmos3_jax.cli import main
+status = main(sys.argv[2:])
+json.dump(sorted({name.partition(".")[0] for name in sys.modules}), open(sys.argv[1], "w"))
+sys.exit(status)
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """The embedded checkpoint is written anew, not found in the home folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The folder, output and imports of one whole run in a process of its own."""
+    folder = tmp_path_factory.mktemp("made")
+    arguments = [
+        *SMALL, "--seed", "7", "--out", str(folder / "deep" / "ball.mp4"),
+        "--save-latents", str(folder / "ball.npz"),
+    ]  # fmt: skip
+    command = [sys.executable, "-c", CHILD, str(folder / "modules.json"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+@pytest.fixture(scope="module")
+def record(made):
+    return json.loads((made[0] / "deep" / "ball.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def latents(made):
+    with np.load(made[0] / "ball.npz") as arrays:
+        return dict(arrays)
+
+
+@pytest.fixture(scope="module")
+def model(cache):
+    return Cosmos3.from_pretrained("tiny", dtype="float32")
+
+
+@pytest.fixture
+def unloaded(monkeypatch):
+    """Whoever asks for weights fails the test."""
+
+    def fail(*_, **__):
+        pytest.fail("weights were loaded")
+
+    monkeypatch.setattr(Cosmos3, "from_pretrained", fail)
+    monkeypatch.setattr(pipeline.load, "load_params", fail)
+
+
+def generate(out: Path, *arguments: str) -> dict:
+    """Run `generate` here; what it wrote beside the video."""
+    assert cli.main([*SMALL, "--out", str(out), *map(str, arguments)]) == 0
+    return json.loads(out.with_suffix(".json").read_text())
+
+
+def load(path: Path) -> dict:
+    with np.load(path) as arrays:
+        return dict(arrays)
+
+
+def assert_equal(ours, reference):
+    assert ours.keys() == reference.keys()
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], reference[name])
+
+
+def test_a_whole_run_imports_no_torch(made):
+    modules = set(json.loads((made[0] / "modules.json").read_text()))
+    assert {"cosmos3_jax", "jax", "av"} <= modules  # the list is one
+    assert not modules & {"torch", "diffusers", "transformers", "accelerate"}
+
+
+def test_the_package_imports_no_torch():
+    code = (
+        "import sys, cosmos3_jax; print({'torch', 'diffusers', 'transformers'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "set()", done.stderr
+
+
+def test_the_video_opens_again(made, model, latents):
+    path = made[0] / "deep" / "ball.mp4"
+    info = media.probe(path)
+    assert (info.frames, info.height, info.width, info.fps) == (9, 48, 80, 24)
+    assert (info.video_codec, info.audio_codec, info.channels) == ("h264", "aac", 2)
+    assert info.sample_rate == model.config.sound_vae.sampling_rate == 48000
+    assert info.duration == pytest.approx(9 / 24)
+    assert abs(info.audio_duration - info.duration) <= 1 / 24  # within one frame
+    # What is in it is what the latents decode to. h264 and AAC are lossy, and random weights make
+    # noise, the worst there is for both, in colour above all: so brightness is compared. Measured:
+    # 0.99, where the next frame has 0.2; and 0.90 in sound.
+    decoded, luma = model.decode(latents), np.array([0.2126, 0.7152, 0.0722])
+    frames, _ = media.read_video(path)
+    expected = np.asarray(decoded["video"])[0].transpose(1, 2, 3, 0)
+    for ours, frame in zip(frames @ luma, expected @ luma, strict=True):
+        assert np.corrcoef(ours.ravel(), frame.ravel())[0, 1] > 0.95
+    sound, _ = media.read_sound(path)
+    expected = np.asarray(decoded["sound"])[0, :, : sound.shape[1]]
+    assert np.corrcoef(sound.ravel(), expected.ravel())[0, 1] > 0.8
+    assert sorted(p.name for p in path.parent.iterdir()) == [
+        "ball.json",
+        "ball.mp4",
+    ]  # nothing else
+
+
+def test_the_record_has_everything(made, record, model):
+    request = model.prepare(
+        PROMPT, num_frames=9, height=48, width=80, negative_prompt="blurry", sound=True
+    )
+    expected = {
+        "checkpoint": "tiny", "prompt": PROMPT, "negative_prompt": "blurry", "system_prompt": None,
+        "prompt_style": "native", "num_frames": 9, "height": 48, "width": 80, "fps": 24.0,
+        "seed": 7, "noise": None, "num_inference_steps": 2,
+        "guidance_scale": model.config.recipe.guidance_scale,
+        "sigmas": unipc.sigmas("native", 2, model.config.recipe.flow_shift).tolist(),
+        "timesteps": [999, 908], "dtype": "float32", "resolved_system_prompt": None,
+        "prompt_tokens": request.text_mask.sum(),
+        "negative_prompt_tokens": request.neg_text_mask.sum(),
+        "sound_frames": request.sound_frames, "device": jax.devices()[0].device_kind,
+    }  # fmt: skip
+    assert {name: record[name] for name in expected} == expected
+    assert record["versions"]["cosmos3_jax"] == cosmos3_jax.__version__
+    assert record["versions"]["jax"] == jax.__version__
+    # the resolved texts are what was tokenised
+    for name, ids, mask in (
+        ("resolved_prompt", request.text_ids, request.text_mask),
+        ("resolved_negative_prompt", request.neg_text_ids, request.neg_text_mask),
+    ):
+        assert model.tokenizer.encode_chat(record[name]) == ids[mask].tolist()
+    seconds = record["seconds"]
+    assert seconds.keys() == STAGES
+    stages = [value for stage, value in seconds.items() if stage != "total"]
+    assert min(stages) >= 0 and max(stages) > 0
+    assert seconds["total"] == pytest.approx(sum(stages), abs=0.004)  # each is rounded to 1 ms
+    output = made[1].stdout
+    assert all(stage in output for stage in STAGES)
+    assert "ball.mp4" in output and "ball.json" in output and "ball.npz" in output
+
+
+def replay(record: dict, model: Cosmos3) -> dict:
+    """The latents of a record, through Python."""
+    names = (
+        "prompt", "negative_prompt", "system_prompt", "prompt_style", "num_frames", "height",
+        "width", "fps", "guidance_scale", "sigmas", "seed",
+    )  # fmt: skip
+    sound = record["sound_frames"] > 0
+    return model.generate(**{name: record[name] for name in names}, sound=sound, output="latents")
+
+
+def test_the_record_makes_the_same_latents(record, latents, model):
+    assert latents["video"].shape == (1, 48, 3, 3, 5)
+    assert latents["sound"].shape == (1, 64, record["sound_frames"])
+    assert_equal(replay(record, model), latents)
+
+
+def test_saved_noise_makes_the_same_latents(tmp_path, latents, model):
+    request = model.prepare(PROMPT, num_frames=9, height=48, width=80, sound=True, seed=7)
+    np.savez(tmp_path / "noise.npz", noise=request.noise, sound_noise=request.sound_noise)
+    for seed, saved in (("1", ["--noise", tmp_path / "noise.npz"]), ("7", [])):
+        out = tmp_path / f"{seed}.npz"
+        arguments = ["--seed", seed, "--save-latents", out]
+        noted = generate(tmp_path / f"{seed}.mp4", *arguments, *saved)
+        assert_equal(load(out), latents)
+        assert noted["noise"] == (str(tmp_path / "noise.npz") if saved else None)
+    other = model.generate(
+        PROMPT, num_frames=9, height=48, width=80, sound=True, seed=1, num_inference_steps=2,
+        negative_prompt="blurry", output="latents",
+    )  # fmt: skip
+    assert np.abs(np.asarray(other["video"]) - latents["video"]).max() > 0.1
+
+
+def test_explicit_sigmas_are_kept_exactly(tmp_path, model):
+    """0.9 in float32 is below 0.9: 1000 times that is 899 when truncated."""
+    noted = generate(
+        tmp_path / "a.mp4", "--sigmas", "0.9,0.4,0", "--save-latents", tmp_path / "a.npz"
+    )
+    assert (noted["sigmas"], noted["timesteps"]) == ([0.9, 0.4, 0.0], [900, 400])
+    assert_equal(replay(noted, model), load(tmp_path / "a.npz"))
+
+
+def test_prompt_files_are_read_byte_for_byte(tmp_path, model):
+    text, negative = "Ein roter  Ball\r\nim Gr\u00fcnen.\t \n", " grau \r\n"
+    (tmp_path / "prompt.txt").write_bytes(text.encode())
+    (tmp_path / "negative.txt").write_bytes(negative.encode())
+    out, arrays = tmp_path / "a.mp4", tmp_path / "a.npz"
+    arguments = [
+        "generate", *SHAPE, "--steps", "1", "--out", out, "--save-latents", arrays,
+        "--prompt-file", tmp_path / "prompt.txt",
+        "--negative-prompt-file", tmp_path / "negative.txt",
+        "--prompt-style", "diffusers", "--system-prompt", "", "--fps", "29.97",
+    ]  # fmt: skip
+    assert cli.main([str(x) for x in arguments]) == 0
+    noted = json.loads(out.with_suffix(".json").read_text())
+    assert (noted["prompt"], noted["negative_prompt"]) == (text, negative)
+    assert noted["resolved_prompt"].startswith(text)  # diffusers' style takes off dots alone
+    assert (noted["system_prompt"], noted["resolved_system_prompt"]) == ("", None)
+    assert noted["fps"] == 29.97
+    assert media.probe(out).fps == media.frame_rate(29.97)
+    assert_equal(replay(noted, model), load(arrays))
+
+
+def test_a_silent_video_without_guidance(tmp_path, model):
+    out, arrays = tmp_path / "a.mp4", tmp_path / "a.npz"
+    arguments = ["--guidance-scale", "1", "--save-latents", str(arrays), "--out", str(out)]
+    assert cli.main(["generate", *SHAPE, "--steps", "1", *arguments]) == 0
+    info, noted = media.probe(out), json.loads(out.with_suffix(".json").read_text())
+    assert (info.frames, info.audio_codec) == (9, None)
+    assert noted["sound_frames"] == 0
+    assert noted["resolved_negative_prompt"] is noted["negative_prompt_tokens"] is None
+    assert noted["prompt"] == cli.DEFAULT_PROMPT
+    assert_equal(replay(noted, model), load(arrays))
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_gets_a_progress_bar(tmp_path, monkeypatch, terminal):
+    """The bar itself is tested in test_pipeline.py."""
+    asked = []
+
+    def denoise(self, request, *, progress):
+        asked.append(progress)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Cosmos3, "denoise", denoise)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    assert cli.main([*SMALL, "--out", str(tmp_path / "a.mp4")]) == 130
+    assert asked == [terminal]
+
+
+def test_outputs_are_replaced_only_if_asked(tmp_path, monkeypatch, capsys, unloaded):
+    out, arrays = tmp_path / "a.mp4", tmp_path / "latents.npz"
+    arguments = [*SMALL, "--out", str(out), "--save-latents", str(arrays)]
+    for existing in (out, out.with_suffix(".json"), arrays):
+        existing.write_bytes(b"mine")
+        assert cli.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert f"{existing} exists" in error and "--overwrite" in error
+        assert existing.read_bytes() == b"mine"
+        existing.unlink()
+
+
+def test_overwrite_replaces_all_outputs(tmp_path):
+    out, arrays = tmp_path / "a.mp4", tmp_path / "latents.npz"
+    for existing in (out, out.with_suffix(".json"), arrays):
+        existing.write_bytes(b"mine")
+    generate(out, "--overwrite", "--save-latents", arrays)
+    assert media.probe(out).frames == 9
+    assert load(arrays).keys() == {"video", "sound"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.mp4", "latents.npz"]
+
+
+@pytest.fixture
+def files(tmp_path, silent_checkpoint):
+    """Paths that a bad command line can name, as {name}."""
+    (tmp_path / "file").write_text("no folder")
+    (tmp_path / "latin.txt").write_bytes("Gr\u00fcn".encode("latin-1"))
+    (tmp_path / "text.npz").write_text("no arrays")
+    (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 and no more")
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    np.savez(tmp_path / "latents.npz", video=np.zeros(3))
+    np.savez(tmp_path / "shape.npz", noise=np.zeros((1, 48, 3, 5, 3)))
+    np.savez(
+        tmp_path / "sound.npz", noise=np.zeros((1, 48, 3, 3, 5)), sound_noise=np.zeros((1, 64, 9))
+    )
+    return {"tmp": str(tmp_path), "silent": str(silent_checkpoint)}
+
+
+# A command line that cannot work, and what is said: the value, the limit and the way out.
+BAD_ARGUMENTS = [
+    ("--num-frames 190", "num_frames=190 is not 4k+1; nearest are 189 and 193"),
+    ("--height 50", "height=50 is not a multiple of 16; nearest are 48 and 64"),
+    ("--width 8", "width=8 is not a multiple of 16; nearest are 16 and 32"),
+    ("--fps 0", "fps=0.0 must be positive and finite"),
+    ("--num-frames 1", "num_frames=1 makes an image, which has no sound"),
+    ("--steps 0", "num_inference_steps=0 must be at least 1"),
+    ("--flow-shift 0", "flow_shift=0.0 must be positive"),
+    ("--guidance-scale nan", "guidance_scale=nan must be a finite number"),
+    ("--seed -1", "seed=-1 is outside 0..4294967295"),
+    ("--sigmas 0.9,x,0", "--sigmas '0.9,x,0' must be numbers with commas between them"),
+    ("--sigmas 0.9,0.4", "sigmas must end in 0, the last is 0.4"),
+    ("--noise {tmp}/none.npz", "none.npz cannot be read as an npz file: [Errno 2]"),
+    ("--noise {tmp}/text.npz", "text.npz cannot be read as an npz file"),
+    ("--noise {tmp}/broken.npz", "broken.npz cannot be read as an npz file"),
+    ("--noise {tmp}/one.npy", "one.npy cannot be read as an npz file"),
+    ("--noise {tmp}/latents.npz", "latents.npz holds no array named noise"),
+    ("--noise {tmp}/shape.npz", "noise has shape (1, 48, 3, 5, 3), this request needs (1, 48"),
+    ("--noise {tmp}/sound.npz", "sound_noise has shape (1, 64, 9), this request needs (1, 64, 10)"),
+    ("--prompt-file {tmp}/none.txt", "No such file"),
+    ("--negative-prompt-file {tmp}/latin.txt", "latin.txt is not UTF-8"),
+    ("--checkpoint {tmp}/none", "none is not a folder, nor a Hub id of the form owner/name"),
+    ("--checkpoint {tmp}", "is not a Cosmos3 checkpoint: it has no transformer/config.json"),
+    ("--checkpoint {silent}", "has no sound (sound_gen is False"),
+    ("--out {tmp}/file/a.mp4", "cannot write files in {tmp}/file"),
+    ("--out /proc/cosmos3/a.mp4", "/proc/cosmos3/a.mp4: cannot write files in /proc/cosmos3"),
+    ("--out {tmp}/a.avi", "the suffix '.avi' is not supported here; use .mp4"),
+    ("--save-latents {tmp}/file/a.npz", "cannot write files in {tmp}/file"),
+    ("--save-latents {tmp}/a.txt", "the suffix '.txt' is not supported here; use .npz"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_ARGUMENTS, ids=[a for a, _ in BAD_ARGUMENTS])
+def test_bad_arguments_are_one_line_and_load_nothing(
+    tmp_path, files, capsys, unloaded, arguments, message
+):
+    command = [*BARE, "--out", str(tmp_path / "a.mp4"), *arguments.format(**files).split()]
+    assert cli.main(command) == 2
+    said = capsys.readouterr()
+    assert message.format(**files) in said.err
+    assert said.err.startswith("cosmos3-jax: error: ") and said.err.count("\n") == 1
+    assert not said.out
+    assert not (tmp_path / "a.mp4").exists() and not (tmp_path / "a.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--schedule", "fast"], "invalid choice: 'fast'"),
+        (["--prompt-style", "x"], "invalid choice: 'x'"),
+        (["--steps", "2.5"], "invalid int value: '2.5'"),
+        (["--prompt", "a", "--prompt-file", "b"], "not allowed with argument --prompt"),
+        (["--frames", "9"], "unrecognized arguments: --frames"),
+    ],
+)
+def test_what_the_parser_refuses(capsys, unloaded, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["generate", *arguments])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_interrupt_is_no_traceback(tmp_path, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Cosmos3, "from_pretrained", interrupt)
+    assert cli.main([*SMALL, "--out", str(tmp_path / "a.mp4")]) == 130
+    assert capsys.readouterr().err == "cosmos3-jax: interrupted\n"
+    assert not list(tmp_path.iterdir())
+
+
+def number_after(text: str, name: str) -> float:
+    [line] = [line for line in text.splitlines() if line.strip().startswith(name + " ")]
+    return float(line.strip().removeprefix(name).split()[0].replace(",", ""))
+
+
+def test_info_says_what_is_there(capsys, unloaded, silent_checkpoint, model):
+    assert cli.main(["info", "--sound", "--dtype", "float32", *SHAPE]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("tiny: public layout\n")
+    for component in ("transformer", "vae", "sound_tokenizer"):
+        assert number_after(text, component) > 10  # tensors
+    assert "sound: yes" in text and "num_inference_steps=8" in text
+    assert "9 frames of 48x80 in float32" in text
+    parts = ("weights", "condition", "rotary tables", "sampler state", "largest layer", "pixels")
+    total = sum(number_after(text, part) for part in parts)
+    assert number_after(text, "total") == pytest.approx(total, abs=0.004)  # printed to 0.001 GiB
+
+    assert cli.main(["info", "--checkpoint", str(silent_checkpoint), "--sound"]) == 0
+    text = capsys.readouterr().out
+    assert "sound: no" in text and "sound_tokenizer" not in text
+    assert "189 frames of 720x1280 in bfloat16" in text
+    assert cli.main(["info", "--checkpoint", "nowhere"]) == 2
+    assert "nowhere is not a folder" in capsys.readouterr().err
+
+
+def test_memory_is_what_the_arrays_take(model):
+    """Weights, condition, sampler state and pixels are exact: they are compared with the arrays."""
+    leaves = {part: jax.tree.leaves(tree) for part, tree in model.params.items()}
+    counts = memory.parameter_counts(model.config)
+    names = {
+        "und": "text tower",
+        "gen": "media tower",
+        "video_vae": "video VAE",
+        "sound_vae": "sound VAE",
+    }
+    assert counts == {names[part]: sum(x.size for x in arrays) for part, arrays in leaves.items()}
+
+    shape = dict(num_frames=9, height=48, width=80)
+    request = model.prepare(PROMPT, sound=True, **shape)
+    needed = memory.generation_bytes(
+        model.config, **shape, sound=True, dtype="float32", text_tokens=request.text_ids.shape[1]
+    )
+    assert needed["weights"] == sum(x.nbytes for arrays in leaves.values() for x in arrays)
+    assert needed["sampler state"] == 6 * (request.noise.nbytes + request.sound_noise.nbytes)
+    assert needed["pixels"] == 3 * 9 * 48 * 80 * 4
+    # both branches' keys and values of every layer
+    config, tokens = model.config.transformer, request.text_ids.size
+    key = config.num_hidden_layers * tokens * config.num_key_value_heads * config.head_dim * 4
+    assert needed["condition"] == 2 * 2 * key
+    alone = memory.generation_bytes(model.config, **shape, guidance=False, dtype="float32")
+    assert alone["condition"] < memory.generation_bytes(model.config, **shape)["condition"] * 2
+    nano = memory.generation_bytes(Config(), num_frames=189, height=720, width=1280)
+    # checkpoint: 15.17 B parameters less what is not read, two VAEs; about 30 GB in bfloat16
+    assert 28e9 < nano["weights"] < 33e9

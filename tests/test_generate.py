@@ -1,0 +1,451 @@
+"""The pure function: what it promises to jit, grad and vmap, and what it refuses.
+
+Its numbers are compared with the oracle's in test_pipeline.py.
+"""
+
+import importlib
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracle import relative_l2
+
+from cosmos3_jax import Cosmos3, T2VRequest, generate, unipc
+from cosmos3_jax.generate import initial_noise
+
+# The package's name `generate` is the function; the module has to be asked for.
+module = importlib.import_module("cosmos3_jax.generate")
+
+# Odd latent height and width, (3, 3, 5), and sound; short prompts, which share one padding bucket.
+SETTINGS = dict(
+    num_frames=9, height=48, width=80, num_inference_steps=3, guidance_scale=3.0, sound=True,
+    negative_prompt="blurry",
+)  # fmt: skip
+PROMPT, OTHER_PROMPT = "A red ball", "Rain on a window pane"
+
+# Between two programs for the same arithmetic (another batch size, vmap, another padding) XLA
+# chooses other orders of summation, and guidance amplifies float32 rounding. Measured: at most
+# 6e-7 at guidance 3 and 1.5e-6 at guidance 8.
+SAME = 5e-6
+# What counts as another result: every one below differs by more than 0.005.
+DIFFERENT = 1e-3
+
+
+@pytest.fixture(scope="module")
+def model(public_checkpoint):
+    return Cosmos3.from_pretrained(public_checkpoint, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def request_(model):
+    return model.prepare(PROMPT, **SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def run(model):
+    """`generate` to latents, jitted once for the whole module."""
+    jitted = jax.jit(partial(generate, config=model.config, output="latents"))
+    return partial(jitted, model.params)
+
+
+def with_seed(request, seed):
+    """The same request, its noise drawn by `generate` itself."""
+    return request.replace(noise=None, sound_noise=None, seed=seed)
+
+
+def assert_same(ours, reference):
+    assert ours.keys() == reference.keys() == {"video", "sound"}
+    for name in ours:
+        assert relative_l2(ours[name], reference[name]) <= SAME, name
+
+
+def assert_equal(ours, reference):
+    assert ours.keys() == reference.keys()
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], reference[name])
+
+
+class Compilations:
+    """Counts what XLA compiles in this process, whichever cache missed."""
+
+    def __init__(self):
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self)
+
+    def __call__(self, event, duration, **kwargs):
+        self.count += event == "/jax/core/compile/backend_compile_duration"
+
+
+@pytest.fixture(scope="module")
+def compilations():
+    return Compilations()
+
+
+@pytest.mark.parametrize("noise_from", ["arrays", "seed"])
+def test_compiles_once(model, request_, noise_from, compilations):
+    """Traces, cached programs and XLA's own compilations are counted. Every change is effective."""
+    traces = []
+
+    @jax.jit
+    def run(params, request):
+        traces.append(request)
+        return generate(params, request, config=model.config, output="latents")
+
+    request = request_ if noise_from == "arrays" else with_seed(request_, np.uint32(42))
+    first = jax.block_until_ready(run(model.params, request))
+    other = model.prepare(OTHER_PROMPT, **SETTINGS | {"negative_prompt": "grey"})
+    changes = {
+        "prompt": dict(text_ids=other.text_ids, text_mask=other.text_mask),
+        "negative": dict(neg_text_ids=other.neg_text_ids, neg_text_mask=other.neg_text_mask),
+        "guidance": dict(guidance_scale=np.float32(7)),
+        "fps": dict(fps=np.float32(12)),
+        "schedule": dict(sampler=unipc.tableau(unipc.sigmas("karras", 3))),
+        "sigmas": dict(sampler=unipc.tableau(np.array([0.9, 0.6, 0.2, 0.0]))),
+        "noise": (
+            dict(noise=request_.noise[..., ::-1])
+            if noise_from == "arrays"
+            else dict(seed=np.uint32(2**32 - 1))
+        ),
+    }
+    assert other.text_ids.shape == request.text_ids.shape
+    assert other.text_mask.sum() != request.text_mask.sum()
+    before = compilations.count
+    results = {}
+    for name, change in changes.items():
+        results[name] = jax.block_until_ready(run(model.params, request.replace(**change)))
+    assert (len(traces), run._cache_size(), compilations.count - before) == (1, 1, 0)
+    for name, result in results.items():
+        assert relative_l2(result["video"], first["video"]) > DIFFERENT, name
+    # the counters count: another number of steps is another program
+    steps = unipc.tableau(unipc.sigmas("native", 2))
+    run(model.params, request.replace(num_inference_steps=2, sampler=steps))
+    assert (len(traces), run._cache_size()) == (2, 2)
+    assert compilations.count > before
+
+
+def test_given_noise_leaves_no_host_call(model, request_):
+    """With noise in the request the program is device code only; a seed is numpy's, on the host."""
+
+    def program(request):
+        function = partial(generate, config=model.config, output="latents")
+        return str(jax.make_jaxpr(function)(model.params, request))
+
+    assert "callback" not in program(request_)
+    assert "pure_callback" in program(with_seed(request_, 1))
+
+
+# The error of the difference falls with the square of its step (latents: 2e-3 at 0.03, 2e-4 at
+# 0.01) until float32 rounding takes over. Pixels are clamped, and a step can cross the edge: 4e-4
+# at 0.003. One frame: the gradient of a video's decoder is compared with the oracle's elsewhere.
+@pytest.mark.parametrize(
+    ("output", "num_frames", "step", "tolerance"),
+    [("latents", 9, 0.01, 2e-3), ("media", 1, 0.003, 5e-3)],
+)
+def test_gradient_with_respect_to_the_noise(model, output, num_frames, step, tolerance):
+    """Against a central difference along a random direction, and along the gradient itself."""
+    settings = SETTINGS | dict(num_frames=num_frames, sound=num_frames > 1)
+    request = model.prepare(PROMPT, **settings)
+    function = partial(generate, config=model.config, output=output)
+    shapes = jax.eval_shape(function, model.params, request)
+    weights = {
+        name: np.random.RandomState(i).standard_normal(shapes[name].shape).astype(np.float32)
+        for i, name in enumerate(sorted(shapes))
+    }
+    noise = {name: getattr(request, name) for name in ("noise", "sound_noise")}
+    noise = {name: value for name, value in noise.items() if value is not None}
+
+    def loss(noise):
+        result = function(model.params, request.replace(**noise))
+        return sum(jnp.mean(result[name] * weights[name]) for name in weights), result
+
+    loss_and_gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    gradient = jax.tree.map(np.float64, loss_and_gradient(noise)[1])
+    for part in gradient.values():
+        assert np.isfinite(part).all()
+        assert (part != 0).all()  # every value of the noise matters
+
+    def loss_at(shift, size):
+        moved = jax.tree.map(lambda x, d: (x + size * d).astype(np.float32), noise, shift)
+        result = loss_and_gradient(moved)[0][1]
+        return sum(np.mean(np.float64(result[name]) * weights[name]) for name in weights)
+
+    rng = np.random.RandomState(3)
+    norm = np.sqrt(sum(np.square(part).sum() for part in gradient.values()))
+    random = jax.tree.map(lambda part: rng.standard_normal(part.shape), gradient)
+    steepest = jax.tree.map(lambda part: part * np.sqrt(part.size) / norm, gradient)
+    for direction in (random, steepest):
+        slope = sum(np.vdot(gradient[name], direction[name]) for name in gradient)
+        difference = loss_at(direction, step) - loss_at(direction, -step)
+        assert difference / (2 * step) == pytest.approx(slope, rel=tolerance)
+
+
+@pytest.mark.parametrize("over", ["seed", "noise"])
+def test_vmap_equals_a_loop(model, request_, run, over):
+    seeds = np.array([3, 42, 2**32 - 1], np.uint32)
+    if over == "seed":
+        requests = [with_seed(request_, seed) for seed in seeds]
+        values = seeds
+    else:
+        requests = [model.prepare(PROMPT, seed=int(seed), **SETTINGS) for seed in seeds]
+        requests = [r.replace(sound_noise=request_.sound_noise) for r in requests]
+        values = np.stack([r.noise for r in requests])
+
+    @jax.jit
+    @jax.vmap
+    def mapped(value):
+        changed = requests[0].replace(**{over: value})
+        return generate(model.params, changed, config=model.config, output="latents")
+
+    results = mapped(values)
+    assert results["video"].shape == (3, *request_.noise.shape)
+    for i, request in enumerate(requests):
+        assert_same({name: x[i] for name, x in results.items()}, run(request))
+    assert relative_l2(results["video"][0], results["video"][1]) > DIFFERENT
+
+
+def test_a_seed_is_numpys_noise(request_, run):
+    """float32 of RandomState(seed), the sound's from the start again (pitfall 15: not "fixed")."""
+    expected = np.random.RandomState(42).standard_normal(request_.noise.size).astype(np.float32)
+    np.testing.assert_array_equal(request_.noise.ravel(), expected)
+    np.testing.assert_array_equal(
+        request_.sound_noise.ravel(), expected[: request_.sound_noise.size]
+    )
+    np.testing.assert_array_equal(initial_noise(42, request_.noise.shape), request_.noise)
+    explicit = run(request_)
+    assert_equal(run(with_seed(request_, np.uint32(42))), explicit)
+    mistaken = request_.replace(sound_noise=initial_noise(43, request_.sound_noise.shape))
+    assert relative_l2(run(mistaken)["sound"], explicit["sound"]) > DIFFERENT
+
+
+@pytest.mark.parametrize(
+    ("seed", "seeds"),
+    [(5, (5, 6)), ([5, 9], (5, 9)), (np.array([5, 9]), (5, 9))],
+    ids=["one", "list", "array"],
+)
+def test_a_batch_equals_each_alone(model, run, seed, seeds):
+    """Prompts of different lengths, alone in different padding buckets, each with its own seed."""
+    prompts = [PROMPT, OTHER_PROMPT + ", drops that run down and join, a street lamp behind it"]
+    batch = model.prepare(prompts, seed=seed, **SETTINGS)
+    together = run(batch)
+    alone = [model.prepare(p, seed=s, **SETTINGS) for p, s in zip(prompts, seeds, strict=True)]
+    assert alone[0].text_ids.shape != alone[1].text_ids.shape
+    for i, request in enumerate(alone):
+        np.testing.assert_array_equal(batch.noise[i : i + 1], request.noise)
+        assert_same({name: x[i : i + 1] for name, x in together.items()}, run(request))
+    assert_equal(run(with_seed(batch, np.array(seed))), together)
+
+
+def test_each_example_has_its_own_guidance_scale_and_frame_rate(model, request_, run):
+    batch = model.prepare([PROMPT, PROMPT], seed=[42, 42], **SETTINGS)
+    scales, rates = np.array([3, 8], np.float32), np.array([24, 12], np.float32)
+    together = run(batch.replace(guidance_scale=scales, fps=rates))
+    for i in range(2):
+        alone = run(request_.replace(guidance_scale=scales[i], fps=rates[i]))
+        assert_same({name: x[i : i + 1] for name, x in together.items()}, alone)
+
+
+def test_padding_changes_nothing(request_, run):
+    """A prompt in a longer bucket, whatever stands in the padding."""
+    extra = ((0, 0), (0, 64))
+    longer = request_.replace(
+        text_ids=np.pad(request_.text_ids, extra, constant_values=7),
+        text_mask=np.pad(request_.text_mask, extra),
+    )
+    assert_same(run(longer), run(request_))
+
+
+def test_guidance_scale_one_skips_the_second_branch(model, request_, run, monkeypatch):
+    alone = model.prepare(PROMPT, **SETTINGS | {"guidance_scale": 1})
+    assert alone.neg_text_ids is None and alone.neg_text_mask is None
+    batches = []
+
+    def spy(params, config, condition, latents, timestep):
+        batches.append(latents.video.shape[0])
+        return velocity(params, config, condition, latents, timestep)
+
+    velocity = module.velocity
+    monkeypatch.setattr(module, "velocity", spy)
+    flops = {}
+    for name, request in (("guided", request_), ("alone", alone)):
+        function = jax.jit(partial(generate, config=model.config, output="latents"))
+        program = function.lower(model.params, request).compile()
+        flops[name] = program.cost_analysis()["flops"]
+    monkeypatch.undo()
+    assert batches == [2, 1]
+    # Two text towers and two media towers against one each; what is shared is a few percent.
+    assert 1.8 < flops["guided"] / flops["alone"] < 2.1
+
+    result = run(alone)
+    # What was skipped is the negative branch: with it, v_u + 1 (v_c - v_u) is v_c.
+    assert_same(run(request_.replace(guidance_scale=np.float32(1))), result)
+    swapped = request_.replace(text_ids=request_.neg_text_ids, text_mask=request_.neg_text_mask)
+    swapped = swapped.replace(neg_text_ids=None, neg_text_mask=None)
+    assert relative_l2(run(swapped)["video"], result["video"]) > DIFFERENT
+    assert_equal(
+        run(model.prepare(PROMPT, **SETTINGS | dict(guidance_scale=1, negative_prompt="x"))), result
+    )
+
+
+def test_guidance_branches_one_after_the_other_equal_one_batch(model, run, monkeypatch):
+    """Above a size they run one by one; here, with prompts and negatives in different buckets."""
+    negatives = ["blurry", OTHER_PROMPT * 3]
+    batch = model.prepare([PROMPT] * 2, **SETTINGS | {"negative_prompt": negatives})
+    assert batch.text_ids.shape != batch.neg_text_ids.shape
+    together, velocity, batches = run(batch), module.velocity, []
+
+    def spy(params, config, condition, latents, timestep):
+        batches.append(latents.video.shape[0])
+        return velocity(params, config, condition, latents, timestep)
+
+    monkeypatch.setattr(module, "velocity", spy)
+    monkeypatch.setattr(module, "ONE_BATCH_TOKENS", 0)
+    jitted = jax.jit(partial(generate, config=model.config, output="latents"))
+    assert_same(jitted(model.params, batch), together)
+    assert batches == [2, 2]
+
+
+def test_trajectory(model, request_, run):
+    jitted = jax.jit(
+        partial(generate, config=model.config, output="latents", return_trajectory=True)
+    )
+    result = jitted(model.params, request_)
+    trajectory = result.pop("trajectory")
+    assert_same(result, run(request_))
+    assert trajectory.keys() == {"latents", "clean"}
+    for states in trajectory.values():
+        assert states["video"].shape == (3, *request_.noise.shape)
+        assert states["sound"].shape == (3, *request_.sound_noise.shape)
+        # the last step returns the clean prediction
+        assert_equal({name: x[-1] for name, x in states.items()}, result)
+    # numerics.md section 5: x_1 = c x_0 - a B m_0, h = lambda_1 - lambda_0
+    sigma = np.float64(request_.sampler.sigma)
+    ratio = sigma[1] / sigma[0]
+    weight = (1 - sigma[1]) * -np.expm1(
+        -np.log((1 - sigma[1]) * sigma[0] / (sigma[1] * (1 - sigma[0])))
+    )
+    for name, noise in (("video", request_.noise), ("sound", request_.sound_noise)):
+        first = ratio * noise + weight * np.asarray(trajectory["clean"][name][0])
+        # one float32 multiply-add of values of about 1
+        np.testing.assert_allclose(trajectory["latents"][name][0], first, atol=2e-6)
+
+
+def test_nothing_is_left_over_from_the_run_before(model, request_, run):
+    """Pitfall 4: history starts anew in every request."""
+    first = run(request_)
+    run(model.prepare(OTHER_PROMPT, seed=1, **SETTINGS))
+    assert_equal(run(request_), first)
+
+
+# Frames that are given: none, the first (an image), the first two (a video), any, all.
+@pytest.mark.parametrize("given", [[], [0], [0, 1], [1], [2, 0], [0, 1, 2]], ids=str)
+def test_given_frames_come_out_as_they_went_in(request_, run, given):
+    clean = initial_noise(7, request_.noise.shape)
+    mask = np.isin(np.arange(3), given)[None]
+    request = request_.replace(clean_latents=clean, frame_mask=mask)
+    result = run(request)
+    video = np.asarray(result["video"])
+    np.testing.assert_array_equal(video[:, :, mask[0]], clean[:, :, mask[0]])  # bit for bit
+    free, unconditioned = ~mask[0], run(request_)
+    if not given:
+        assert_same(result, unconditioned)
+    for t in np.flatnonzero(free):
+        assert relative_l2(video[:, :, t], clean[:, :, t]) > 0.1  # generated, not copied
+    if given and free.any():  # and what is given is read by the other frames and by the sound
+        reference = np.asarray(unconditioned["video"])
+        assert relative_l2(video[:, :, free], reference[:, :, free]) > DIFFERENT
+        assert relative_l2(result["sound"], unconditioned["sound"]) > DIFFERENT
+
+    # Neither the noise under a given frame nor the clean latents under another one is read.
+    frames = mask[:, None, :, None, None]
+    hidden = request.replace(
+        noise=np.where(frames, 9, request.noise).astype(np.float32),
+        clean_latents=np.where(frames, clean, 9).astype(np.float32),
+    )
+    assert_equal(run(hidden), result)
+
+
+def test_given_frames_stand_still_in_the_trajectory(model, request_):
+    clean = initial_noise(7, request_.noise.shape)
+    request = request_.replace(clean_latents=clean, frame_mask=np.array([[False, True, False]]))
+    jitted = jax.jit(
+        partial(generate, config=model.config, output="latents", return_trajectory=True)
+    )
+    for states in jitted(model.params, request)["trajectory"].values():
+        for state in np.asarray(states["video"]):
+            np.testing.assert_array_equal(state[:, :, 1], clean[:, :, 1])
+
+
+def test_a_request_without_a_sampler_is_native(request_, run):
+    """The smallest request that research code can write down."""
+    smallest = T2VRequest(
+        text_ids=request_.text_ids,
+        text_mask=request_.text_mask,
+        video_shape=request_.video_shape,
+        num_inference_steps=3,
+        seed=42,
+    )
+    silent = dict(sound_frames=0, sound_noise=None, neg_text_ids=None, neg_text_mask=None)
+    result = run(smallest)
+    assert result.keys() == {"video"}
+    assert_equal(result, run(request_.replace(**silent)))
+
+
+# One field of a good request made bad, and what is said about it.
+BAD_REQUESTS = {
+    "noise": (
+        dict(noise=np.zeros((1, 6, 3, 3, 4))),
+        r"noise has shape \(1, 6, 3, 3, 4\), this request needs \(1, 6, 3, 3, 5\)",
+    ),
+    "sound noise": (
+        dict(sound_noise=np.zeros((1, 5, 2))),
+        r"sound_noise has shape \(1, 5, 2\), this request needs \(1, 5, 10\)",
+    ),
+    "mask": (dict(text_mask=np.ones((1, 9), bool)), r"text_mask has shape \(1, 9\)"),
+    "negative batch": (
+        dict(neg_text_ids=np.ones((2, 9), int)),
+        r"neg_text_ids has shape \(2, 9\), this request needs \(1, 9\)",
+    ),
+    "negative mask": (
+        dict(neg_text_mask=np.ones((1, 9), bool)),
+        r"neg_text_mask has shape \(1, 9\), this request needs \(1, 128\)",
+    ),
+    "clean": (
+        dict(clean_latents=np.zeros((1, 6, 1, 3, 5)), frame_mask=np.ones((1, 3), bool)),
+        r"clean_latents has shape \(1, 6, 1, 3, 5\)",
+    ),
+    "frames": (
+        dict(clean_latents=np.zeros((1, 6, 3, 3, 5)), frame_mask=np.ones((1, 1), bool)),
+        r"frame_mask has shape \(1, 1\)",
+    ),
+    "mask alone": (
+        dict(frame_mask=np.ones((1, 3), bool)),
+        "clean_latents and frame_mask belong together: give both or neither",
+    ),
+    "no steps": (dict(num_inference_steps=0), "num_inference_steps=0 must be at least 1"),
+    "steps": (dict(num_inference_steps=4), "num_inference_steps=4, but the sampler has 3 steps"),
+    "no noise": (dict(noise=None), "a request needs noise, or a seed"),
+    "no sound noise": (dict(sound_noise=None), "a request with sound needs sound_noise, or a seed"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_REQUESTS)
+def test_bad_requests_are_refused_before_any_work(model, request_, monkeypatch, name):
+    change, message = BAD_REQUESTS[name]
+    monkeypatch.setattr(module, "denoise", lambda *_: pytest.fail("work was begun"))
+    with pytest.raises(ValueError, match=message):
+        generate(model.params, request_.replace(**change), config=model.config)
+
+
+def test_sound_is_refused_where_there_is_none(silent_checkpoint, request_, monkeypatch):
+    silent = Cosmos3.from_pretrained(silent_checkpoint, dtype="float32")
+    monkeypatch.setattr(module, "denoise", lambda *_: pytest.fail("work was begun"))
+    request = with_seed(request_, 0)
+    with pytest.raises(ValueError, match="sound_frames is not 0, but this checkpoint has no sound"):
+        generate(silent.params, request, config=silent.config)
+
+
+def test_unknown_output_is_refused(model, request_):
+    with pytest.raises(ValueError, match="output='pixels' is unknown; choose media or latents"):
+        generate(model.params, request_, config=model.config, output="pixels")
