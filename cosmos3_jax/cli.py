@@ -15,7 +15,7 @@ import numpy as np
 import cosmos3_jax
 from cosmos3_jax import media, memory, tiny, unipc
 from cosmos3_jax.checkpoint import load
-from cosmos3_jax.checkpoint.convert import convert_checkpoint
+from cosmos3_jax.checkpoint.convert import check_target, convert_checkpoint
 from cosmos3_jax.config import Config
 from cosmos3_jax.generate import T2VRequest
 from cosmos3_jax.pipeline import Cosmos3, find_checkpoint, load_frontend
@@ -129,7 +129,11 @@ def run_generate(options: argparse.Namespace) -> int:
     outputs = {options.out: (".mp4",), record_path: None}
     if options.save_latents:
         outputs[options.save_latents] = (".npz",)
+    inputs = [options.prompt_file, options.negative_prompt_file, options.noise]
+    read = {path.resolve() for path in inputs if path is not None}
     for path, suffixes in outputs.items():
+        if path.resolve() in read:
+            raise ValueError(f"{path} would be written and is also read; choose another --out")
         media.check_writable(path, options.overwrite, suffixes)
     settings = _settings(options)
     prompt = read_prompt(options.prompt_file) if options.prompt_file else options.prompt
@@ -138,6 +142,7 @@ def run_generate(options: argparse.Namespace) -> int:
         folder = find_checkpoint(options.checkpoint, weights=False)
         config, tokenizer = load_frontend(folder, load_sound=options.sound)
         request = prepare_request(config, tokenizer, prompt, **settings)
+        media.frame_rate(float(request.fps))  # raises on a rate that no mp4 can have
     with _timed(times, "model_load"):
         model = Cosmos3.from_pretrained(
             options.checkpoint, options.dtype or _default_dtype(), options.sound
@@ -268,6 +273,7 @@ def _record(
 
 
 def run_convert(options: argparse.Namespace) -> int:
+    check_target(options.target, options.overwrite)
     source = find_checkpoint(options.source)
     sound = False if options.no_sound else None
     convert_checkpoint(
@@ -296,14 +302,18 @@ def run_info(options: argparse.Namespace) -> int:
 
 def _print_memory(options: argparse.Namespace, config: Config) -> None:
     names = ("num_frames", "height", "width", "fps")
-    shape = {name: getattr(options, name) or getattr(config.recipe, name) for name in names}
+    given = {name: getattr(options, name) for name in names}
+    shape = {
+        name: getattr(config.recipe, name) if value is None else value
+        for name, value in given.items()
+    }
     dtype = options.dtype or "bfloat16"
     needed = memory.generation_bytes(
         config, **shape, sound=options.sound and config.has_sound, dtype=dtype
     )
     frames, height, width, _ = shape.values()
     print(f"device memory for {frames} frames of {height}x{width} in {dtype}, an estimate")
-    for part, size in [*needed.items(), ("total", sum(needed.values()))]:
+    for part, size in needed.items():
         print(f"  {part:16} {size / 2**30:12.3f} GiB")
 
 

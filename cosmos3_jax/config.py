@@ -8,8 +8,11 @@ a checkpoint of an unsupported kind fails before any weight is touched.
 import dataclasses
 import json
 import math
+import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from types import UnionType
+from typing import Any, ClassVar, Self, get_args, get_origin
 
 MEAN_WAN22 = (
     -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557,
@@ -30,9 +33,7 @@ STD_WAN22 = (
 
 
 class ConfigError(ValueError):
-    """A configuration file is unreadable, or asks for something that this implementation does not
-    do.
-    """
+    """A configuration is unreadable, impossible, or asks for what is not implemented."""
 
 
 def _check(condition: bool, message: str) -> None:
@@ -40,29 +41,58 @@ def _check(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def _check_value(name: str, value: Any, kind: Any, least: float | None) -> None:
+    """Raise unless `value` is of the declared type `kind`, and no number in it is too small.
+
+    `least` is the smallest number that is accepted; None stands for any positive one. JSON has one
+    kind of number, so an integer will do for a float; true and false are not numbers.
+    """
+    found = f"{name}={value!r}"
+    if isinstance(kind, UnionType):  # X | None
+        if value is not None:
+            _check_value(name, value, get_args(kind)[0], least)
+    elif get_origin(kind) is tuple:
+        _check(isinstance(value, tuple), f"{found} must be a tuple (in JSON: a list)")
+        for i, entry in enumerate(value):
+            _check_value(f"{name}[{i}]", entry, get_args(kind)[0], least)
+    elif kind is bool:
+        _check(isinstance(value, bool), f"{found} must be true or false")
+    elif kind is str:
+        _check(isinstance(value, str), f"{found} must be a string")
+    elif kind in (int, float):
+        number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+        _check(number, f"{found} must be {'an integer' if kind is int else 'a number'}")
+        _check(abs(value) <= sys.float_info.max, f"{found} must be finite")
+        if least is None:
+            _check(value > 0, f"{found} must be positive")
+        else:
+            _check(value >= least, f"{found} must be at least {least}")
+
+
 @dataclasses.dataclass(frozen=True)
 class _JsonConfig:
     """Reads the fields that it declares from a JSON object, and ignores the rest."""
 
+    # The smallest numbers that some fields accept; those of every other field must be positive.
+    _least: ClassVar[Mapping[str, float]] = {}
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            _check_value(field.name, value, field.type, self._least.get(field.name))
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Build from a parsed JSON object. Lists become tuples; raises ConfigError on impossible
-        values.
-        """
+        """Build from a parsed JSON object, lists as tuples; ConfigError for impossible values."""
         known = {field.name for field in dataclasses.fields(cls)}
         chosen = {
             k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known
         }
-        try:
-            return cls(**chosen)
-        except TypeError as error:  # a comparison in __post_init__ met a value of the wrong type
-            raise ConfigError(f"{cls.__name__}: a value has the wrong type ({error})") from error
+        return cls(**chosen)
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:
-        """Build from a JSON file. Raises ConfigError, naming the file, if it is missing or
-        malformed.
-        """
+        """Build from a JSON file. Raises ConfigError, naming the file, if it cannot be read."""
         try:
             return cls.from_dict(read_json(path))
         except ConfigError as error:
@@ -90,6 +120,8 @@ def read_json(path: str | Path) -> dict[str, Any]:
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig(_JsonConfig):
     """`transformer/config.json`: the two-tower Mixture-of-Transformers."""
+
+    _least = {"num_hidden_layers": 2, "unified_3d_mrope_temporal_modality_margin": 0}
 
     hidden_size: int = 4096
     num_hidden_layers: int = 36
@@ -122,29 +154,24 @@ class TransformerConfig(_JsonConfig):
         # The mRoPE section is nested in Nano's file and at the top level in newer ones; absent keys
         # mean "no sound" in the public format, whatever our defaults are.
         values = {"sound_gen": False, **values}
+        scaling = values.get("rope_scaling")
+        _check(
+            scaling is None or isinstance(scaling, dict),
+            f"rope_scaling={scaling!r} must be a JSON object or null",
+        )
         if values.get("rope_axes_dim") is None:
-            section = (values.get("rope_scaling") or {}).get("mrope_section")
+            section = (scaling or {}).get("mrope_section")
             values["rope_axes_dim"] = section or cls.rope_axes_dim
         return super().from_dict(values)
 
     def __post_init__(self):
+        super().__post_init__()
         self.refuse_other(
             hidden_act="silu",
             attention_bias=False,
             qk_norm_for_text=True,
             use_und_k_norm_for_gen=False,
             unified_3d_mrope_reset_spatial_ids=True,
-        )
-        for name in (
-            "hidden_size",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "intermediate_size",
-        ):
-            _check(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
-        _check(
-            self.num_hidden_layers >= 2,
-            f"num_hidden_layers={self.num_hidden_layers} must be at least 2",
         )
         _check(
             self.num_attention_heads % self.num_key_value_heads == 0,
@@ -153,15 +180,14 @@ class TransformerConfig(_JsonConfig):
         )
         _check(
             len(self.rope_axes_dim) == 3 and 2 * sum(self.rope_axes_dim) == self.head_dim,
-            f"rope_axes_dim={self.rope_axes_dim} must be three numbers that add up to head_dim / "
-            "2 = "
-            f"{self.head_dim / 2:g}",
+            f"rope_axes_dim={self.rope_axes_dim} must be three numbers that add up to "
+            f"head_dim / 2 = {self.head_dim / 2:g}",
         )
         time, height, width = self.rope_axes_dim
         _check(
             time >= max(height, width),
-            f"rope_axes_dim={self.rope_axes_dim}: interleaving needs time >= height and time >= "
-            "width",
+            f"rope_axes_dim={self.rope_axes_dim}: "
+            "interleaving needs time >= height and time >= width",
         )
         patch_dim = self.latent_channel * self.latent_patch_size**2
         _check(
@@ -170,15 +196,16 @@ class TransformerConfig(_JsonConfig):
             f"latent_patch_size^2 = {patch_dim}",
         )
         _check(
-            not self.sound_gen or bool(self.sound_dim),
-            f"sound_gen is on, but sound_dim={self.sound_dim}: it must be a positive number of "
-            "channels",
+            not self.sound_gen or self.sound_dim is not None,
+            "sound_gen is on, but sound_dim=None: it must be a positive number of channels",
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class VideoVAEConfig(_JsonConfig):
     """`vae/config.json`: the Wan2.2 residual video autoencoder."""
+
+    _least = {"latents_mean": -math.inf}
 
     base_dim: int = 160
     decoder_base_dim: int = 256
@@ -198,6 +225,7 @@ class VideoVAEConfig(_JsonConfig):
     clip_output: bool = False
 
     def __post_init__(self):
+        super().__post_init__()
         self.refuse_other(is_residual=True, attn_scales=(), clip_output=False)
         _check(
             len(self.temperal_downsample) == len(self.dim_mult) - 1,
@@ -208,14 +236,9 @@ class VideoVAEConfig(_JsonConfig):
             length = len(getattr(self, name))
             _check(length == self.z_dim, f"{name} has {length} entries, z_dim is {self.z_dim}")
         _check(
-            min(self.latents_std) > 0,
-            f"latents_std must be positive, its minimum is {min(self.latents_std)}",
-        )
-        _check(
             self.in_channels == self.out_channels == 3 * self.patch_size**2,
-            f"in_channels={self.in_channels} and out_channels={self.out_channels} must be 3 * "
-            "patch_size^2 = "
-            f"{3 * self.patch_size**2}",
+            f"in_channels={self.in_channels} and out_channels={self.out_channels} must be "
+            f"3 * patch_size^2 = {3 * self.patch_size**2}",
         )
         _check(
             self.scale_factor_spatial == self.patch_size * 2 ** len(self.temperal_downsample),
@@ -270,6 +293,7 @@ class SoundVAEConfig(_JsonConfig):
     latent_std: None = None
 
     def __post_init__(self):
+        super().__post_init__()
         self.refuse_other(
             model_type="autoencoder_v2",
             enc_type="spec_convnext",
@@ -302,8 +326,7 @@ class SoundVAEConfig(_JsonConfig):
         _check(
             self.enc_latent_dim == 2 * self.vocoder_input_dim,
             f"enc_latent_dim={self.enc_latent_dim} must be 2 * vocoder_input_dim = "
-            f"{2 * self.vocoder_input_dim} "
-            "(mean and scale)",
+            f"{2 * self.vocoder_input_dim} (mean and scale)",
         )
         _check(
             self.samples_per_latent == math.prod(self.dec_strides),
@@ -330,6 +353,8 @@ class SchedulerConfig(_JsonConfig):
     chooses them.
     """
 
+    _least = {"disable_corrector": 0}
+
     num_train_timesteps: int = 1000
     solver_order: int = 2
     solver_type: str = "bh2"
@@ -346,6 +371,7 @@ class SchedulerConfig(_JsonConfig):
     use_karras_sigmas: bool = True
 
     def __post_init__(self):
+        super().__post_init__()
         self.refuse_other(
             num_train_timesteps=1000,
             solver_order=2,
@@ -362,9 +388,9 @@ class SchedulerConfig(_JsonConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Recipe(_JsonConfig):
-    """Sizes and sampler settings used where the caller names none: `cosmos3_recipe.json`, else
-    Nano's.
-    """
+    """`cosmos3_recipe.json`, else Nano's: sizes and sampler settings if the caller names none."""
+
+    _least = {"guidance_scale": -math.inf}
 
     num_frames: int = 189
     height: int = 720
@@ -378,9 +404,7 @@ class Recipe(_JsonConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything that shapes the computation. `sound_vae` is None for a checkpoint without
-    sound.
-    """
+    """Everything that shapes the computation. `sound_vae` is None where there is no sound."""
 
     transformer: TransformerConfig = TransformerConfig()
     video_vae: VideoVAEConfig = VideoVAEConfig()
@@ -391,9 +415,8 @@ class Config:
     def __post_init__(self):
         _check(
             self.transformer.latent_channel == self.video_vae.z_dim,
-            f"the transformer's latent_channel={self.transformer.latent_channel} is not the video "
-            "VAE's "
-            f"z_dim={self.video_vae.z_dim}",
+            f"the transformer's latent_channel={self.transformer.latent_channel} is not "
+            f"the video VAE's z_dim={self.video_vae.z_dim}",
         )
         if self.sound_vae is not None and self.transformer.sound_gen:
             _check(
@@ -401,10 +424,14 @@ class Config:
                 f"the transformer's sound_dim={self.transformer.sound_dim} is not the sound VAE's "
                 f"vocoder_input_dim={self.sound_vae.vocoder_input_dim}",
             )
+            rate, hop = self.sound_vae.sampling_rate, self.sound_vae.samples_per_latent
+            _check(
+                math.isclose(self.transformer.sound_latent_fps, rate / hop),
+                f"the transformer's sound_latent_fps={self.transformer.sound_latent_fps} is not "
+                f"the sound VAE's sampling_rate / samples_per_latent = {rate} / {hop}",
+            )
 
     @property
     def has_sound(self) -> bool:
-        """Whether both halves of sound generation are there: the transformer's head and the sound
-        VAE.
-        """
+        """Whether the transformer's sound head and the sound VAE are both there."""
         return self.transformer.sound_gen and self.sound_vae is not None

@@ -121,8 +121,20 @@ def denoise(
     return_trajectory: bool = False,
 ) -> tuple[Latents, dict[str, Latents] | None]:
     """Initial noise -> final latents, channels last, and the trajectory if asked for."""
+    conditions = encode_conditions(params["und"], request, config)
+    return sample_latents(params["gen"], conditions, request, config, on_step, return_trajectory)
+
+
+def sample_latents(
+    params: dict,
+    conditions: list[Condition],
+    request: T2VRequest,
+    config: Config,
+    on_step: Callable[[int], None] | None = None,
+    return_trajectory: bool = False,
+) -> tuple[Latents, dict[str, Latents] | None]:
+    """The loop over steps alone: `params` are the media tower's, see `encode_conditions`."""
     noise = _initial_latents(request, config)
-    conditions = _conditions(params, request, config)
     clean, given = conditions[0].clean_latents, conditions[0].frame_mask[:, :, None, None, None]
 
     tokens = len(given) * conditions[0].rope[0].shape[1]
@@ -134,7 +146,7 @@ def denoise(
         if one_batch:
             latents = jax.tree.map(lambda x: jnp.concatenate([x, x]), latents)
         branches = [
-            velocity(params["gen"], config.transformer, condition, latents, timestep)
+            velocity(params, config.transformer, condition, latents, timestep)
             for condition in conditions
         ]
         if one_batch:
@@ -209,6 +221,12 @@ def check_request(request: T2VRequest, config: Config) -> None:
             raise ValueError(
                 f"{name} has shape {tuple(value.shape)}, this request needs {tuple(shape)}"
             )
+    for name in ("fps", "guidance_scale", "seed"):
+        shape = np.shape(getattr(request, name)) if getattr(request, name) is not None else ()
+        if shape not in ((), (batch,)):
+            raise ValueError(f"{name} has shape {shape}: give one for all, or {batch}")
+    if (request.neg_text_ids is None) != (request.neg_text_mask is None):
+        raise ValueError("neg_text_ids and neg_text_mask belong together: give both or neither")
     if request.num_inference_steps < 1:
         raise ValueError(f"num_inference_steps={request.num_inference_steps} must be at least 1")
     if request.sampler is not None and len(request.sampler.timestep) != request.num_inference_steps:
@@ -242,8 +260,8 @@ def channels_last(video: Array, sound: Array | None = None) -> Latents:
     return Latents(video, None if sound is None else einops.rearrange(sound, "b c s -> b s c"))
 
 
-def _conditions(params: dict, request: T2VRequest, config: Config) -> list[Condition]:
-    """The prompt's condition and, with guidance, the negative prompt's."""
+def encode_conditions(params: dict, request: T2VRequest, config: Config) -> list[Condition]:
+    """The prompt's condition and, with guidance, the negative's; `params` are the text tower's."""
     clean = request.clean_latents
     shared = {
         "video_shape": request.video_shape,
@@ -254,7 +272,7 @@ def _conditions(params: dict, request: T2VRequest, config: Config) -> list[Condi
     }
 
     def encode(ids: Array, mask: Array) -> Condition:
-        return encode_condition(params["und"], config.transformer, ids, mask, **shared)
+        return encode_condition(params, config.transformer, ids, mask, **shared)
 
     conditions = [encode(request.text_ids, request.text_mask)]
     if request.neg_text_ids is not None:

@@ -31,6 +31,19 @@ _encode_sound = jax.jit(sound_vae.encode, static_argnames=("config", "dtype"))
 _decode_sound = jax.jit(sound_vae.decode, static_argnames=("config", "dtype"))
 
 
+class _Progress:
+    """What a compiled loop calls back. One for all models: the compiled program keeps it alive."""
+
+    bar: tqdm.tqdm | None = None
+
+    def __call__(self, step: int) -> None:
+        if self.bar is not None:
+            self.bar.update()
+
+
+_progress = _Progress()
+
+
 def _settings_of(function: Callable) -> Callable[[Callable], Callable]:
     """Show the settings of `function` in the signature of a method that passes `**settings` on to
     it.
@@ -59,13 +72,14 @@ class Cosmos3:
 
     def __init__(self, config: Config, params: dict, tokenizer: Tokenizer):
         self.config, self.params, self.tokenizer = config, params, tokenizer
-        self._progress_bar: tqdm.tqdm | None = None
 
     @classmethod
     def from_pretrained(
         cls, path_or_hub_id: str | Path, dtype: str = "bfloat16", load_sound: bool | None = None
     ) -> "Cosmos3":
         """Load a checkpoint in the public or the converted layout.
+
+        The autoencoders come whole: `encode_video` and `encode_sound` read their encoders.
 
         Args:
             path_or_hub_id: a local folder; a Hub id `owner/name`; or `tiny`, the embedded default.
@@ -80,8 +94,8 @@ class Cosmos3:
         """
         if dtype not in ("bfloat16", "float32"):
             raise ValueError(f"dtype={dtype!r} is not supported; choose bfloat16 or float32")
+        config, tokenizer = load_frontend(find_checkpoint(path_or_hub_id, False), load_sound)
         folder = find_checkpoint(path_or_hub_id)
-        config, tokenizer = load_frontend(folder, load_sound)
         params = load.load_params(load.open_components(folder, config), jnp.dtype(dtype))
         return cls(config, params, tokenizer)
 
@@ -136,25 +150,23 @@ class Cosmos3:
         """A request -> final latents `{"video"[, "sound"]}`, channels first, and the trajectory or
         None.
         """
-        on_step = None
         if progress:
-            self._progress_bar = tqdm.tqdm(
+            _progress.bar = tqdm.tqdm(
                 total=request.num_inference_steps, unit="step", desc="denoise"
             )
-            on_step = self._advance
         try:
             latents, trajectory = _denoise(
                 self.params,
                 request,
                 config=self.config,
-                on_step=on_step,
+                on_step=_progress if progress else None,
                 return_trajectory=return_trajectory,
             )
             jax.block_until_ready(latents)
             jax.effects_barrier()
         finally:
             if progress:
-                self._progress_bar.close()
+                _progress.bar.close()
         if trajectory is not None:
             trajectory = {
                 name: jax.vmap(channels_first)(states) for name, states in trajectory.items()
@@ -199,10 +211,6 @@ class Cosmos3:
         if "sound_vae" not in self.params:
             raise ValueError("this checkpoint was loaded without sound, or has none")
         return self.params["sound_vae"]
-
-    def _advance(self, step: int) -> None:
-        if self._progress_bar is not None:
-            self._progress_bar.update()
 
 
 def find_checkpoint(path_or_hub_id: str | Path, weights: bool = True) -> Path:

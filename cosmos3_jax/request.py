@@ -85,7 +85,7 @@ def prepare_request(
     width = recipe.width if width is None else width
     fps = recipe.fps if fps is None else fps
     guidance_scale = recipe.guidance_scale if guidance_scale is None else guidance_scale
-    if not np.isfinite(guidance_scale):
+    if not (np.isscalar(guidance_scale) and np.isfinite(guidance_scale)):
         raise ValueError(f"guidance_scale={guidance_scale} must be a finite number")
     video_shape = video_vae.pixel_to_latent_shape(config.video_vae, num_frames, height, width)
     sound_frames = _sound_frames(config, num_frames, fps) if sound else 0
@@ -180,11 +180,17 @@ def _sound_frames(config: Config, num_frames: int, fps: float) -> int:
         raise ValueError(
             "num_frames=1 makes an image, which has no sound: ask for 5 frames or more"
         )
-    return sound_vae.sound_latent_length(config.sound_vae, num_frames, fps)
+    frames = sound_vae.sound_latent_length(config.sound_vae, num_frames, fps)
+    if frames < 1:
+        raise ValueError(f"{num_frames} frames at fps={fps} are too short for sound: leave it out")
+    return frames
 
 
 def _seeds(seed: int | Sequence[int], batch: int) -> list[int]:
-    seeds = [seed + b for b in range(batch)] if isinstance(seed, int | np.integer) else list(seed)
+    one_for_all = isinstance(seed, int | np.integer)
+    seeds = [seed + b for b in range(batch)] if one_for_all else np.atleast_1d(seed).tolist()
+    if not all(isinstance(one, int) for one in seeds):
+        raise ValueError(f"seed={seed!r} must be a whole number, or one for each prompt")
     if len(seeds) != batch:
         raise ValueError(
             f"{len(seeds)} seeds for {batch} prompts: give one for all, or one for each"

@@ -46,7 +46,7 @@ def video_positions(
     time, rows, columns = (np.arange(n, dtype=np.float32) for n in grid)
     time = jnp.broadcast_to(time, (len(text_length), grid[0]))
     if config.enable_fps_modulation:
-        # Each operation rounds, as in the specification. Left alone, a compiler multiplies by the
+        # Each operation rounds, as in the reference. Left alone, a compiler multiplies by the
         # divisor's reciprocal and fuses product and sum; the barrier and the idle maximum stop it.
         latent_fps = jnp.broadcast_to(fps[:, None] / temporal_compression, time.shape)
         time = time / jax.lax.optimization_barrier(latent_fps)

@@ -5,6 +5,7 @@ any program that reads the public layout reads it. Its weights are random: it sh
 machinery works, not what the model can do.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -131,7 +132,7 @@ def write_tiny_checkpoint(folder: Path) -> None:
 
 def _defaults(config: VideoVAEConfig | SoundVAEConfig) -> dict:
     """Every field of a configuration, as its JSON file would have it."""
-    values = {name: getattr(config, name) for name in config.__dataclass_fields__}
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     return {
         key: list(value) if isinstance(value, tuple) else value for key, value in values.items()
     }

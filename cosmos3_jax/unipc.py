@@ -166,10 +166,12 @@ def _check_sigmas(levels: np.ndarray) -> None:
         )
     if levels[-1] != 0:
         raise ValueError(f"sigmas must end in 0, the last is {levels[-1]}; append it")
-    if not (np.diff(levels) < 0).all():
-        at = int(np.argmin(np.diff(levels) < 0))
+    falling = np.diff(levels.astype(np.float32)) < 0
+    if not falling.all():
+        at = int(np.argmin(falling))
         raise ValueError(
-            f"sigmas must fall strictly: number {at} is {levels[at]}, the next {levels[at + 1]}"
+            f"sigmas must fall strictly: number {at} is {levels[at]}, the next {levels[at + 1]}, "
+            "in float32"
         )
     if not np.float32(levels[0]) < 1:
         raise ValueError(

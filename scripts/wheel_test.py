@@ -1,7 +1,9 @@
-"""Build the wheel, install it in an empty environment away from the repository, and make the demo
-there.
+"""Build the wheel, make the demo with it in an empty environment, and open what came out.
+
+With a path: only open that demo.
 """
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -9,6 +11,7 @@ import venv
 from pathlib import Path
 
 from cosmos3_jax.media import probe
+from cosmos3_jax.tiny import RECIPE
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -21,27 +24,36 @@ def main() -> None:
         venv.create(folder / "empty", with_pip=True)
         python, command = (folder / "empty" / "bin" / name for name in ("python", "cosmos3-jax"))
         constraints = REPOSITORY / "constraints.txt"
-        run(
-            python,
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--constraint",
-            constraints,
-            wheel,
-            cwd=folder,
-        )
+        install = ("-m", "pip", "install", "--quiet", "--constraint", constraints, wheel)
+        run(python, *install, cwd=folder)
         run(command, "generate", "--sound", "--out", "demo.mp4", cwd=folder)
-        info = probe(folder / "demo.mp4")
-        print(info)
-        if info.audio_codec != "aac" or abs(info.duration - info.audio_duration) > 1 / info.fps:
-            sys.exit("the wheel's demo has no sound as long as its video")
+        check_demo(folder / "demo.mp4")
+
+
+def check_demo(path: Path) -> None:
+    """The demo, opened again, is what the embedded recipe says."""
+    info = probe(path)
+    print(info)
+    found = (info.frames, info.height, info.width, float(info.fps))
+    expected = tuple(RECIPE[name] for name in ("num_frames", "height", "width", "fps"))
+    if found != expected:
+        sys.exit(f"{path} has frames, height, width, fps {found}, not {expected}")
+    if (info.audio_codec, info.sample_rate) != ("aac", 48000):
+        sys.exit(f"{path} has no AAC sound at 48 kHz")
+    if abs(info.duration - info.audio_duration) > 1 / info.fps:
+        sys.exit(f"{path}: video of {info.duration} s, sound of {info.audio_duration} s")
 
 
 def run(*command: object, cwd: Path | None = None) -> None:
-    subprocess.run([str(part) for part in command], cwd=cwd, check=True)
+    """Without the repository on the path, and with a cache of its own."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    if cwd is not None:
+        environment["XDG_CACHE_HOME"] = str(cwd / "cache")
+    subprocess.run([str(part) for part in command], cwd=cwd, env=environment, check=True)
 
 
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) > 1:
+        check_demo(Path(sys.argv[1]))
+    else:
+        main()

@@ -307,6 +307,8 @@ BAD_ARGUMENTS = [
     ("--num-frames 1", "num_frames=1 makes an image, which has no sound"),
     ("--steps 0", "num_inference_steps=0 must be at least 1"),
     ("--flow-shift 0", "flow_shift=0.0 must be positive"),
+    ("--fps 2000", "fps=2000.0 is not between 0.1 and 1000"),
+    ("--sigmas 0.9,0.5,1e-50,0", "sigmas must fall strictly"),
     ("--guidance-scale nan", "guidance_scale=nan must be a finite number"),
     ("--seed -1", "seed=-1 is outside 0..4294967295"),
     ("--sigmas 0.9,x,0", "--sigmas '0.9,x,0' must be numbers with commas between them"),
@@ -384,9 +386,11 @@ def test_info_says_what_is_there(capsys, unloaded, silent_checkpoint, model):
         assert number_after(text, component) > 10  # tensors
     assert "sound: yes" in text and "num_inference_steps=8" in text
     assert "9 frames of 48x80 in float32" in text
-    parts = ("weights", "condition", "rotary tables", "sampler state", "largest layer", "pixels")
-    total = sum(number_after(text, part) for part in parts)
-    assert number_after(text, "total") == pytest.approx(total, abs=0.004)  # printed to 0.001 GiB
+    parts = ("weights", "condition", "rotary tables", "sampler state")
+    shared = sum(number_after(text, part) for part in parts)
+    decoding = number_after(text, "decoding step") + number_after(text, "pixels")
+    peak = shared + max(number_after(text, "denoising step"), decoding)
+    assert number_after(text, "peak") == pytest.approx(peak, abs=0.004)  # printed to 0.001 GiB
 
     assert cli.main(["info", "--checkpoint", str(silent_checkpoint), "--sound"]) == 0
     text = capsys.readouterr().out
@@ -425,3 +429,13 @@ def test_memory_is_what_the_arrays_take(model):
     nano = memory.generation_bytes(Config(), num_frames=189, height=720, width=1280)
     # checkpoint: 15.17 B parameters less what is not read, two VAEs; about 30 GB in bfloat16
     assert 28e9 < nano["weights"] < 33e9
+
+
+def test_inputs_are_never_overwritten(tmp_path, capsys, unloaded):
+    """`--prompt-file car.json --out car.mp4` would write its record over the prompt."""
+    prompt = tmp_path / "car.json"
+    prompt.write_text('{"subjects": []}', encoding="utf-8")
+    arguments = ["--prompt-file", str(prompt), "--out", str(tmp_path / "car.mp4"), "--overwrite"]
+    assert cli.main(["generate", *arguments]) == 2
+    assert "would be written and is also read" in capsys.readouterr().err
+    assert prompt.read_text(encoding="utf-8") == '{"subjects": []}'

@@ -116,18 +116,17 @@ def test_configurations_are_hashable():
         (dict(rope_scaling={"mrope_section": [32, 32]}), "must be three numbers that add up to"),
         (dict(rope_axes_dim=[16, 24, 24]), "interleaving needs time >= height and time >= width"),
         (dict(sound_gen=True, sound_dim=None), "sound_gen is on, but sound_dim=None"),
-        (dict(sound_gen=True, sound_dim=0), "sound_gen is on, but sound_dim=0"),
         (
             dict(num_key_value_heads=5),
             "num_attention_heads=32 is not a multiple of num_key_value_heads=5",
         ),
-        (dict(num_key_value_heads=0), "num_key_value_heads=0 must be positive"),
         (dict(num_hidden_layers=1), "num_hidden_layers=1 must be at least 2"),
         (
             dict(patch_latent_dim=48),
             "patch_latent_dim=48 is not latent_channel * latent_patch_size^2 = 192",
         ),
-        (dict(hidden_size="4096"), "TransformerConfig: a value has the wrong type"),
+        (dict(rope_scaling=[24, 20, 20]), "rope_scaling=[24, 20, 20] must be a JSON object"),
+        (dict(rope_scaling="default"), "rope_scaling='default' must be a JSON object or null"),
     ],
 )
 def test_transformer_values_that_cannot_be_honoured(values, message):
@@ -144,11 +143,6 @@ def test_transformer_values_that_cannot_be_honoured(values, message):
             "is_residual=False is not supported; only True is",
         ),
         (VideoVAEConfig, dict(latents_mean=[0.0] * 16), "latents_mean has 16 entries, z_dim is 48"),
-        (
-            VideoVAEConfig,
-            dict(latents_std=[0.0] * 48),
-            "latents_std must be positive, its minimum is 0.0",
-        ),
         (
             VideoVAEConfig,
             dict(temperal_downsample=[True, True]),
@@ -189,6 +183,99 @@ def test_other_values_that_cannot_be_honoured(kind, values, message):
         kind.from_dict(values)
 
 
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "limit"),
+    [
+        # integers
+        (TransformerConfig, "vocab_size", -1, "must be positive"),
+        (TransformerConfig, "latent_patch_size", 0, "must be positive"),
+        (TransformerConfig, "num_key_value_heads", 0, "must be positive"),
+        (TransformerConfig, "num_hidden_layers", 2.5, "must be an integer"),
+        (TransformerConfig, "num_hidden_layers", -3, "must be at least 2"),
+        (TransformerConfig, "hidden_size", "4096", "must be an integer"),
+        (TransformerConfig, "head_dim", True, "must be an integer"),
+        (TransformerConfig, "head_dim", None, "must be an integer"),
+        (TransformerConfig, "sound_dim", 0, "must be positive"),
+        (TransformerConfig, "sound_dim", 64.0, "must be an integer"),
+        (
+            TransformerConfig,
+            "unified_3d_mrope_temporal_modality_margin",
+            -1,
+            "must be at least 0",
+        ),
+        (VideoVAEConfig, "base_dim", 0, "must be positive"),
+        (SoundVAEConfig, "sampling_rate", 0, "must be positive"),
+        (SoundVAEConfig, "hop_size", 0, "must be positive"),
+        (Recipe, "num_frames", "33", "must be an integer"),
+        (Recipe, "num_inference_steps", -1, "must be positive"),
+        # numbers
+        (TransformerConfig, "rope_theta", "5e6", "must be a number"),
+        (TransformerConfig, "rope_theta", 10**400, "must be finite"),
+        (TransformerConfig, "rms_norm_eps", 0.0, "must be positive"),
+        (TransformerConfig, "base_fps", True, "must be a number"),
+        (SchedulerConfig, "sigma_max", -200.0, "must be positive"),
+        (SchedulerConfig, "flow_shift", None, "must be a number"),
+        (Recipe, "flow_shift", 0, "must be positive"),
+        (Recipe, "fps", INF, "must be finite"),
+        (Recipe, "guidance_scale", NAN, "must be finite"),
+        # switches and names
+        (TransformerConfig, "enable_fps_modulation", 1, "must be true or false"),
+        (TransformerConfig, "hidden_act", None, "must be a string"),
+        (SoundVAEConfig, "stereo", "yes", "must be true or false"),
+        (Recipe, "schedule", 3, "must be a string"),
+        # tuples
+        (TransformerConfig, "rope_axes_dim", 64, "must be a tuple (in JSON: a list)"),
+        (VideoVAEConfig, "dim_mult", "1244", "must be a tuple (in JSON: a list)"),
+    ],
+)
+def test_impossible_values(kind, name, value, limit):
+    """Whether they come from a file or from Python."""
+    message = re.escape(f"{name}={value!r} {limit}")
+    for build in (kind.from_dict, lambda values: kind(**values)):
+        with pytest.raises(ConfigError, match=message):
+            build({name: value})
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        (TransformerConfig, dict(rope_axes_dim=[64, 20, -20]), "[2]=-20 must be positive"),
+        (TransformerConfig, dict(rope_axes_dim=[24, 20.0, 20]), "[1]=20.0 must be an integer"),
+        (VideoVAEConfig, dict(latents_std=[1.0] * 47 + [0.0]), "[47]=0.0 must be positive"),
+        (VideoVAEConfig, dict(latents_mean=[NAN] * 48), "[0]=nan must be finite"),
+        (VideoVAEConfig, dict(temperal_downsample=[0, 1, 1]), "[0]=0 must be true or false"),
+        (SoundVAEConfig, dict(dec_strides=[2, 4, 5, 6, 0]), "[4]=0 must be positive"),
+        (SoundVAEConfig, dict(enc_c_mults=[1, [2], 4]), "[1]=[2] must be an integer"),
+    ],
+)
+def test_impossible_entries_are_named(kind, values, message):
+    (name,) = values
+    with pytest.raises(ConfigError, match=re.escape(name + message)):
+        kind.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        (TransformerConfig, dict(rope_theta=5000000, unified_3d_mrope_temporal_modality_margin=0)),
+        (VideoVAEConfig, dict(latents_mean=[-1, 0, 0.5] * 16, latents_std=[1] * 48)),
+        (SoundVAEConfig, dict(hop_size=1920)),
+        (SoundVAEConfig, dict(hop_size=None)),
+        (SchedulerConfig, dict(sigma_max=None, sigma_min=None, flow_shift=5)),
+        (Recipe, dict(fps=30, guidance_scale=0)),
+        (Recipe, dict(guidance_scale=-1.5)),
+    ],
+)
+def test_possible_values_at_the_edge(kind, values):
+    """Integers for floats, null where the format has it, signs where they mean something."""
+    config = kind.from_dict(values)
+    for name, value in values.items():
+        assert getattr(config, name) == (tuple(value) if isinstance(value, list) else value)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -223,6 +310,11 @@ def test_a_folder_is_not_a_file(tmp_path):
         (
             dict(transformer=TransformerConfig(sound_dim=32)),
             "the transformer's sound_dim=32 is not the sound VAE's vocoder_input_dim=64",
+        ),
+        (
+            dict(transformer=TransformerConfig(sound_latent_fps=50.0)),
+            "the transformer's sound_latent_fps=50.0 is not the sound VAE's "
+            "sampling_rate / samples_per_latent = 48000 / 1920",
         ),
     ],
 )

@@ -319,7 +319,7 @@ def test_trajectory(model, request_, run):
         assert states["sound"].shape == (3, *request_.sound_noise.shape)
         # the last step returns the clean prediction
         assert_equal({name: x[-1] for name, x in states.items()}, result)
-    # numerics.md section 5: x_1 = c x_0 - a B m_0, h = lambda_1 - lambda_0
+    # UniPC (Zhao et al. 2023), first step: x_1 = c x_0 - a B m_0, h = lambda_1 - lambda_0
     sigma = np.float64(request_.sampler.sigma)
     ratio = sigma[1] / sigma[0]
     weight = (1 - sigma[1]) * -np.expm1(

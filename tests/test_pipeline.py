@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import gc
+import weakref
 
 import jax
 import numpy as np
@@ -21,7 +23,8 @@ SETTINGS = dict(
 )
 PROMPT, NEGATIVE = "A red ball rolls down a hill", "blurry"
 
-# The contract is 1e-4. Measured: at most 2e-6 in latents, 1.2e-6 in pixels, 3e-7 in waveforms.
+# Relative L2 distance from the oracle. Measured: at most 2e-6 in latents, 1.2e-6 in pixels, 3e-7
+# in waveforms.
 # It is float32 rounding, in another order, that guidance 6 amplifies; the rest is room for other
 # CPUs.
 TOLERANCE = 1e-5
@@ -130,8 +133,8 @@ def test_agrees_with_the_oracle(model, oracle, schedule, sound):
     assert expected.min() >= 0 and expected.max() <= 1
     assert ((expected > 0) & (expected < 1)).mean() > 0.9  # not a comparison of clamped values
     assert relative_l2(video, expected) <= TOLERANCE
-    # The oracle's own rounding to uint8. The contract: at most 0.1 % of the values off, by one. A
-    # float that is off by 1e-6 crosses a boundary between two of 255 steps in 255e-6 of all cases.
+    # The oracle's own rounding to uint8. Allowed: at most 0.1 % of the values off, by one. A float
+    # that is off by 1e-6 crosses a boundary between two of 255 steps in 255e-6 of all cases.
     difference = np.abs(media.to_uint8(video).astype(int) - np.rint(expected * 255).astype(int))
     assert difference.max() <= 1
     assert (difference > 0).mean() <= 1e-3
@@ -200,7 +203,7 @@ def test_every_step_agrees_with_the_oracle(model, oracle):
 
 
 def mistakes(model, request):
-    """The request as someone would get it wrong who reads the specification carelessly."""
+    """The request as someone would get it wrong who reads the reference carelessly."""
     table, text = request.sampler, prepare(model, "Rain", sound=True)
     native = model.prepare(
         PROMPT, negative_prompt=NEGATIVE, sound=True, prompt_style="native", **SETTINGS
@@ -247,7 +250,10 @@ def test_bfloat16_is_as_good_as_the_oracles(public_checkpoint, model, oracle):
     for seed in range(6):
         request = prepare(model, sound=True, seed=seed)
         exact = run_oracle(oracle("native"), request, latents_only=True).latents
-        rounded = run_oracle(oracle("native", torch.bfloat16), request, latents_only=True).latents
+        # Without oneDNN, whose bfloat16 convolutions are wrong at some small widths.
+        with torch.backends.mkldnn.flags(enabled=False):
+            low = oracle("native", torch.bfloat16)
+            rounded = run_oracle(low, request, latents_only=True).latents
         latents, _ = half.denoise(request)
         for name, reference in exact.items():
             assert latents[name].dtype == np.float32
@@ -504,3 +510,44 @@ def test_sound_can_be_left_out_of_a_checkpoint_that_has_it(public_checkpoint, mo
 def test_bad_checkpoints_are_refused(source, dtype, message):
     with pytest.raises(ValueError, match=message):
         Cosmos3.from_pretrained(source, dtype=dtype)
+
+
+def test_a_model_is_freed_after_a_progress_bar(public_checkpoint):
+    """A compiled loop keeps its callback alive; that must not keep 30 GB of weights alive too."""
+    model = Cosmos3.from_pretrained(public_checkpoint, "float32")
+    request = model.prepare("A cat", num_frames=1, height=32, width=32, num_inference_steps=1)
+    model.denoise(request, progress=True)
+    watcher = weakref.ref(model)
+    del model
+    gc.collect()
+    assert watcher() is None
+
+
+def test_autoencoders_alone(model):
+    """Channels first in and out; what they compute is tested with the modules."""
+    rng = np.random.RandomState(0)
+    video = rng.uniform(size=(1, 3, 5, 32, 48)).astype(np.float32)
+    latents = model.encode_video(video)
+    assert latents.shape == (1, model.config.video_vae.z_dim, 2, 2, 3)
+    np.testing.assert_array_equal(
+        model.decode_video(latents), model.decode({"video": latents})["video"]
+    )
+    assert model.decode_video(latents).shape == video.shape
+    waveform = rng.uniform(-1, 1, (1, 2, 4000)).astype(np.float32)
+    latents = model.encode_sound(waveform)
+    assert latents.shape == (1, model.config.sound_vae.vocoder_input_dim, 3)
+    assert model.decode_sound(latents).shape == (1, 2, 3 * 1920)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(guidance_scale=[3, 8]), r"guidance_scale=\[3, 8\] must be a finite number"),
+        (dict(seed="42"), "seed='42' must be a whole number"),
+        (dict(seed=1.5), "seed=1.5 must be a whole number"),
+        (dict(sound_noise=np.zeros((1, 5, 3))), "sound_noise is given, but no sound"),
+    ],
+)
+def test_settings_of_the_wrong_kind(model, settings, message):
+    with pytest.raises(ValueError, match=message):
+        model.prepare("A cat", num_frames=5, height=32, width=48, **settings)

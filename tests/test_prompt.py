@@ -1,6 +1,7 @@
 """Prompts: texts written by hand, ids against diffusers' own tokenize_prompt."""
 
 import json
+import os
 import subprocess
 import sys
 import unicodedata
@@ -8,14 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from cosmos3_jax import prompt as prompts
 from cosmos3_jax.config import ConfigError
 from cosmos3_jax.tiny_tokenizer import SPECIAL_TOKENS, write_tokenizer
 
-QWEN3 = Path(__file__).parents[2] / "shared" / "tokenizer"
+# A real checkpoint's text_tokenizer/, to be compared as well.
+REAL = os.environ.get("COSMOS3_TOKENIZER")
 NANO = {"num_frames": 189, "height": 720, "width": 1280, "fps": 24.0}
 IMAGE = {"num_frames": 1, "height": 1024, "width": 768, "fps": 24.0}
 SIZES = [
@@ -59,11 +63,55 @@ def tiny(tiny_folder):
     return prompts.Tokenizer.from_folder(tiny_folder)
 
 
-@pytest.fixture(scope="session", params=["tiny", "qwen3"])
-def folder(request, tiny_folder):
-    if request.param == "qwen3" and not QWEN3.is_dir():
-        pytest.skip(f"{QWEN3} is not there")
-    return tiny_folder if request.param == "tiny" else QWEN3
+# How Qwen's tokenizers cut text into the pieces that merges do not cross.
+QWEN_PIECES = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# What the merges are learnt from. Often enough said, a word becomes one token.
+SENTENCES = 8 * [
+    "user\nHello world, the cat's video is of a red car driving along the road.\nassistant\n",
+    "You are a helpful assistant who will generate videos from a give prompt.",
+    "The video is not 7.9 seconds long and is not of 24 FPS. It rains...  It's   late.\n\n",
+    "This video is of 720x1280 resolution. This image is not of 1024x768 resolution.",
+    '{"subjects": ["caf\u00e9"], "duration": "7s", "resolution": {"H": 720, "W": 1280}}',
+    "A ball rolls downhill past wet windows while birds sing, and somebody watches from far above.",
+    "\u96e8\u306e\u6771\u4eac za\u017c\u00f3\u0142\u0107 \U0001f697\U0001f3fd",
+]
+
+
+def write_merging_tokenizer(folder: Path) -> Path:
+    """The tiny tokenizer's folder, but with Qwen's pieces and merges trained here."""
+    write_tokenizer(folder)
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(QWEN_PIECES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(SENTENCES, trainer)
+    backend.add_special_tokens(
+        [tokenizers.AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS]
+    )
+    backend.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def merging_folder(tmp_path_factory):
+    return write_merging_tokenizer(tmp_path_factory.mktemp("merging"))
+
+
+@pytest.fixture(scope="session", params=["tiny", "merging", "real"])
+def folder(request, tiny_folder, merging_folder):
+    if request.param == "real" and not REAL:
+        pytest.skip("COSMOS3_TOKENIZER names no folder")
+    return {"tiny": tiny_folder, "merging": merging_folder, "real": REAL}[request.param]
 
 
 @pytest.fixture(scope="session")
@@ -128,10 +176,23 @@ def test_transformers_loads_the_folder_and_agrees(folder, tokenizer, class_name)
         assert tokenizer.encode_chat(text, "Be brief. ") == ids + suffix
 
 
+def test_merged_tokens_by_hand(merging_folder):
+    tokenizer = prompts.Tokenizer.from_folder(merging_folder)
+    model = json.loads((merging_folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    assert len(model["merges"]) > 200
+    ids = tokenizer.encode_chat("Hello world's 24")
+    # Digits and the clitic are pieces of their own; a space belongs to the word behind it, but to
+    # no number. \u0120 and \u010a are a byte-level vocabulary's space and newline.
+    body = ["Hello", "\u0120world", "'s", "\u0120", "2", "4"]
+    assert [tokenizer.backend.id_to_token(i) for i in ids] == [
+        "<|im_start|>", "user", "\u010a", *body, "<|im_end|>", "\u010a",
+        "<|im_start|>", "assistant", "\u010a", "<|im_end|>", "<|vision_start|>",
+    ]  # fmt: skip
+
+
+@pytest.mark.skipif(not REAL, reason="COSMOS3_TOKENIZER names no folder")
 def test_qwen3_ids_by_hand():
-    if not QWEN3.is_dir():
-        pytest.skip(f"{QWEN3} is not there")
-    ids = prompts.Tokenizer.from_folder(QWEN3).encode_chat("Hello")
+    ids = prompts.Tokenizer.from_folder(REAL).encode_chat("Hello")
     # <|im_start|> user \n Hello <|im_end|> \n <|im_start|> assistant \n, then the two appended ids
     assert ids == [151644, 872, 198, 9707, 151645, 198, 151644, 77091, 198, 151645, 151652]
 
@@ -337,7 +398,7 @@ def test_tiny_ids_are_the_bytes(tiny, text):
     assert body == list(unicodedata.normalize("NFC", text).encode())
 
 
-def test_qwen3_template_carries_the_text_verbatim(tokenizer):
+def test_template_carries_the_text_verbatim(tokenizer):
     text = "  two spaces\r\n\ttab \u3000 and an end \n"
     assert f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n" == tokenizer.render_chat(
         text

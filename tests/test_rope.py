@@ -155,7 +155,7 @@ def exact_angles(positions: np.ndarray) -> np.ndarray:
 
 
 def rounded_angles(positions: np.ndarray, frequencies: np.ndarray) -> np.ndarray:
-    """The specification's angles: float32 elementwise products (then widened, exactly)."""
+    """The reference's angles: float32 elementwise products (then widened, exactly)."""
     assert positions.dtype == frequencies.dtype == np.float32
     return (positions[rope.axis_of_slot(NANO)].T * frequencies).astype(np.float64)
 
@@ -172,7 +172,7 @@ TABLE_TOLERANCE = 2.0**-23
 
 @pytest.mark.parametrize("fps", [24.0, 30.0, 23.976, 29.97])
 def test_tables_past_15000(fps):
-    """Exact for the angles of the specification, and as near pure float64 as float32 allows.
+    """Exact for the angles of the reference, and as near pure float64 as float32 allows.
 
     Pitfall 1, the mistakes: positions in bfloat16, a TF32 product, a fast approximation of cosine.
     The first two are made here and lie more than a thousand tolerances off.

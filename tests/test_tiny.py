@@ -62,7 +62,7 @@ def test_the_version_covers_the_content(folder):
 
 
 def test_it_is_small_and_in_shards(folder):
-    assert sum(map(len, contents(folder).values())) <= 25e6  # what the issue allows; it has 12 MB
+    assert sum(map(len, contents(folder).values())) <= 25e6  # it has 12 MB
     assert len(list((folder / "transformer").glob("*.safetensors"))) > 1
 
 

@@ -39,7 +39,7 @@ from cosmos3_jax.transformer import (
     velocity,
 )
 
-# Two float32 implementations that sum in different orders; the specification's bound.
+# Two float32 implementations that sum in different orders.
 # Measured over every case below: 2.5e-7 to 1.4e-6.
 TOLERANCE = 5e-6
 # A mistake must stand out from the tolerance by this factor, unless its test says otherwise.
@@ -383,7 +383,7 @@ def test_positions(name, mistake):
     frequencies = rope.inverse_frequencies(model.config)
     if mistake == "TF32 product":
         frequencies = rounded_to(10, frequencies)
-    # float32 places and products, as in the specification: at 15,000 their rounding is visible
+    # float32 places and products, as in the reference: at 15,000 their rounding is visible
     angles = places.astype(np.float32)[rope.axis_of_slot(model.config)].T
     angles = (angles * frequencies.astype(np.float32)).astype(np.float64)
     condition = encode(model, case)

@@ -224,6 +224,8 @@ def test_bad_schedules_are_refused(arguments, message):
         ([0.9, 0.5], "must end in 0, the last is 0.5"),
         ([0.5, 0.9, 0.0], "must fall strictly: number 0 is 0.5, the next 0.9"),
         ([1.0, 0.5, 0.0], "must be below 1"),
+        ([0.9, 0.9 - 1e-9, 0.0], "must fall strictly"),  # equal in float32
+        ([0.9, 1e-50, 0.0], "must fall strictly"),  # 0 in float32
     ],
 )
 def test_bad_sigmas_are_refused(levels, message):

@@ -32,7 +32,7 @@ GRID = (
     3,
     5,
 )  # odd and oblong, as 720p's 45 rows: a transposed axis or a rounded-up size does not pass
-# Measured 1.5e-7 to 3.3e-7 (decode) and 0.8e-6 to 1.2e-6 (encode): two orders of summation of
+# Measured about 1.5e-7 to 3.3e-7 (decode) and 1.0e-6 to 1.2e-6 (encode): two orders of summation of
 # float32 through some thirty convolutions. Four times that is still a hundred times less than TF32
 # would cause.
 TOLERANCE = 5e-6
@@ -152,11 +152,14 @@ def test_bfloat16_is_as_close_as_the_oracle(oracle, params, way):
     """
     ours, theirs, _ = PASSES[way]
     inputs, exact = reference(oracle, way, 2, 2)
-    with torch.no_grad():
+    # Without oneDNN, whose bfloat16 convolutions are wrong at some small widths.
+    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
         rounded = theirs(copy.deepcopy(oracle).bfloat16(), torch.from_numpy(inputs))
     result = ours(params, CONFIG, inputs, dtype=jnp.bfloat16)
     assert result.dtype == jnp.bfloat16
-    assert relative_l2(result, exact) < 1.2 * relative_l2(rounded, exact)
+    their_error = relative_l2(rounded, exact)
+    assert 1e-3 < their_error < 0.05  # it is bfloat16, and no nonsense that would excuse ours
+    assert relative_l2(result, exact) < 1.2 * their_error
 
 
 @each_way

@@ -93,6 +93,11 @@ def _check_place(target: Path, source: Path, overwrite: bool) -> None:
         raise ValueError(
             f"{target} and the checkpoint being read, {source}, overlap; choose a folder beside it"
         )
+    check_target(target, overwrite)
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """Raise FileExistsError unless `target` is free, or a checkpoint that may be replaced."""
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} exists; choose another folder or pass --overwrite")
     if target.exists() and not (target / "transformer" / "config.json").is_file():
