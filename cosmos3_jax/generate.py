@@ -1,5 +1,4 @@
-"""The pure generate function: text condition -> a scan over denoising steps -> latents -> pixels,
-waveform.
+"""The pure generate function: text condition -> scan over steps -> latents -> pixels, waveform.
 
 It composes with `jax.jit`, `jax.grad`, `jax.vmap` and sharding. Only shapes and the number of steps
 are static: prompts (of one padded length), noise, guidance scale, fps and sigmas are arrays, and
@@ -193,8 +192,7 @@ def decode(params: dict, latents: Latents, config: Config, chunk_size: int = 1) 
 
 
 def initial_noise(seed: int, shape: tuple[int, ...]) -> np.ndarray:
-    """float32 standard normal noise of numpy's `RandomState(seed)`, as the model's own framework
-    draws it.
+    """float32 standard normal noise of numpy's `RandomState(seed)`, as the reference draws it.
 
     Video and sound each start from a fresh `RandomState` of the same seed, so the sound's noise
     repeats the video's first values. So does the reference.
@@ -299,9 +297,7 @@ def _concatenate(first: Condition, second: Condition) -> Condition:
 
 
 def _guide(prompt: Array, negative: Array | None = None, scale: Array | float = 1.0) -> Array:
-    """Classifier-free guidance (Ho & Salimans, 2022) in float32; without a negative, the prompt's
-    alone.
-    """
+    """Classifier-free guidance (Ho & Salimans, 2022) in float32; none without a negative."""
     if negative is None:
         return prompt
     prompt, negative = prompt.astype(jnp.float32), negative.astype(jnp.float32)

@@ -1,5 +1,4 @@
-"""The layers that both towers share: RMSNorm, SwiGLU, the timestep embedding and the one attention
-function.
+"""Layers of both towers: RMSNorm, SwiGLU, timestep embedding and the one attention function.
 
 Axes: B batch, S query tokens, T key tokens, N query heads, K key/value heads, H head dimension, D
 model. Weights are cast to a module's `dtype` when they are used, so they may be stored in any.
@@ -15,9 +14,7 @@ from cosmos3_jax.config import TransformerConfig
 
 
 def precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
-    """Full float32 products for float32 (a GPU would take TF32 by default); nothing to ask for
-    otherwise.
-    """
+    """Full float32 products for float32, where a GPU would take TF32; None otherwise."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
@@ -58,10 +55,9 @@ class SwiGLU(nn.Module):
 
 
 class TimestepEmbedding(nn.Module):
-    """Integer timestep [B] -> float32 [B, D]: 128 cosines and sines, then a two-layer MLP, all in
-    float32.
+    """Integer timestep [B] -> float32 [B, D]: 128 cosines and sines, then a two-layer MLP.
 
-    The timestep reaches 999 in steps of one, which bfloat16 cannot tell apart.
+    All in float32: the timestep reaches 999 in steps of one, which bfloat16 cannot tell apart.
     """
 
     config: TransformerConfig

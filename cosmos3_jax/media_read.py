@@ -29,9 +29,7 @@ _CHANNELS = (1, 2, 3, 4)  # grey, grey and alpha, RGB, RGBA
 
 @dataclasses.dataclass(frozen=True)
 class MediaInfo:
-    """What decoding a whole file finds; times in seconds. Fields of a missing stream are zero or
-    None.
-    """
+    """What decoding a whole file finds; times in seconds. A missing stream gives zeros, None."""
 
     frames: int = 0
     height: int = 0

@@ -45,9 +45,7 @@ _progress = _Progress()
 
 
 def _settings_of(function: Callable) -> Callable[[Callable], Callable]:
-    """Show the settings of `function` in the signature of a method that passes `**settings` on to
-    it.
-    """
+    """Show the settings of `function` in the signature of a method that passes them on to it."""
     settings = [
         p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY
     ]

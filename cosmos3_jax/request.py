@@ -1,5 +1,4 @@
-"""From prompts and settings to the arrays of one generation: everything that can be refused is
-refused here.
+"""From prompts and settings to the arrays of one generation; what can be refused is refused here.
 
 It needs a configuration and a tokenizer but no weights, so bad input fails before anything is
 loaded.

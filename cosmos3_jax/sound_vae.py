@@ -1,5 +1,4 @@
-"""AVAE, the sound autoencoder: 48 kHz waveforms to and from 64 channels at 25 latent frames a
-second.
+"""AVAE, the sound autoencoder: 48 kHz waveforms to and from 64 channels, 25 times a second.
 
 The decoder is Oobleck's (Evans et al., "Fast Timing-Conditioned Latent Audio Diffusion", 2024) with
 SnakeBeta activations (Lee et al., "BigVGAN", 2023, after Ziyin et al., 2020). The encoder is a

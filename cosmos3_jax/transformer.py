@@ -1,5 +1,4 @@
-"""The Mixture-of-Transformers: a text tower that runs once a prompt, a media tower that runs at
-every step.
+"""The Mixture-of-Transformers: a text tower, once a prompt, and a media tower, at every step.
 
 `encode_condition` keeps the keys and values of every layer of the text tower. `velocity` is one
 pass of the media tower: its queries come from video and sound tokens, its keys and values are its

@@ -181,9 +181,7 @@ def _check_sigmas(levels: np.ndarray) -> None:
 
 @struct.dataclass
 class Trajectory:
-    """Every step of a run, stacked on a leading axis K: the latents after it and its clean
-    prediction.
-    """
+    """Every step, stacked on a leading axis K: the latents after it, its clean prediction."""
 
     latents: Tree
     clean: Tree

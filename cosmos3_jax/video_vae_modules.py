@@ -1,5 +1,4 @@
-"""The modules of the Wan2.2 video VAE: causal convolutions, residual blocks, resampling, encoder,
-decoder.
+"""The modules of the Wan2.2 video VAE, from causal convolutions to encoder and decoder.
 
 Axes: B batch, T frames (of pixels or latents, whichever the array holds), H height, W width, C
 channels. Arrays are [B, T, H, W, C].
@@ -163,9 +162,7 @@ def dup_up(x: jax.Array, features: int, time: int, space: int, first: bool) -> j
 
 
 class Downsample(nn.Module):
-    """Halves height and width, and the frame rate where `time` is 2. The first piece is frame 0
-    alone.
-    """
+    """Halves height and width, and the frame rate where `time` is 2. Frame 0 comes alone."""
 
     time: int
     dtype: DTypeLike
