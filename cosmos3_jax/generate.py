@@ -181,13 +181,15 @@ def decode(params: dict, latents: Latents, config: Config, chunk_size: int = 1) 
         config.video_vae,
         latents.video,
         chunk_size=chunk_size,
-        dtype=_dtype(vae),
+        dtype=params_dtype(vae),
         video_dtype=jnp.float32,
     )
     result = {"video": video}
     if latents.sound is not None:
         vae = params["sound_vae"]
-        result["sound"] = sound_vae.decode(vae, config.sound_vae, latents.sound, dtype=_dtype(vae))
+        result["sound"] = sound_vae.decode(
+            vae, config.sound_vae, latents.sound, dtype=params_dtype(vae)
+        )
     return result
 
 
@@ -332,5 +334,6 @@ def _draw(seed: Array | int, batch: int, shape: tuple[int, ...]) -> Array:
     return jax.pure_callback(draw, result, seeds, vmap_method="sequential")
 
 
-def _dtype(params: dict) -> jnp.dtype:
+def params_dtype(params: dict) -> jnp.dtype:
+    """The dtype that an autoencoder computes in: that of its weights."""
     return jax.tree.leaves(params)[0].dtype

@@ -20,7 +20,14 @@ from jax import Array
 from cosmos3_jax import sound_vae, tiny, video_vae
 from cosmos3_jax.checkpoint import load
 from cosmos3_jax.config import Config
-from cosmos3_jax.generate import T2VRequest, channels_first, channels_last, decode, denoise
+from cosmos3_jax.generate import (
+    T2VRequest,
+    channels_first,
+    channels_last,
+    decode,
+    denoise,
+    params_dtype,
+)
 from cosmos3_jax.prompt import Tokenizer
 from cosmos3_jax.request import prepare_request
 
@@ -184,14 +191,14 @@ class Cosmos3:
         padded.
         """
         params = self._sound_params()
-        latents = _encode_sound(params, self.config.sound_vae, waveform, dtype=_dtype(params))
+        latents = _encode_sound(params, self.config.sound_vae, waveform, dtype=params_dtype(params))
         return einops.rearrange(latents, "b s c -> b c s")
 
     def decode_sound(self, latents: Array) -> Array:
         """Latents [B, C_sound, s] -> waveform [B, channels, samples] in [-1, 1]."""
         params = self._sound_params()
         latents = einops.rearrange(latents, "b c s -> b s c")
-        return _decode_sound(params, self.config.sound_vae, latents, dtype=_dtype(params))
+        return _decode_sound(params, self.config.sound_vae, latents, dtype=params_dtype(params))
 
     def decode_video(self, latents: Array, chunk_size: int = 1) -> Array:
         """Normalised latents [B, C, t, h, w] -> video [B, 3, T, H, W] in [0, 1]."""
@@ -201,7 +208,7 @@ class Cosmos3:
         """Video [B, 3, T, H, W] in [0, 1], T = 4k + 1 -> normalised latents [B, C, t, h, w]."""
         params = self.params["video_vae"]
         latents = _encode_video(
-            params, self.config.video_vae, video, chunk_size=chunk_size, dtype=_dtype(params)
+            params, self.config.video_vae, video, chunk_size=chunk_size, dtype=params_dtype(params)
         )
         return einops.rearrange(latents, "b t h w c -> b c t h w")
 
@@ -235,7 +242,3 @@ def load_frontend(folder: Path, load_sound: bool | None = None) -> tuple[Config,
             f"{config.transformer.vocab_size} embeddings; they belong to different checkpoints"
         )
     return config, tokenizer
-
-
-def _dtype(params: dict) -> jnp.dtype:
-    return jax.tree.leaves(params)[0].dtype

@@ -21,6 +21,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from cosmos3_jax.config import SoundVAEConfig
+from cosmos3_jax.layers import precision
 
 
 def decode(
@@ -275,7 +276,7 @@ class ConvTranspose(nn.Module):
             padding=((before, after),),
             lhs_dilation=(self.stride,),
             dimension_numbers=("NWC", "WIO", "NWC"),
-            precision=_precision(self.dtype),
+            precision=precision(jnp.dtype(self.dtype)),
         )
         return y + bias.astype(self.dtype)
 
@@ -304,11 +305,6 @@ def short_time_spectrum(waveform: jax.Array, size: int, hop: int) -> jax.Array:
 def _conv(width: int, size: int, dtype: Any, name: str, **options: Any) -> nn.Conv:
     """A convolution over T that keeps its length, unless `options` say otherwise."""
     options = {"padding": size // 2} | options
-    return nn.Conv(width, (size,), dtype=dtype, precision=_precision(dtype), name=name, **options)
-
-
-def _precision(dtype: Any) -> jax.lax.Precision | None:
-    """Float32 means float32: left to itself, a GPU multiplies in TF32, with ten bits of
-    fraction.
-    """
-    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
+    return nn.Conv(
+        width, (size,), dtype=dtype, precision=precision(jnp.dtype(dtype)), name=name, **options
+    )
