@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from cosmos3_jax import flash_attention
 from cosmos3_jax.config import TransformerConfig
 
 
@@ -76,8 +77,6 @@ class TimestepEmbedding(nn.Module):
 
 
 MAX_LOGIT_BYTES = 16 * 2**30
-KEY_BLOCK = 128  # cuDNN's kernel is at full rate for a whole number of these
-SPLIT_FROM = 32768  # tokens from which a second small attention costs less than a mask on one large
 
 Text = tuple[Array, Array, Array]  # keys and values [B, T', K, H], and int32 [B]: how many are real
 
@@ -87,7 +86,8 @@ def attention(
 ) -> Array:
     """Scaled dot-product attention with grouped key/value heads; scale H^-1/2, softmax in float32.
 
-    On a GPU it runs in cuDNN's fused kernel, elsewhere in XLA's, which holds all logits at once.
+    With text, on a Hopper GPU, it runs in our own kernel, see `flash_attention`; otherwise on a GPU
+    in cuDNN's; elsewhere in XLA's, which holds all logits at once.
 
     Args:
         query: [B, S, N, H].
@@ -101,13 +101,13 @@ def attention(
     Raises:
         ValueError: if cuDNN's kernel cannot run and the logits would not fit in `MAX_LOGIT_BYTES`.
     """
-    obstacle = _cudnn_obstacle(query)
-    if text is not None and obstacle is None and key.shape[1] >= SPLIT_FROM:
-        return _split_attention(query, key, value, text)
     length = None
     if text is not None:
         length = key.shape[1] + text[2]
         key, value = (jnp.concatenate(pair, axis=1) for pair in ((key, text[0]), (value, text[1])))
+        if flash_attention.obstacle(query, key) is None:
+            return _flash_attention(query, key, value, length)
+    obstacle = _cudnn_obstacle(query)
     if obstacle is None:
         return _cudnn_attention(query, key, value, length, causal)
     return _xla_attention(query, key, value, length, causal, obstacle)
@@ -159,51 +159,19 @@ def _cudnn_attention(query, key, value, key_length=None, causal: bool = False) -
 
 
 @jax.custom_vjp
-def _split_attention(query: Array, key: Array, value: Array, text: Text) -> Array:
-    """Attention over the media and over the text apart, merged by their log-sum-exps; exact.
-
-    A mask costs the kernel several per cent of its rate, and so does a number of keys that is not a
-    multiple of `KEY_BLOCK`. Here only the few keys behind the last whole block pay for it. The
-    merging rule: Dao et al., 2022, section 3.1.
-    """
-    # Not through jax.nn, which rounds the log-sum-exp to the output's dtype.
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
-    whole = key.shape[1] - key.shape[1] % KEY_BLOCK
-    scale = query.shape[-1] ** -0.5
-    many, many_lse = cudnn.dot_product_attention(
-        query, key[:, :whole], value[:, :whole], scale=scale, return_residual=True
-    )
-    few, few_lse = cudnn.dot_product_attention(
-        query,
-        jnp.concatenate([key[:, whole:], text[0]], axis=1),
-        jnp.concatenate([value[:, whole:], text[1]], axis=1),
-        scale=scale,
-        mask_type=cudnn.MaskType.PADDING,
-        q_seqlen=jnp.full_like(text[2], query.shape[1]),
-        kv_seqlen=key.shape[1] - whole + text[2],
-        return_residual=True,
-    )
-    share = jnp.swapaxes(jax.nn.sigmoid(few_lse - many_lse), 1, 2)[..., None]  # [B, S, N, 1]
-    return (many + share * (few.astype(jnp.float32) - many)).astype(query.dtype)
+def _flash_attention(query: Array, key: Array, value: Array, length: Array) -> Array:
+    return flash_attention.flash_attention(query, key, value, length)
 
 
-def _split_forward(query: Array, key: Array, value: Array, text: Text):
-    return _split_attention(query, key, value, text), (query, key, value, text)
+def _flash_forward(*arrays: Array) -> tuple[Array, tuple[Array, ...]]:
+    return _flash_attention(*arrays), arrays
 
 
-def _split_backward(saved, gradient: Array):
-    # cuDNN's own backward pass ignores the gradient of a log-sum-exp; that of the whole needs none.
-    query, key, value, (text_key, text_value, length) = saved
-
-    def whole(query, key, value, text_key, text_value):
-        keys, values = jnp.concatenate([key, text_key], 1), jnp.concatenate([value, text_value], 1)
-        return _cudnn_attention(query, keys, values, key.shape[1] + length)
-
-    *gradients, text_key, text_value = jax.vjp(whole, query, key, value, text_key, text_value)[1](
-        gradient
-    )
-    return *gradients, (text_key, text_value, None)
+def _flash_backward(arrays: tuple[Array, ...], gradient: Array) -> tuple[Array | None, ...]:
+    """cuDNN's: it runs its own forward pass again."""
+    query, key, value, length = arrays
+    _, transpose = jax.vjp(lambda *qkv: _cudnn_attention(*qkv, length), query, key, value)
+    return *transpose(gradient), None
 
 
-_split_attention.defvjp(_split_forward, _split_backward)
+_flash_attention.defvjp(_flash_forward, _flash_backward)
