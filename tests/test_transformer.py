@@ -36,6 +36,7 @@ from cosmos3_jax.transformer import (
     encode_condition,
     param_shapes,
     patch_grid,
+    unstack_layers,
     velocity,
 )
 
@@ -177,6 +178,19 @@ def test_velocity_in_float32(name, sound, given, text, fps):
     found, reference = ours(build(name), case), case.oracle(build(name).oracle)
     assert error(found, reference) <= TOLERANCE
     assert not found["video"][list(given)].any()  # velocity is exactly zero on given frames
+
+
+@pytest.mark.parametrize("sound", [False, True], ids=["T2V", "T2AV"])
+def test_layers_taken_apart_compute_the_same(sound):
+    """The media tower unrolled: one subtree a layer, other compiled code, the same velocity."""
+    model, case = build(), example(sound=sound, given=(1,))
+    apart = unstack_layers(model.params["gen"])
+    assert sorted(apart["layers"]) == [str(i) for i in range(model.config.num_hidden_layers)]
+    found = ours(model._replace(params=model.params | {"gen": apart}), case)
+    assert error(found, case.oracle(model.oracle)) <= TOLERANCE
+    swapped = apart | {"layers": apart["layers"] | {"0": apart["layers"]["1"]}}
+    mistaken = ours(model._replace(params=model.params | {"gen": swapped}), case)
+    assert error(mistaken, found) > FAR * TOLERANCE
 
 
 @pytest.fixture(scope="module", params=MODELS)
