@@ -1,4 +1,4 @@
-"""The command line: cosmos3-jax generate | convert | info."""
+"""The command line: cosmos3-jax generate | convert | info | bench."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 import cosmos3_jax
-from cosmos3_jax import media, memory, tiny, unipc
+from cosmos3_jax import bench, bench_measure, media, memory, startup, tiny, unipc
 from cosmos3_jax.checkpoint import load
 from cosmos3_jax.checkpoint.convert import check_target, convert_checkpoint
 from cosmos3_jax.config import Config
@@ -30,6 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     traceback.
     """
     options = parser().parse_args(arguments)
+    startup.use_whole_device()
     try:
         return options.run(options)
     except (ValueError, OSError) as error:
@@ -48,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     _add_generate(commands.add_parser("generate", help="turn a prompt into a video"))
     _add_convert(commands.add_parser("convert", help="write a checkpoint in the converted layout"))
     _add_info(commands.add_parser("info", help="what a checkpoint holds and what a shape needs"))
+    _add_bench(commands.add_parser("bench", help="time and memory of each stage of a generation"))
     return top
 
 
@@ -107,6 +109,18 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
         "--out", type=Path, default=Path("output.mp4"), help="mp4 file (%(default)s)"
     )
     command.add_argument("--overwrite", action="store_true", help="replace existing outputs")
+    command.add_argument(
+        "--offload",
+        choices=("auto", "yes", "no"),
+        default="auto",
+        help="have each part of the weights on the device only while it is used; auto: if the "
+        "video does not fit otherwise (%(default)s)",
+    )
+    command.add_argument(
+        "--no-compilation-cache",
+        action="store_true",
+        help="do not keep compiled programs for the next run",
+    )
 
 
 def _add_convert(command: argparse.ArgumentParser) -> None:
@@ -122,6 +136,30 @@ def _add_info(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=run_info)
     _add_checkpoint(command)
     _add_shape(command)
+
+
+def _add_bench(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=run_bench)
+    weights = command.add_mutually_exclusive_group()
+    weights.add_argument("--checkpoint", help=f"folder, Hub id owner/name, or {tiny.NAME}")
+    weights.add_argument(
+        "--random", choices=("nano",), help="random weights of these sizes (default: nano)"
+    )
+    _add_shape(command)
+    command.add_argument(
+        "--size",
+        dest="sizes",
+        help=f"{', '.join(bench.SIZES)}, or several with commas, instead of --height and --width",
+    )
+    command.add_argument("--steps", type=int, help="denoising steps")
+    command.add_argument("--repeats", type=int, default=3, help="runs of each stage (%(default)s)")
+    command.add_argument("--text-tokens", type=int, default=300, help="%(default)s")
+    command.add_argument(
+        "--negative-tokens", type=int, default=300, help="%(default)s; 0 for no guidance"
+    )
+    command.add_argument("--decode-chunk-size", type=int, default=1, help="latent frames at a time")
+    command.add_argument("--out", type=Path, metavar="FILE.json", help="what was measured, as JSON")
+    command.add_argument("--overwrite", action="store_true", help="replace an existing FILE.json")
 
 
 def run_generate(options: argparse.Namespace) -> int:
@@ -143,16 +181,22 @@ def run_generate(options: argparse.Namespace) -> int:
         config, tokenizer = load_frontend(folder, load_sound=options.sound)
         request = prepare_request(config, tokenizer, prompt, **settings)
         media.frame_rate(float(request.fps))  # raises on a rate that no mp4 can have
-    with _timed(times, "model_load"):
-        model = Cosmos3.from_pretrained(
-            options.checkpoint, options.dtype or _default_dtype(), options.sound
-        )
-    with _timed(times, "denoise"):
-        latents, _ = model.denoise(request, progress=sys.stderr.isatty())
-    if options.save_latents:
-        _save_arrays(options.save_latents, latents)
-    with _timed(times, "decode"):
-        result = jax.block_until_ready(model.decode(latents))
+    startup.use_compilation_cache(not options.no_compilation_cache)
+    dtype, limit = options.dtype or _default_dtype(), memory.device_limit()
+    job = memory.request_sizes(config, request) | {"dtype": dtype}
+    offload = options.offload == "yes"
+    if options.offload == "auto":
+        offload = memory.should_offload(config, limit, **job)
+    memory.check_fits(config, limit, offload=offload, **job)
+    with memory.exhaustion_explained(config, limit, offload=offload, **job):
+        with _timed(times, "model_load"):
+            model = Cosmos3.from_pretrained(options.checkpoint, dtype, options.sound, offload)
+        with _timed(times, "denoise"):
+            latents, _ = model.denoise(request, progress=sys.stderr.isatty())
+        if options.save_latents:
+            _save_arrays(options.save_latents, latents)
+        with _timed(times, "decode"):
+            result = jax.block_until_ready(model.decode(latents))
     with _timed(times, "to_cpu"):
         result = {name: np.asarray(value) for name, value in result.items()}
     fps = float(request.fps)
@@ -260,7 +304,8 @@ def _record(
         "guidance_scale": float(request.guidance_scale),
         "sigmas": sigmas.tolist(),
         "timesteps": [*map(int, request.sampler.timestep)],
-        "dtype": options.dtype or _default_dtype(),
+        "dtype": model.dtype,
+        "offload": not model.weights.resident,
         "device": jax.devices()[0].device_kind,
         "versions": {
             "cosmos3_jax": cosmos3_jax.__version__,
@@ -296,25 +341,59 @@ def run_info(options: argparse.Namespace) -> int:
         print(f"  {part:16} {count / 1e6:12,.1f} M")
     print(f"sound: {'yes' if config.has_sound else 'no'}")
     print(f"recipe: {', '.join(f'{key}={value}' for key, value in vars(config.recipe).items())}")
-    _print_memory(options, config)
+    _print_memory(options, folder)
     return 0
 
 
-def _print_memory(options: argparse.Namespace, config: Config) -> None:
-    names = ("num_frames", "height", "width", "fps")
-    given = {name: getattr(options, name) for name in names}
-    shape = {
-        name: getattr(config.recipe, name) if value is None else value
-        for name, value in given.items()
-    }
-    dtype = options.dtype or "bfloat16"
-    needed = memory.generation_bytes(
-        config, **shape, sound=options.sound and config.has_sound, dtype=dtype
-    )
-    frames, height, width, _ = shape.values()
-    print(f"device memory for {frames} frames of {height}x{width} in {dtype}, an estimate")
-    for part, size in needed.items():
-        print(f"  {part:16} {size / 2**30:12.3f} GiB")
+def _print_memory(options: argparse.Namespace, folder: Path) -> None:
+    config = load.load_config(folder, load_sound=None if options.sound else False)
+    given = {name: getattr(options, name) for name in ("num_frames", "height", "width", "fps")}
+    job = memory.recipe_sizes(config) | {k: v for k, v in given.items() if v is not None}
+    job["dtype"] = options.dtype or "bfloat16"
+    resident = memory.generation_bytes(config, **job)
+    offloaded = memory.generation_bytes(config, **job, offload=True)
+    frames, height, width = (job[name] for name in ("num_frames", "height", "width"))
+    print(f"device memory for {frames} frames of {height}x{width} in {job['dtype']}, an estimate")
+    print(f"  {'':21} {'resident':>12} {'offload':>12}")
+    for part, size in resident.items():
+        print(f"  {part:21} {size / 2**30:8.3f} GiB {offloaded[part] / 2**30:8.3f} GiB")
+    limit = memory.device_limit()
+    if limit is not None:
+        fits = ["fits" if x["peak"] <= limit else "too large" for x in (resident, offloaded)]
+        print(
+            f"  {'of ' + format(limit / 2**30, '.3f') + ' GiB here':21} {fits[0]:>12} {fits[1]:>12}"
+        )
+
+
+def run_bench(options: argparse.Namespace) -> int:
+    if options.out:
+        media.check_writable(options.out, options.overwrite, (".json",))
+    if options.checkpoint:
+        folder = find_checkpoint(options.checkpoint, weights=False)
+        config = load.load_config(folder, load_sound=options.sound)
+    else:
+        config = Config() if options.sound else bench.silent(Config())
+    names = (
+        "sizes", "num_frames", "height", "width", "fps", "steps", "sound", "text_tokens",
+        "negative_tokens", "decode_chunk_size", "repeats",
+    )  # fmt: skip
+    jobs = bench.jobs(config, **{name: getattr(options, name) for name in names})
+    dtype = options.dtype or _default_dtype()
+    if options.checkpoint:
+        params = Cosmos3.from_pretrained(options.checkpoint, dtype, options.sound).params
+    else:
+        params = bench.random_params(config, np.dtype(dtype))
+    jax.block_until_ready(params)
+    weights = options.checkpoint or f"random {options.random or 'nano'}"
+    record = bench_measure.environment() | {"weights": weights, "dtype": dtype, "results": {}}
+    overwrite = options.overwrite
+    for name, job in jobs.items():
+        record["results"][name] = bench.run_bench(config, params, job)
+        print(bench_measure.table(name, record["results"][name]), flush=True)
+        if options.out:  # after each size: an interruption costs the one at hand
+            media.write_text(options.out, json.dumps(record, indent=2) + "\n", overwrite=overwrite)
+            overwrite = True
+    return 0
 
 
 def _default_dtype() -> str:

@@ -1,24 +1,66 @@
-"""What a checkpoint weighs, and what a generation of a given shape needs, by arithmetic."""
+"""What a checkpoint weighs, and what a generation of a given shape needs, by arithmetic.
 
-import dataclasses
+A generation runs in stages, each a compiled program of its own: the text tower, the loop over
+steps, the video decoder, the sound decoder. Weights, inputs and outputs of a stage are exact; what
+its program needs beside them was measured on a GPU (benchmarks/NOTES.md) and is explained here in
+terms of the model's sizes, within 5% at the three sizes measured.
+"""
+
+import functools
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cosmos3_jax import sound_vae, transformer, video_vae
 from cosmos3_jax.checkpoint.rules import leaf_shapes
-from cosmos3_jax.config import Config, TransformerConfig
-from cosmos3_jax.generate import ONE_BATCH_TOKENS
+from cosmos3_jax.config import Config
+from cosmos3_jax.generate import ONE_BATCH_TOKENS, T2VRequest
+
+PUBLISHED_SIZES = ((720, 1280), (480, 832), (192, 320))
+STAGES = {
+    "und": "text stage",
+    "gen": "denoising stage",
+    "video_vae": "video decoding stage",
+    "sound_vae": "sound decoding stage",
+}
+_NAMES = {
+    "und": "text tower",
+    "gen": "media tower",
+    "video_vae": "video VAE",
+    "sound_vae": "sound VAE",
+}
+
+
+class OutOfDeviceMemory(ValueError):
+    """A generation does not fit the device. The message says what does."""
+
+
+def device_limit() -> int | None:
+    """Bytes that JAX may use of the default device; None where it does not say, as on a CPU."""
+    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def parameter_counts(config: Config) -> dict[str, int]:
-    """Parameters that generation reads, by part: text tower, media tower, the autoencoders."""
+    """Parameters that are loaded, by part: text tower, media tower, the autoencoders."""
+    return {
+        _NAMES[part]: sum(map(math.prod, leaf_shapes(tree).values()))
+        for part, tree in _trees(config).items()
+    }
+
+
+@functools.lru_cache
+def _trees(config: Config) -> dict[str, dict]:
+    """Shapes of all that is loaded. Found by tracing, which takes a second."""
     towers = transformer.param_shapes(config.transformer)
-    parts = {"text tower": towers["und"], "media tower": towers["gen"]}
-    parts["video VAE"] = video_vae.param_shapes(config.video_vae)
+    trees = {"und": towers["und"], "gen": towers["gen"]}
+    trees["video_vae"] = video_vae.param_shapes(config.video_vae)
     if config.has_sound:
-        parts["sound VAE"] = sound_vae.param_shapes(config.sound_vae, with_encoder=True)
-    return {name: sum(map(math.prod, leaf_shapes(tree).values())) for name, tree in parts.items()}
+        trees["sound_vae"] = sound_vae.param_shapes(config.sound_vae, with_encoder=True)
+    return trees
 
 
 def generation_bytes(
@@ -31,53 +73,214 @@ def generation_bytes(
     sound: bool = False,
     guidance: bool = True,
     text_tokens: int = 2048,
+    batch: int = 1,
+    trajectory_steps: int = 0,
+    decode_chunk_size: int = 1,
+    decode: bool = True,
     dtype: str = "bfloat16",
+    offload: bool = False,
 ) -> dict[str, int]:
-    """Device memory of one generation, by what needs it.
+    """Device memory of one generation in bytes: what needs it, each stage's sum, and the `peak`.
 
-    Weights, condition, sampler state and pixels are counted. The two working sets are estimates:
-    the tensors alive around a layer's largest product and, by measurement, 17 tensors of the
-    decoder's last stage. Denoising and decoding follow one another: `peak` has the larger.
+    Args:
+        config: the checkpoint's, as loaded: the weights of its sound count whether or not `sound`
+            is asked for.
+        num_frames, height, width, fps: of the video, see `request.prepare_request`.
+        sound: whether sound is denoised and decoded along with the video.
+        guidance: whether there is a second branch, with the negative prompt.
+        text_tokens: of the longer of the two prompts, padding included.
+        batch: videos at a time.
+        trajectory_steps: steps whose latents and clean predictions are kept; 0 keeps none.
+        decode_chunk_size: latent frames decoded at a time. Above 1 an upper bound.
+        decode: whether the latents are decoded in the end.
+        dtype: of weights and computation.
+        offload: whether each part is on the device only in its own stage.
+
+    Returns:
+        `und`, `gen`, `video_vae`[, `sound_vae`]: weights. `condition`, `latents`, `trajectory`,
+        `pixels`, `waveform`: arrays that go from stage to stage. `... work`: what a stage's program
+        needs for itself. `... stage`: all that is on the device in it. `peak`: of the stages.
+
+    Raises:
+        ValueError: on a size that no video can have.
     """
-    itemsize = jnp.dtype(dtype).itemsize
-    shape = video_vae.pixel_to_latent_shape(config.video_vae, num_frames, height, width)
+    itemsize, model, vae = jnp.dtype(dtype).itemsize, config.transformer, config.video_vae
+    shape = video_vae.pixel_to_latent_shape(vae, num_frames, height, width)
     sound_frames = sound_vae.sound_latent_length(config.sound_vae, num_frames, fps) if sound else 0
-    model, vae = config.transformer, config.video_vae
-    tokens = math.prod(transformer.patch_grid(model, shape)) + sound_frames
+    tokens = batch * (math.prod(transformer.patch_grid(model, shape)) + sound_frames)
     branches = 2 if guidance else 1
     at_once = branches if tokens <= ONE_BATCH_TOKENS else 1
+    weights = {part: _tree_bytes(tree, itemsize) for part, tree in _trees(config).items()}
+
     key_value = 2 * model.num_key_value_heads * model.head_dim
-    latents = 4 * (math.prod(shape) * model.latent_channel + sound_frames * (model.sound_dim or 0))
-    last_stage = vae.scale_factor_temporal * height * width // vae.patch_size**2
-    parts = {
-        "weights": _weight_bytes(config, sound, itemsize),
-        "condition": branches * itemsize * model.num_hidden_layers * text_tokens * key_value,
-        "rotary tables": branches * 4 * tokens * model.head_dim,
-        "sampler state": 6 * latents,
-        "denoising step": at_once * itemsize * tokens * _layer_width(model),
-        "decoding step": 17 * itemsize * last_stage * vae.decoder_base_dim,
-        "pixels": 4 * 3 * num_frames * height * width,
+    keys_values = itemsize * model.num_hidden_layers * batch * text_tokens * key_value
+    video_latents = 4 * batch * math.prod(shape) * model.latent_channel
+    latents = video_latents + 4 * batch * sound_frames * (model.sound_dim or 0)
+    condition = keys_values + 4 * tokens * model.head_dim + video_latents
+    samples = batch * sound_frames * config.sound_vae.samples_per_latent if sound else 0
+    arrays = {
+        "condition": branches * condition,
+        "latents": latents,
+        "trajectory": 2 * trajectory_steps * latents,
+        "pixels": 4 * 3 * batch * num_frames * height * width,
+        "waveform": 4 * (config.sound_vae.dec_out_channels if sound else 0) * samples,
     }
-    decoding = parts["decoding step"] + parts["pixels"]
-    shared = sum(parts[name] for name in ("weights", "condition", "rotary tables", "sampler state"))
-    return parts | {"peak": shared + max(parts["denoising step"], decoding)}
+
+    # A token at the end of the SwiGLU: residual, gate and up, their product.
+    token = itemsize * (model.hidden_size + 3 * model.intermediate_size)
+    # A scan copies what it needs of a layer's weights: of the largest product those of gate and up.
+    gate_up = itemsize * 2 * model.hidden_size * model.intermediate_size
+    layer = weights["und"] - _tree_bytes({"embed": _trees(config)["und"]["embed"]}, itemsize)
+    decoder = _tree_bytes(_trees(config)["video_vae"]["decoder"], itemsize)
+    frames = min(vae.scale_factor_temporal * decode_chunk_size, num_frames)
+    last_stage = itemsize * frames * height * width // vae.patch_size**2 * vae.decoder_base_dim
+    work = {
+        # One layer's weights, and both prompts in it.
+        "text work": layer // model.num_hidden_layers + branches * batch * text_tokens * token,
+        # Six latents are the sampler's state and its update. As one batch, the branches' conditions
+        # are joined, which copies them.
+        "denoising work": gate_up
+        + at_once * tokens * token
+        + 6 * latents
+        + (branches * condition if at_once == 2 else 0)
+        + arrays["trajectory"],
+        # The kernels with time folded into their channels, and 17 tensors of the last stage.
+        "video decoding work": decoder + 17 * batch * last_stage,
+        # Not measured, never the largest: four tensors of the waveform's length.
+        "sound decoding work": 4 * itemsize * samples * config.sound_vae.dec_dim if sound else 0,
+    }
+    noise, trajectory = latents, arrays["trajectory"]
+    beside = {
+        "und": arrays["condition"] + work["text work"],
+        "gen": arrays["condition"] + noise + latents + trajectory + work["denoising work"],
+    }
+    kept = latents + trajectory + arrays["pixels"]
+    if decode:
+        beside["video_vae"] = kept + work["video decoding work"]
+    if decode and sound:
+        beside["sound_vae"] = kept + arrays["waveform"] + work["sound decoding work"]
+    stages = {
+        STAGES[part]: size + (weights[part] if offload else sum(weights.values()))
+        for part, size in beside.items()
+    }
+    return weights | arrays | work | stages | {"peak": max(stages.values())}
 
 
-def _weight_bytes(config: Config, sound: bool, itemsize: int) -> int:
-    """Of everything that is loaded; the timestep embedding stays float32."""
-    model = dataclasses.replace(
-        config.transformer, sound_gen=config.transformer.sound_gen and sound
+def request_sizes(config: Config, request: T2VRequest) -> dict:
+    """The arguments of `generation_bytes` that a request determines."""
+    frames, rows, columns = request.video_shape
+    scale = config.video_vae.scale_factor_spatial
+    longest = max(x.shape[1] for x in (request.text_ids, request.neg_text_ids) if x is not None)
+    return {
+        "num_frames": config.video_vae.scale_factor_temporal * (frames - 1) + 1,
+        "height": scale * rows,
+        "width": scale * columns,
+        "fps": float(np.min(request.fps)),
+        "sound": request.sound_frames > 0,
+        "guidance": request.neg_text_ids is not None,
+        "text_tokens": longest,
+        "batch": request.text_ids.shape[0],
+    }
+
+
+def recipe_sizes(config: Config) -> dict:
+    """The arguments of `generation_bytes` for the recipe's job, with sound if there is any."""
+    names = ("num_frames", "height", "width", "fps")
+    return {name: getattr(config.recipe, name) for name in names} | {"sound": config.has_sound}
+
+
+def should_offload(config: Config, limit_bytes: int | None, **job) -> bool:
+    """Whether a generation does not fit the device with all weights on it."""
+    if limit_bytes is None:
+        return False
+    return generation_bytes(config, **job, offload=False)["peak"] > limit_bytes
+
+
+def check_fits(config: Config, limit_bytes: int | None, *, offload: bool, **job) -> None:
+    """Raise unless a generation fits the device.
+
+    Args:
+        config: the checkpoint's.
+        limit_bytes: see `device_limit`; None checks nothing.
+        offload: as in `generation_bytes`.
+        **job: the other arguments of `generation_bytes`.
+
+    Raises:
+        OutOfDeviceMemory: the message names need, limit, stage, and the largest settings that fit.
+    """
+    if limit_bytes is None:
+        return
+    needed = generation_bytes(config, offload=offload, **job)
+    if needed["peak"] <= limit_bytes:
+        return
+    stage = max(STAGES.values(), key=lambda name: needed.get(name, 0))
+    weights = "one part of the weights at a time" if offload else "all weights on the device"
+    raise OutOfDeviceMemory(
+        f"{_describe(job)} need {_gib(needed['peak'])} of device memory ({stage}, {weights}), and "
+        f"JAX may use {_gib(limit_bytes)}. {what_fits(config, limit_bytes, offload=offload, **job)}"
     )
-    trees = [transformer.param_shapes(model), video_vae.param_shapes(config.video_vae)]
-    if sound:
-        trees.append(sound_vae.param_shapes(config.sound_vae, with_encoder=True))
+
+
+@contextmanager
+def exhaustion_explained(
+    config: Config, limit_bytes: int | None, *, offload: bool, **job
+) -> Iterator[None]:
+    """Turn JAX's error that the device's memory is exhausted into one like `check_fits`'s.
+
+    It comes in spite of `check_fits` where the limit is not known, or not all of it is free.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        needed = generation_bytes(config, offload=offload, **job)["peak"]
+        less = min(needed, limit_bytes or needed) - 1
+        reason = str(error).partition("\n")[0]
+        raise OutOfDeviceMemory(
+            f"the device ran out of memory, where {_describe(job)} should need {_gib(needed)} "
+            f"({reason}). If another process holds some of it, end that; or take less. "
+            f"{what_fits(config, less, offload=offload, **job)}"
+        ) from error
+
+
+def what_fits(config: Config, limit_bytes: int, *, offload: bool, **job) -> str:
+    """A sentence: the largest settings, near those asked for, that the device has memory for."""
+
+    def fits(**change) -> bool:
+        return generation_bytes(config, **job | {"offload": True} | change)["peak"] <= limit_bytes
+
+    if not offload and fits():
+        size = generation_bytes(config, **job, offload=True)["peak"]
+        return f"It fits with offload=True (--offload yes), which needs {_gib(size)}."
+    found = []
+    batches = range(job.get("batch", 1) - 1, 0, -1)
+    found += [{"batch": n} for n in batches if fits(batch=n)][:1]
+    fewest = 5 if job.get("sound") else 1
+    counts = range(job["num_frames"] - 4, fewest - 1, -4)
+    found += [{"num_frames": n} for n in counts if fits(num_frames=n)][:1]
+    smaller = [size for size in PUBLISHED_SIZES if math.prod(size) < job["height"] * job["width"]]
+    sizes = [{"height": height, "width": width} for height, width in smaller]
+    found += [size for size in sizes if fits(**size)][:1]
+    if not found:
+        return "Nothing smaller fits either: use a device with more memory."
+    listed = ", or ".join(_describe(job | change) for change in found)
+    return f"What fits{'' if offload else ' with offload=True (--offload yes)'}: {listed}."
+
+
+def _describe(job: dict) -> str:
+    batch = f"{job['batch']} videos of " if job.get("batch", 1) > 1 else ""
+    sound = " with sound" if job.get("sound") else ""
+    return f"{batch}{job['num_frames']} frames of {job['height']}x{job['width']}{sound}"
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"
+
+
+def _tree_bytes(tree: dict, itemsize: int) -> int:
+    """Bytes of a part's weights; the timestep embedding stays float32."""
     return sum(
         math.prod(shape) * (4 if "time_embedder" in path else itemsize)
-        for tree in trees
         for path, shape in leaf_shapes(tree).items()
     )
-
-
-def _layer_width(model: TransformerConfig) -> int:
-    """Values a token alive around the SwiGLU: residual, its norm, gate and up, their product."""
-    return 2 * model.hidden_size + 3 * model.intermediate_size

@@ -10,45 +10,31 @@ Axes: B batch, C channels, T frames, H rows, W columns; latents t, h, w; s sound
 import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-import einops
 import jax
 import jax.numpy as jnp
-import tqdm
+import numpy as np
 from jax import Array
 
-from cosmos3_jax import sound_vae, tiny, video_vae
+from cosmos3_jax import memory
 from cosmos3_jax.checkpoint import load
 from cosmos3_jax.config import Config
-from cosmos3_jax.generate import (
-    T2VRequest,
-    channels_first,
-    channels_last,
-    decode,
-    denoise,
-    params_dtype,
+from cosmos3_jax.frontend import find_checkpoint, load_frontend
+from cosmos3_jax.generate import T2VRequest, params_dtype
+from cosmos3_jax.programs import (
+    decode_sound,
+    decode_video,
+    encode_conditions,
+    encode_sound,
+    encode_video,
+    sample_latents,
+    text_request,
 )
-from cosmos3_jax.prompt import Tokenizer
-from cosmos3_jax.request import prepare_request
-
-_denoise = jax.jit(denoise, static_argnames=("config", "on_step", "return_trajectory"))
-_decode = jax.jit(decode, static_argnames=("config", "chunk_size"))
-_encode_video = jax.jit(video_vae.encode, static_argnames=("config", "chunk_size", "dtype"))
-_encode_sound = jax.jit(sound_vae.encode, static_argnames=("config", "dtype"))
-_decode_sound = jax.jit(sound_vae.decode, static_argnames=("config", "dtype"))
-
-
-class _Progress:
-    """What a compiled loop calls back. One for all models: the compiled program keeps it alive."""
-
-    bar: tqdm.tqdm | None = None
-
-    def __call__(self, step: int) -> None:
-        if self.bar is not None:
-            self.bar.update()
-
-
-_progress = _Progress()
+from cosmos3_jax.progress import bar, on_step
+from cosmos3_jax.prompt import Tokenizer, pad_token_ids
+from cosmos3_jax.request import TEXT_BUCKET, prepare_request
+from cosmos3_jax.weights import Weights
 
 
 def _settings_of(function: Callable) -> Callable[[Callable], Callable]:
@@ -71,16 +57,21 @@ class Cosmos3:
 
     Attributes:
         config: its configuration.
-        params: the parameter tree `{"und", "gen", "video_vae"[, "sound_vae"]}`.
         tokenizer: its tokenizer and chat template.
+        weights: its parameters by part, on the device or read when they are used.
     """
 
-    def __init__(self, config: Config, params: dict, tokenizer: Tokenizer):
-        self.config, self.params, self.tokenizer = config, params, tokenizer
+    def __init__(self, config: Config, params: dict | Weights, tokenizer: Tokenizer):
+        self.config, self.tokenizer = config, tokenizer
+        self.weights = params if isinstance(params, Weights) else Weights(params)
 
     @classmethod
     def from_pretrained(
-        cls, path_or_hub_id: str | Path, dtype: str = "bfloat16", load_sound: bool | None = None
+        cls,
+        path_or_hub_id: str | Path,
+        dtype: str = "bfloat16",
+        load_sound: bool | None = None,
+        offload: bool | None = None,
     ) -> "Cosmos3":
         """Load a checkpoint in the public or the converted layout.
 
@@ -92,6 +83,10 @@ class Cosmos3:
                 embedding and the sampler are always float32.
             load_sound: None loads sound if the checkpoint has it, True insists, False leaves it
                 out.
+            offload: False loads all parts now, and they stay. True loads none: text tower, media
+                tower and autoencoders are read from the checkpoint one after the other, each when
+                it is used, and leave the device afterwards; every call reads them again. The
+                results are the same. None offloads if the recipe's job would not fit otherwise.
 
         Raises:
             CheckpointError: the folder is no checkpoint, or its files do not fit the model.
@@ -100,9 +95,25 @@ class Cosmos3:
         if dtype not in ("bfloat16", "float32"):
             raise ValueError(f"dtype={dtype!r} is not supported; choose bfloat16 or float32")
         config, tokenizer = load_frontend(find_checkpoint(path_or_hub_id, False), load_sound)
-        folder = find_checkpoint(path_or_hub_id)
-        params = load.load_params(load.open_components(folder, config), jnp.dtype(dtype))
-        return cls(config, params, tokenizer)
+        components = load.open_components(find_checkpoint(path_or_hub_id), config)
+        if offload is None:
+            offload = memory.should_offload(
+                config, memory.device_limit(), **memory.recipe_sizes(config), dtype=dtype
+            )
+        return cls(config, Weights.of_checkpoint(components, jnp.dtype(dtype), offload), tokenizer)
+
+    @property
+    def params(self) -> dict:
+        """The parameter tree `{"und", "gen", "video_vae"[, "sound_vae"]}`.
+
+        With offload, what is not on the device is read now and stays from then on. Other parameters
+        may be put in its place.
+        """
+        return self.weights.all()
+
+    @params.setter
+    def params(self, params: dict) -> None:
+        self.weights = Weights(params)
 
     @_settings_of(prepare_request)
     def generate(
@@ -130,10 +141,23 @@ class Cosmos3:
             `video`: float32 [B, 3, T, H, W] in [0, 1]; with sound also `sound`: float32
             [B, channels, samples] in [-1, 1], and `sample_rate` in Hz. As latents:
             [B, C, t, h, w] and [B, C_sound, s].
+
+        Raises:
+            ValueError: on a value that cannot work.
+            OutOfDeviceMemory: (a ValueError) the device has too little memory; nothing was run.
         """
-        if output not in ("media", "latents"):
-            raise ValueError(f"output={output!r} is unknown; choose media or latents")
+        _check_output(output)
         request = self.prepare(prompt, **settings)
+        memory.check_fits(
+            self.config,
+            memory.device_limit(),
+            offload=not self.weights.resident,
+            dtype=self.dtype,
+            decode=output == "media",
+            decode_chunk_size=decode_chunk_size,
+            trajectory_steps=request.num_inference_steps if return_trajectory else 0,
+            **memory.request_sizes(self.config, request),
+        )
         latents, trajectory = self.denoise(
             request, return_trajectory=return_trajectory, progress=progress
         )
@@ -141,6 +165,58 @@ class Cosmos3:
         if trajectory is not None:
             result["trajectory"] = trajectory
         return result
+
+    @_settings_of(prepare_request)
+    def warmup(
+        self,
+        prompt: str | Sequence[str] = "warm-up",
+        *,
+        text_tokens: int | None = None,
+        output: str = "media",
+        return_trajectory: bool = False,
+        progress: bool = False,
+        decode_chunk_size: int = 1,
+        **settings,
+    ) -> None:
+        """Compile all that `generate` with these arguments would, and run nothing.
+
+        Prompts are padded to a multiple of 128 tokens; one program serves all of one such length.
+
+        Args:
+            prompt: one of the length to come, or as many as come in a batch.
+            text_tokens: of the longest prompt to come, chat template included, instead of
+                `prompt`'s own length.
+            output, return_trajectory, progress, decode_chunk_size: as in `generate`.
+            **settings: as in `generate`. Of these the sizes, the number of steps, sound, the
+                negative prompt's length, and whether there is guidance count; the rest are arrays.
+        """
+        _check_output(output)
+        request = self.prepare(prompt, **settings)
+        if text_tokens is not None:
+            ids, mask = pad_token_ids([[0] * text_tokens] * len(request.text_ids), TEXT_BUCKET)
+            request = request.replace(text_ids=ids, text_mask=mask)
+        request = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), request)
+        structs, config = self.weights.structs, self.config
+        conditions = _compile(
+            encode_conditions, structs["und"], text_request(request), config=config
+        )
+        latents, _ = _compile(
+            sample_latents, structs["gen"], conditions, request, config=config,
+            on_step=on_step if progress else None, return_trajectory=return_trajectory,
+        )  # fmt: skip
+        if output == "media":
+            _compile(
+                decode_video, structs["video_vae"], latents["video"], config=config.video_vae,
+                chunk_size=decode_chunk_size,
+            )  # fmt: skip
+        if output == "media" and "sound" in latents:
+            _compile(decode_sound, structs["sound_vae"], latents["sound"], config=config.sound_vae)
+        self.weights.compile_loading()
+
+    @property
+    def dtype(self) -> str:
+        """Of the weights and of the computation."""
+        return str(params_dtype(self.weights.structs["video_vae"]))
 
     @_settings_of(prepare_request)
     def prepare(self, prompt: str | Sequence[str], **settings) -> T2VRequest:
@@ -155,90 +231,71 @@ class Cosmos3:
         """A request -> final latents `{"video"[, "sound"]}`, channels first, and the trajectory or
         None.
         """
-        if progress:
-            _progress.bar = tqdm.tqdm(
-                total=request.num_inference_steps, unit="step", desc="denoise"
-            )
-        try:
-            latents, trajectory = _denoise(
-                self.params,
+        with self.weights.borrow("und") as und:
+            conditions = encode_conditions(und, text_request(request), config=self.config)
+            jax.block_until_ready(conditions)
+        with self.weights.borrow("gen") as gen, bar(request.num_inference_steps, progress):
+            result = sample_latents(
+                gen,
+                conditions,
                 request,
                 config=self.config,
-                on_step=_progress if progress else None,
+                on_step=on_step if progress else None,
                 return_trajectory=return_trajectory,
             )
-            jax.block_until_ready(latents)
+            jax.block_until_ready(result)
             jax.effects_barrier()
-        finally:
-            if progress:
-                _progress.bar.close()
-        if trajectory is not None:
-            trajectory = {
-                name: jax.vmap(channels_first)(states) for name, states in trajectory.items()
-            }
-        return channels_first(latents), trajectory
+        return result
 
     def decode(self, latents: dict[str, Array], chunk_size: int = 1) -> dict:
         """Final latents, channels first -> `video` and, with sound, `sound` and `sample_rate`."""
-        latents = channels_last(latents["video"], latents.get("sound"))
-        result = dict(_decode(self.params, latents, config=self.config, chunk_size=chunk_size))
-        if "sound" in result:
+        result = {"video": self.decode_video(latents["video"], chunk_size)}
+        if "sound" in latents:
+            result["sound"] = self.decode_sound(latents["sound"])
             result["sample_rate"] = self.config.sound_vae.sampling_rate
         return result
+
+    def decode_video(self, latents: Array, chunk_size: int = 1) -> Array:
+        """Normalised latents [B, C, t, h, w] -> video [B, 3, T, H, W] in [0, 1]."""
+        config = self.config.video_vae
+        with self.weights.borrow("video_vae") as params:
+            video = decode_video(params, latents, config=config, chunk_size=chunk_size)
+            return jax.block_until_ready(video)
+
+    def encode_video(self, video: Array, chunk_size: int = 1) -> Array:
+        """Video [B, 3, T, H, W] in [0, 1], T = 4k + 1 -> normalised latents [B, C, t, h, w]."""
+        config = self.config.video_vae
+        with self.weights.borrow("video_vae") as params:
+            latents = encode_video(params, video, config=config, chunk_size=chunk_size)
+            return jax.block_until_ready(latents)
+
+    def decode_sound(self, latents: Array) -> Array:
+        """Latents [B, C_sound, s] -> waveform [B, channels, samples] in [-1, 1]."""
+        self._check_sound()
+        with self.weights.borrow("sound_vae") as params:
+            sound = decode_sound(params, latents, config=self.config.sound_vae)
+            return jax.block_until_ready(sound)
 
     def encode_sound(self, waveform: Array) -> Array:
         """Waveform [B, channels, samples] in [-1, 1] -> latents [B, C_sound, s]; the last frame is
         padded.
         """
-        params = self._sound_params()
-        latents = _encode_sound(params, self.config.sound_vae, waveform, dtype=params_dtype(params))
-        return einops.rearrange(latents, "b s c -> b c s")
+        self._check_sound()
+        with self.weights.borrow("sound_vae") as params:
+            latents = encode_sound(params, waveform, config=self.config.sound_vae)
+            return jax.block_until_ready(latents)
 
-    def decode_sound(self, latents: Array) -> Array:
-        """Latents [B, C_sound, s] -> waveform [B, channels, samples] in [-1, 1]."""
-        params = self._sound_params()
-        latents = einops.rearrange(latents, "b c s -> b s c")
-        return _decode_sound(params, self.config.sound_vae, latents, dtype=params_dtype(params))
-
-    def decode_video(self, latents: Array, chunk_size: int = 1) -> Array:
-        """Normalised latents [B, C, t, h, w] -> video [B, 3, T, H, W] in [0, 1]."""
-        return self.decode({"video": latents}, chunk_size)["video"]
-
-    def encode_video(self, video: Array, chunk_size: int = 1) -> Array:
-        """Video [B, 3, T, H, W] in [0, 1], T = 4k + 1 -> normalised latents [B, C, t, h, w]."""
-        params = self.params["video_vae"]
-        latents = _encode_video(
-            params, self.config.video_vae, video, chunk_size=chunk_size, dtype=params_dtype(params)
-        )
-        return einops.rearrange(latents, "b t h w c -> b c t h w")
-
-    def _sound_params(self) -> dict:
-        if "sound_vae" not in self.params:
+    def _check_sound(self) -> None:
+        if "sound_vae" not in self.weights.structs:
             raise ValueError("this checkpoint was loaded without sound, or has none")
-        return self.params["sound_vae"]
 
 
-def find_checkpoint(path_or_hub_id: str | Path, weights: bool = True) -> Path:
-    """The local folder of a checkpoint: itself, the embedded default for `tiny`, or a Hub
-    download.
-    """
-    if str(path_or_hub_id) == tiny.NAME and not Path(path_or_hub_id).is_dir():
-        return tiny.tiny_checkpoint()
-    return load.find_checkpoint(path_or_hub_id, weights)
+def _check_output(output: str) -> None:
+    if output not in ("media", "latents"):
+        raise ValueError(f"output={output!r} is unknown; choose media or latents")
 
 
-def load_frontend(folder: Path, load_sound: bool | None = None) -> tuple[Config, Tokenizer]:
-    """The configuration and tokenizer of a checkpoint folder: what `prepare_request` needs, no
-    weights.
-
-    Raises:
-        CheckpointError: the folder is no checkpoint, or its tokenizer belongs to another one.
-    """
-    config = load.load_config(folder, load_sound)
-    tokenizer = Tokenizer.from_folder(folder / load.TOKENIZER_FOLDER)
-    if tokenizer.vocab_size > config.transformer.vocab_size:
-        raise load.CheckpointError(
-            f"{folder}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, the transformer "
-            f"{config.transformer.vocab_size} embeddings; they belong to different checkpoints"
-        )
-    return config, tokenizer
+def _compile(program: Callable, *arguments, **options) -> Any:
+    """Compile for arguments of these shapes; what it would return. A later call finds it ready."""
+    program.lower(*arguments, **options).compile()
+    return program.eval_shape(*arguments, **options)

@@ -1,5 +1,6 @@
 """Host memory: converting and loading need little, however large the checkpoint is."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -67,7 +68,9 @@ small, large, target = map(Path, sys.argv[1:])
 def peak(script: str, *folders: Path) -> int:
     """What a script prints: bytes of growth."""
     command = [sys.executable, "-c", PEAK + script, *folders]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # What is freed goes back at once, so that it is not counted with what is needed.
+    environment = dict(os.environ, MALLOC_MMAP_THRESHOLD_="1000000")
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     return int(done.stdout)
 
@@ -96,11 +99,14 @@ print(status("VmHWM") - before)
 def test_loading_needs_little_memory_beyond_the_weights(
     silent_checkpoint, large_checkpoint, tmp_path
 ):
-    """On a CPU the weights stay in host memory; above them come a leaf of 96 MiB and a tensor of 8.
+    """On a CPU the weights stay in host memory; above them come 16 MiB that are read ahead, and the
+    tensor that is placed, of 16 MiB and in the public layout once more, transposed.
 
-    Measured: 99 to 110 MiB. A second copy of the leaf would make it 200.
+    Measured: 66 to 70 MiB. A leaf, of 96 MiB, is never there twice.
     """
     script = """
+from cosmos3_jax.checkpoint import place
+place.READ_AHEAD_BYTES = 16 * 2**20
 read(small)
 before = status("VmRSS")
 params = read(large)
@@ -108,4 +114,4 @@ size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 print(status("VmHWM") - before - size)
 """
     growth = peak(script, silent_checkpoint, large_checkpoint, tmp_path)
-    assert growth < 150 * MEBIBYTE
+    assert growth < 90 * MEBIBYTE

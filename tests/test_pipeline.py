@@ -6,14 +6,16 @@ import gc
 import weakref
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import tqdm
+from checkpoint_files import link_checkpoint, replace_file
 from oracle import load_pipeline, relative_l2
 from PIL import Image
 
-from cosmos3_jax import Cosmos3, generate, media, pipeline, unipc
+from cosmos3_jax import Cosmos3, generate, media, pipeline, progress, unipc
 from cosmos3_jax.prompt import PROMPT_STYLES
 from cosmos3_jax.request import prepare_request
 
@@ -326,16 +328,189 @@ def test_generate_is_the_pure_function(model):
     assert relative_l2(other["video"], latents["video"]) > MISTAKE
 
 
-def test_other_prompts_compile_nothing(model):
+@pytest.fixture
+def compiled(monkeypatch):
+    """The programs that XLA compiles from here on, one entry each."""
+    log = []
+
+    def listen(event, duration, **_):
+        if event.endswith("backend_compile_duration"):
+            log.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield log
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_other_prompts_compile_nothing(model, compiled):
     settings = dict(SETTINGS, output="latents", negative_prompt=NEGATIVE, num_inference_steps=3)
-    before = pipeline._denoise._cache_size()
     model.generate("Rain", **settings)
-    assert (
-        pipeline._denoise._cache_size() == before + 1
-    )  # three steps are a new program; it is counted
+    assert compiled  # three steps are a new program; it is counted
+    compiled.clear()
     model.generate("A cat", seed=3, schedule="karras", **settings | dict(guidance_scale=2.5))
     model.generate("A dog", sigmas=[0.9, 0.5, 0.2, 0], **settings | dict(fps=30.0))
-    assert pipeline._denoise._cache_size() == before + 1
+    assert not compiled
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_after_a_warmup_nothing_is_compiled(public_checkpoint, compiled, offload):
+    """Neither programs nor the loading of what is offloaded, whatever the prompt."""
+    jax.clear_caches()
+    warm = Cosmos3.from_pretrained(public_checkpoint, "float32", offload=offload)
+    settings = dict(SETTINGS, sound=True, num_inference_steps=2, return_trajectory=True)
+    read = []
+    warm.weights._read = lambda parts, original=warm.weights._read: (
+        read.append(parts) or original(parts)
+    )
+    compiled.clear()
+    warm.warmup(text_tokens=200, decode_chunk_size=2, **settings)
+    assert compiled and not read  # nothing ran, so nothing was needed
+    compiled.clear()
+    long = "rain " * 20  # two buckets of tokens, as was said; the warm-up's own prompt has one
+    assert warm.prepare(long, **SETTINGS).text_ids.shape[1] == 256
+    assert warm.prepare("warm-up", **SETTINGS).text_ids.shape[1] == 128
+    warm.generate(long, seed=3, decode_chunk_size=2, **settings)
+    assert not compiled
+    warm.generate(long, **settings | dict(num_frames=5))
+    assert compiled  # another shape is not what was warmed
+
+
+def test_a_bad_warmup_is_refused(model):
+    with pytest.raises(ValueError, match="num_frames=190 is not"):
+        model.warmup(num_frames=190)
+    with pytest.raises(ValueError, match="output='pixels' is unknown"):
+        model.warmup(output="pixels")
+
+
+def test_offloading_changes_no_bit(public_checkpoint, model):
+    offloaded = Cosmos3.from_pretrained(public_checkpoint, "float32", offload=True)
+    for sound in (False, True):
+        settings = SETTINGS | dict(sound=sound, negative_prompt=NEGATIVE, num_inference_steps=2)
+        ours = offloaded.generate(PROMPT, **settings)
+        theirs = model.generate(PROMPT, **settings)
+        assert ours.keys() == theirs.keys() and ("sound" in ours) == sound
+        for name in ours:
+            np.testing.assert_array_equal(ours[name], theirs[name])
+    waveform = np.random.RandomState(0).uniform(-1, 1, (1, 2, 4000)).astype(np.float32)
+    np.testing.assert_array_equal(offloaded.encode_sound(waveform), model.encode_sound(waveform))
+    assert not offloaded.weights.resident
+
+
+def alive() -> int:
+    gc.collect()
+    return sum(x.nbytes for x in jax.live_arrays())
+
+
+PROGRAMS = {
+    "encode_conditions": "und", "sample_latents": "gen", "decode_video": "video_vae",
+    "decode_sound": "sound_vae",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("offload", [True, False])
+def test_the_device_holds_only_the_part_in_use(public_checkpoint, monkeypatch, offload):
+    """Before each program: its part and no other part. Elsewhere: none."""
+    before = alive()
+    mine = Cosmos3.from_pretrained(public_checkpoint, "float32", offload=offload)
+    sizes = {
+        part: sum(4 * x.size for x in jax.tree.leaves(tree))
+        for part, tree in mine.weights.structs.items()
+    }
+    assert alive() - before == (0 if offload else sum(sizes.values()))
+    seen, leaves = {}, {}
+
+    def watch(name, program):
+        def run(params, *arguments, **options):
+            others = [jax.tree.leaves(x) for x in leaves.values()]
+            assert all(leaf.is_deleted() for tree in others for leaf in tree) or not offload
+            # beside the weights only what the stages hand on
+            given = sum(x.nbytes for x in jax.tree.leaves(arguments) if isinstance(x, jax.Array))
+            seen[name] = alive() - before - given
+            leaves[name] = params
+            return program(params, *arguments, **options)
+
+        return run
+
+    for name in PROGRAMS:
+        monkeypatch.setattr(pipeline, name, watch(name, getattr(pipeline, name)))
+    result = mine.generate(PROMPT, sound=True, negative_prompt=NEGATIVE, **SETTINGS)
+    # In the decoders also what is done already, and latents that still wait.
+    sound = result["sound"].shape[-1] // 1920 * mine.config.transformer.sound_dim * 4
+    done = {"decode_video": sound, "decode_sound": result["video"].nbytes}
+    done["decode_sound"] += 4 * mine.config.video_vae.z_dim * 3 * 3 * 5
+    for name, part in PROGRAMS.items():
+        weights = sizes[part] if offload else sum(sizes.values())
+        assert seen[name] == weights + done.get(name, 0), name
+    media = result["video"].nbytes + result["sound"].nbytes
+    assert alive() - before == media + (0 if offload else sum(sizes.values()))
+
+
+def test_all_parameters_of_an_offloaded_model(public_checkpoint, model):
+    offloaded = Cosmos3.from_pretrained(public_checkpoint, "float32", offload=True)
+    structs = jax.tree.map(lambda x: (x.shape, x.dtype), offloaded.weights.structs)
+    assert structs == jax.tree.map(lambda x: (x.shape, x.dtype), model.params)
+    params = offloaded.params
+    jax.tree.map(np.testing.assert_array_equal, params, model.params)
+    assert offloaded.weights.resident
+    assert offloaded.params["gen"] is params["gen"]  # it stayed
+    # parameters put in their place are what is read from then on
+    request = prepare(model, num_inference_steps=1)
+    right, _ = offloaded.denoise(request)
+    offloaded.params = params | {"gen": jax.tree.map(jnp.zeros_like, params["gen"])}
+    assert relative_l2(offloaded.denoise(request)[0]["video"], right["video"]) > MISTAKE
+
+
+def test_a_part_leaves_the_device_after_an_error_too(public_checkpoint, monkeypatch):
+    offloaded = Cosmos3.from_pretrained(public_checkpoint, "float32", offload=True)
+    request, before, kept = prepare(offloaded), alive(), []
+
+    def fail(params, *_, **__):
+        kept.append(params)
+        raise RuntimeError("the device is on fire")
+
+    monkeypatch.setattr(pipeline, "encode_conditions", fail)
+    with pytest.raises(RuntimeError, match="on fire"):
+        offloaded.denoise(request)
+    assert kept and alive() == before
+
+
+def test_offload_opens_the_files_first(public_checkpoint, tmp_path):
+    """Damage is said at once, not when a part is wanted."""
+    broken = link_checkpoint(public_checkpoint, tmp_path / "broken")
+    [shard, *_] = (broken / "vae").glob("*.safetensors")
+    replace_file(shard, shard.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="is not a complete safetensors file"):
+        Cosmos3.from_pretrained(broken, "float32", offload=True)
+
+
+@pytest.mark.parametrize(("limit", "offloads"), [(None, False), (2**20, True), (2**40, False)])
+def test_offload_by_the_devices_memory(public_checkpoint, monkeypatch, limit, offloads):
+    monkeypatch.setattr(pipeline.memory, "device_limit", lambda: limit)
+    model = Cosmos3.from_pretrained(public_checkpoint, "float32")
+    assert model.weights.resident is not offloads
+
+
+def test_what_does_not_fit_is_refused_before_it_runs(model, monkeypatch):
+    job = dict(SETTINGS, negative_prompt=NEGATIVE)
+    sizes = pipeline.memory.request_sizes(model.config, model.prepare([PROMPT] * 2, **job))
+    assert sizes["batch"] == 2 and sizes["num_frames"] == 9 and sizes["text_tokens"] == 256
+    count = functools.partial(
+        pipeline.memory.generation_bytes, model.config, dtype="float32", **sizes
+    )
+    limit = count()["peak"]
+    monkeypatch.setattr(pipeline.memory, "device_limit", lambda: limit)
+    model.generate([PROMPT] * 2, **job)  # it just fits
+    monkeypatch.setattr(pipeline.memory, "device_limit", lambda: limit - 1)
+    with monkeypatch.context() as patch:
+        for name in PROGRAMS:
+            patch.setattr(pipeline, name, lambda *_, **__: pytest.fail("the model ran"))
+        with pytest.raises(
+            pipeline.memory.OutOfDeviceMemory, match="2 videos of 9 frames of 48x80"
+        ):
+            model.generate([PROMPT] * 2, **job)
+    model.generate(PROMPT, **job)  # one video fits
+    if count(decode=False)["peak"] < limit:
+        model.generate([PROMPT] * 2, output="latents", **job)  # nothing is decoded
 
 
 def test_explicit_noise_is_what_the_seed_draws(model):
@@ -404,7 +579,7 @@ def test_progress_bar_counts_steps_as_they_end(model, monkeypatch, capsys):
             log.append(self.n)
             return super().update(n)
 
-    monkeypatch.setattr(pipeline.tqdm, "tqdm", Bar)
+    monkeypatch.setattr(progress.tqdm, "tqdm", Bar)
     request = prepare(model)
     shown, _ = model.denoise(request, progress=True)
     assert log == [0, 1, 2, 3, 4]
@@ -470,7 +645,7 @@ def test_bad_prompts_are_refused(model, prompt, error, message):
 
 
 def test_bad_input_stops_before_the_model_runs(model, monkeypatch):
-    for stage in ("_denoise", "_decode"):
+    for stage in PROGRAMS:
         monkeypatch.setattr(pipeline, stage, lambda *_, **__: pytest.fail("the model ran"))
     for settings, message in BAD_SETTINGS[:3]:
         with pytest.raises(ValueError, match=message):

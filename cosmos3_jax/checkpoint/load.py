@@ -2,18 +2,15 @@
 
 Two layouts are read, component by component: the public one (diffusers' names and shapes) and the
 converted one that `convert` writes (our names and shapes, ready to use). Their rules differ, the
-reading does not. A stacked leaf is filled one tensor at a time and handed to the device before the
-next is begun, so host memory peaks near the largest leaf.
+reading does not. Tensors are read ahead by a few threads, and each is written into its place on the
+device as it comes (`place.py`): neither host nor device ever holds a second copy of a leaf.
 """
 
 import dataclasses
-import gc
-import itertools
-import math
-import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +18,7 @@ import numpy as np
 
 from cosmos3_jax import sound_vae, transformer, video_vae
 from cosmos3_jax.checkpoint.files import FLOAT_DTYPES, TensorFiles, has_tensors
+from cosmos3_jax.checkpoint.place import Piece, compile_placing, place_pieces
 from cosmos3_jax.checkpoint.rules import (
     CheckpointError,
     Layout,
@@ -55,30 +53,6 @@ HUB_WEIGHTS = [f"{part}/*.safetensors" for part in ("transformer", "vae", "sound
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
-    """A leaf, or a layer of a stacked one: a tensor of the converted layout.
-
-    Attributes:
-        key: its name in the converted layout.
-        leaf: path of the leaf in the component's tree.
-        place: where in the leaf: `(layer,)`, or `()` if it is the whole.
-        shape, dtype: of the piece.
-        parts: the rules that fill it, and where in it.
-    """
-
-    key: str
-    leaf: str
-    place: tuple[int, ...]
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    parts: tuple[tuple[Rule, tuple[int | slice, ...]], ...]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-@dataclasses.dataclass(frozen=True)
 class Component:
     """One component folder, opened and checked against the model.
 
@@ -95,26 +69,35 @@ class Component:
     leaves: dict[str, tuple[int, ...]]
     prefix: str
 
-    def pieces(self, dtype: jnp.dtype) -> list[Piece]:
-        """Every leaf, stacked ones layer by layer, when `dtype` is asked for."""
+    def pieces(self, dtype: jnp.dtype, parts: Collection[str] | None = None) -> list[Piece]:
+        """Every leaf of these top-level parts of the tree, or of all; stacked ones layer by layer.
+
+        Their dtype is `dtype` but for those that stay in float32.
+        """
         rules: dict[str, list[Rule]] = {leaf: [] for leaf in self.leaves}
         for rule in self.layout.rules:
             rules[rule.leaf].append(rule)
         pieces = []
         for ours in converted_layout(self.layout, self.leaves).rules:
+            if parts is not None and (self.prefix or ours.leaf.partition("/")[0]) not in parts:
+                continue
             depth = len(ours.index)
             shape = self.leaves[ours.leaf][depth:]
             kept = np.dtype(np.float32 if ours.leaf.startswith(self.layout.float32) else dtype)
-            parts = tuple(
+            filling = tuple(
                 (rule, rule.index[depth:])
                 for rule in rules[ours.leaf]
                 if rule.index[:depth] == ours.index
             )
-            pieces.append(Piece(ours.key, ours.leaf, ours.index, shape, kept, parts))
+            pieces.append(Piece(ours.key, ours.leaf, ours.index, shape, kept, filling))
         return pieces
 
     def read(self, piece: Piece) -> np.ndarray:
         """The values of a piece. Weight norm is folded before they are rounded to its dtype."""
+        if [index for _, index in piece.parts] == [()]:  # one tensor is all of it: no copy if alike
+            [(rule, _)] = piece.parts
+            values = rule.to_leaf(*(self.files.read(key) for key in rule.keys))
+            return np.asarray(values, piece.dtype, order="C")
         values = np.empty(piece.shape, piece.dtype)
         for rule, index in piece.parts:
             values[index] = rule.to_leaf(*(self.files.read(key) for key in rule.keys))
@@ -205,7 +188,10 @@ def open_components(folder: Path, config: Config) -> list[Component]:
 
 
 def load_params(
-    components: list[Component], dtype: jnp.dtype, on_bytes: Callable[[int], None] | None = None
+    components: list[Component],
+    dtype: jnp.dtype,
+    on_bytes: Callable[[int], None] | None = None,
+    parts: Collection[str] | None = None,
 ) -> dict:
     """The parameter tree `{"und", "gen", "video_vae"[, "sound_vae"]}` on the default device.
 
@@ -213,25 +199,43 @@ def load_params(
         components: see `open_components`.
         dtype: of every leaf but the few that stay in float32.
         on_bytes: called with the size of each leaf once it is placed.
+        parts: the top-level parts to load, for example `{"und"}`; None loads all.
+
+    Raises:
+        CheckpointError: a file no longer gives what it held when it was opened.
     """
     tree: dict = {}
     for component in components:
-        pieces = component.pieces(dtype)
-        for (leaf, kept), group in itertools.groupby(pieces, operator.attrgetter("leaf", "dtype")):
-            values = np.empty(component.leaves[leaf], kept)
-            for piece in group:
-                values[piece.place] = component.read(piece)
-            *parents, name = f"{component.prefix}/{leaf}".strip("/").split("/")
-            node = tree
-            for parent in parents:
-                node = node.setdefault(parent, {})
-            # Not jnp.asarray, which makes another copy on the host first. After the transfer JAX
-            # holds the array until the next collection, and two large leaves would be in memory.
-            node[name] = jax.block_until_ready(jax.device_put(values))
-            gc.collect(generation=0)
+        pieces = component.pieces(dtype, parts)
+        for path, leaf in place_pieces(component.read, pieces, component.leaves):
+            _hang(tree, component, path, leaf)
             if on_bytes is not None:
-                on_bytes(values.nbytes)
+                on_bytes(leaf.nbytes)
     return tree
+
+
+def param_structs(components: list[Component], dtype: jnp.dtype) -> dict:
+    """The tree of `load_params` as `jax.ShapeDtypeStruct`s. No tensor is read."""
+    tree: dict = {}
+    for component in components:
+        for piece in component.pieces(dtype):
+            struct = jax.ShapeDtypeStruct(component.leaves[piece.leaf], piece.dtype)
+            _hang(tree, component, piece.leaf, struct)
+    return tree
+
+
+def compile_loading(components: list[Component], dtype: jnp.dtype) -> None:
+    """Compile the small programs with which `load_params` fills stacked leaves."""
+    for component in components:
+        compile_placing(component.pieces(dtype), component.leaves)
+
+
+def _hang(tree: dict, component: Component, path: str, leaf: Any) -> None:
+    """Put a leaf of a component's tree where it belongs in the whole tree."""
+    *parents, name = f"{component.prefix}/{path}".strip("/").split("/")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+    tree[name] = leaf
 
 
 def converted_layout(public: Layout, leaves: dict[str, tuple[int, ...]]) -> Layout:

@@ -1,0 +1,367 @@
+"""The benchmark: what it runs, what it counts and what it writes. How fast is not for tests."""
+
+import dataclasses
+import json
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
+from jax.extend.core import jaxprs_in_params
+
+from cosmos3_jax import bench, bench_inputs, bench_measure, cli, sound_vae, transformer, video_vae
+from cosmos3_jax.config import Config, SoundVAEConfig, TransformerConfig, VideoVAEConfig
+from cosmos3_jax.generate import encode_conditions, sample_latents
+from cosmos3_jax.pipeline import Cosmos3
+
+# Every number that enters the count of the arithmetic is another one.
+CONFIG = Config(
+    transformer=TransformerConfig(
+        hidden_size=64, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,
+        head_dim=32, intermediate_size=80, vocab_size=128, rope_axes_dim=(6, 5, 5),
+    ),
+    video_vae=VideoVAEConfig(base_dim=8, decoder_base_dim=8, num_res_blocks=1),
+    sound_vae=SoundVAEConfig(enc_dim=8, dec_dim=4),
+)  # fmt: skip
+JOB = bench.Job(
+    num_frames=5, height=48, width=80, steps=3, text_tokens=20, negative_tokens=130, repeats=2
+)
+SHAPE = ["--num-frames", "5", "--height", "48", "--width", "80", "--steps", "2", "--repeats", "1"]
+TINY = ["bench", "--checkpoint", "tiny", *SHAPE]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """The embedded checkpoint is written anew, not found in the home folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def params():
+    return bench.random_params(CONFIG, jnp.dtype(jnp.float32))
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Whoever makes or loads weights fails the test."""
+
+    def fail(*_, **__):
+        pytest.fail("weights were made or loaded")
+
+    monkeypatch.setattr(Cosmos3, "from_pretrained", fail)
+    monkeypatch.setattr(bench_inputs, "_random_leaf", fail)
+
+
+def product_flops(jaxpr) -> int:
+    """Twice the multiplications of all matrix products, those of a loop as often as it runs."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            contracted = equation.params["dimension_numbers"][0][0]
+            left = equation.invars[0].aval.shape
+            inner = math.prod(left[axis] for axis in contracted)
+            total += 2 * inner * equation.outvars[0].aval.size
+        assert equation.primitive.name not in ("while", "cond", "conv_general_dilated")
+        times = equation.params["length"] if equation.primitive.name == "scan" else 1
+        total += times * sum(map(product_flops, jaxprs_in_params(equation.params)))
+    return total
+
+
+@pytest.mark.parametrize("sound", [False, True])
+@pytest.mark.parametrize("negative", [0, 128, 256])
+def test_the_arithmetic_is_that_of_the_traced_loop(sound, negative):
+    """Exactly, where nothing is padded: both prompts fill their buckets, and those are equal, or
+    there is one branch. Padding is then the only difference.
+    """
+    job = dataclasses.replace(JOB, sound=sound, text_tokens=128, negative_tokens=negative)
+    request = bench.random_request(CONFIG, job)
+    shapes = transformer.param_shapes(CONFIG.transformer)
+    encode = partial(encode_conditions, config=CONFIG)
+    conditions = jax.eval_shape(encode, shapes["und"], request)
+    sample = partial(sample_latents, config=CONFIG)
+    traced = product_flops(jax.make_jaxpr(sample)(shapes["gen"], conditions, request).jaxpr)
+
+    model, tokens = CONFIG.transformer, 2 * 2 * 3 + request.sound_frames
+    heads = model.num_attention_heads * model.head_dim
+    a_key = 4 * job.steps * model.num_hidden_layers * heads * tokens
+    padding = 128 * a_key if negative == 256 else 0  # the prompt, padded to the negative one
+    assert bench.denoise_flops(CONFIG, request) == traced - padding
+    shorter = bench.random_request(CONFIG, dataclasses.replace(job, text_tokens=100))
+    assert bench.denoise_flops(CONFIG, shorter) == traced - padding - 28 * a_key
+
+
+def test_random_weights_are_those_that_generation_reads(params):
+    expected = transformer.param_shapes(CONFIG.transformer)
+    expected["gen"] = jax.eval_shape(transformer.unstack_layers, expected["gen"])
+    expected["video_vae"] = {"decoder": video_vae.param_shapes(CONFIG.video_vae)["decoder"]}
+    expected["sound_vae"] = sound_vae.param_shapes(CONFIG.sound_vae, with_encoder=False)
+    assert jax.tree.structure(params) == jax.tree.structure(expected)
+    for (path, leaf), shape in zip(
+        jax.tree.leaves_with_path(params), jax.tree.leaves(expected), strict=True
+    ):
+        assert (leaf.shape, leaf.dtype) == (shape.shape, jnp.float32)
+        values = np.asarray(leaf).ravel()
+        mean, spread = (1, 0.1) if path[-1].key == "scale" else (0, 0.02)
+        # Five standard errors and more, of the mean and of the spread.
+        assert abs(values.mean() - mean) < 6 * spread / math.sqrt(values.size), path
+        assert abs(values.std() / spread - 1) < 5 / math.sqrt(values.size), path
+        assert np.unique(values).size > 0.9 * values.size, path
+    firsts = [float(leaf.ravel()[0]) for leaf in jax.tree.leaves(params)]
+    assert len(set(firsts)) == len(firsts)  # each leaf has a seed of its own
+
+
+def test_weights_without_sound_and_in_bfloat16():
+    shapes = bench_inputs.weight_shapes(bench.silent(CONFIG), jnp.dtype(jnp.bfloat16))
+    assert shapes.keys() == {"und", "gen", "video_vae"}
+    assert not any("sound" in name for name in shapes["gen"])
+    for path, leaf in jax.tree.leaves_with_path(shapes):
+        kept = any(key.key == "time_embedder" for key in path)
+        assert leaf.dtype == (jnp.float32 if kept else jnp.bfloat16)
+
+
+@pytest.mark.parametrize("shape", [(), (1001,), (5, 3, 100), (3, 2, 999, 1), (7, 1000), (2, 1100)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_leaf_larger_than_a_lot_is_filled(monkeypatch, shape, dtype):
+    """Lots that do not divide the leaf, whole rows, single values."""
+    monkeypatch.setattr(bench_inputs, "DRAW_VALUES", 1000)
+    leaf = bench_inputs._random_leaf(3, "kernel", jax.ShapeDtypeStruct(shape, dtype))
+    assert (leaf.shape, leaf.dtype) == (shape, dtype)
+    values = np.asarray(leaf, np.float32).ravel()
+    assert (values != 0).all()
+    if values.size > 1:
+        assert abs(values.std() / 0.02 - 1) < 5 / math.sqrt(values.size)
+    if len(shape) > 1 and dtype == jnp.float32:  # no row repeats another
+        rows = np.asarray(leaf).reshape(shape[0], -1)
+        assert np.unique(rows[:, 0]).size == shape[0]
+
+
+def test_a_lot_is_written_in_place():
+    """Nothing as large as a leaf beside it: its peak would hide the generation's."""
+    leaf = jax.ShapeDtypeStruct((6, 512, 2, 1024), jnp.float32)
+    drawn = jax.ShapeDtypeStruct((2**16,), jnp.float32)
+    write = bench_inputs._write.lower(leaf, drawn, 5, rows=(3072, 2048), lot=32)
+    size = math.prod(leaf.shape) * 4
+    analysis = write.compile().memory_analysis()
+    assert analysis.alias_size_in_bytes == size
+    assert analysis.temp_size_in_bytes < size / 8
+
+
+def test_weights_that_cannot_fit_are_refused_before_they_are_made(monkeypatch, no_weights):
+    monkeypatch.setattr(bench_inputs.os, "sysconf", lambda _: 1024)
+    with pytest.raises(ValueError, match="the weights take .* GiB, cpu has 0.0 GiB: use a larger"):
+        bench.random_params(CONFIG, jnp.dtype(jnp.float32))
+
+
+def test_a_program_is_compiled_cold_and_then_read_from_the_cache(tmp_path):
+    """The caller's cache is neither read nor written, and is in use again afterwards."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    x = np.arange(4, dtype=np.float32)
+    try:
+        for name, value in zip(names, (str(tmp_path), 0), strict=True):
+            jax.config.update(name, value)
+        reset_cache()
+        for _ in range(2):  # cold both times
+            events = []
+
+            def listen(event, events=events, **_):
+                events.append(event)
+
+            jax.monitoring.register_event_listener(listen)
+            program, found = bench_measure.compile_cold_and_cached(lambda x: jnp.sin(x) @ x, x)
+            jax.monitoring.unregister_event_listener(listen)
+            assert events.count("/jax/compilation_cache/cache_misses") == 1
+            assert events[-1] == bench_measure.CACHE_HIT
+            assert found.keys() == {"compile_seconds", "compile_seconds_cached"}
+            assert all(seconds > 0 for seconds in found.values())
+            np.testing.assert_allclose(program(x), np.sin(x) @ x, rtol=1e-6)
+        assert not list(tmp_path.iterdir())
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path)
+        jax.jit(lambda x: jnp.cos(x) @ x)(x).block_until_ready()
+        assert list(tmp_path.iterdir())
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        reset_cache()
+
+
+def test_a_program_that_cannot_be_cached_says_so():
+    """JAX keeps no program that calls back to the host."""
+
+    def calls_back(x):
+        return jax.pure_callback(np.sin, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+    _, found = bench_measure.compile_cold_and_cached(calls_back, jnp.arange(3.0))
+    assert found["compile_seconds"] > 0 and found["compile_seconds_cached"] is None
+
+
+def test_measure_runs_as_often_as_it_says():
+    runs = []
+    program = jax.jit(lambda x: x + 1).lower(1.0).compile()
+
+    class Counted:
+        memory_analysis = program.memory_analysis
+
+        def __call__(self, x):
+            runs.append(x)
+            return program(x)
+
+    for warm_up in (True, False):
+        runs.clear()
+        result, found = bench_measure.measure(Counted(), 1.0, repeats=3, warm_up=warm_up)
+        assert (len(runs), len(found["samples"]), float(result)) == (3 + warm_up, 3, 2.0)
+        assert found["seconds"] == sorted(found["samples"])[1]
+
+
+def test_every_stage_is_measured(params):
+    """With sound; the command line below is run without."""
+    job = dataclasses.replace(JOB, sound=True)
+    result = json.loads(json.dumps(bench.run_bench(CONFIG, params, job)))
+    check_result(result, job)
+    # on this backend, where memory_stats is None
+    assert result["peak_gib"] is result["peak_gib_before"] is None
+    flops = bench.denoise_flops(CONFIG, bench.random_request(CONFIG, job))
+    assert result["denoise_tflop"] == pytest.approx(flops / 1e12)
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert result["weights_gib"] == pytest.approx(weights / 2**30)
+    video = 3 * 5 * 48 * 80 * 4 / 2**30
+    assert result["stages"]["video decode"]["output_gib"] == pytest.approx(video, rel=1e-3)
+
+
+def check_result(result: dict, job: bench.Job) -> None:
+    assert result["job"] == dataclasses.asdict(job)
+    stages = result["stages"]
+    names = ["condition", "one step", "denoise", "video decode"]
+    if job.sound:
+        names[2:2] = ["one step without sound"]
+        names.append("sound decode")
+    assert list(stages) == names
+    for name, stage in stages.items():
+        assert len(stage["samples"]) == job.repeats
+        assert 0 < min(stage["samples"]) <= stage["seconds"] <= max(stage["samples"])
+        assert stage["temporary_gib"] >= 0 and stage["output_gib"] > 0
+        if name.startswith("one step"):
+            assert "compile_seconds" not in stage
+        else:
+            assert stage["compile_seconds"] > 0 and stage["compile_seconds_cached"] > 0
+    whole = ("condition", "denoise", "video decode", "sound decode")
+    assert result["seconds"] == sum(stages[name]["seconds"] for name in whole if name in stages)
+    rate = result["denoise_tflop"] / stages["denoise"]["seconds"]
+    assert result["denoise_tflops_per_second"] == pytest.approx(rate)
+    assert result["estimated_gib"] > result["weights_gib"] > 0
+
+
+def test_without_guidance_there_is_one_branch():
+    request = bench.random_request(CONFIG, dataclasses.replace(JOB, negative_tokens=0))
+    assert request.neg_text_ids is request.neg_text_mask is None
+
+
+def test_jobs_come_from_the_recipe_smallest_first():
+    [(name, job)] = bench.jobs(Config()).items()
+    assert (name, job) == ("720p", bench.Job())
+    jobs = bench.jobs(Config(), sizes="720p,256p", num_frames=5, steps=2, fps=30.0, sound=True)
+    assert list(jobs) == ["256p", "720p"]
+    made = bench.Job(num_frames=5, height=192, width=320, fps=30.0, steps=2, sound=True)
+    assert jobs["256p"] == made
+    assert list(bench.jobs(Config(), height=48, width=80)) == ["48x80"]
+
+
+def test_the_command_line_end_to_end(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    out = tmp_path / "deep" / "tiny.json"
+    assert cli.main([*TINY, "--text-tokens", "30", "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    record = json.loads(out.read_text())
+    assert list(record["results"]) == ["48x80"]
+    job = bench.Job(num_frames=5, height=48, width=80, steps=2, text_tokens=30, repeats=1)
+    check_result(record["results"]["48x80"], job)
+    assert said == bench_measure.table("48x80", record["results"]["48x80"]) + "\n"
+    for stage in record["results"]["48x80"]["stages"]:
+        assert f"\n  {stage} " in said
+    assert (record["weights"], record["dtype"], record["backend"]) == ("tiny", "float32", "cpu")
+    assert record["device"] == jax.devices()[0].device_kind
+    assert record["settings"]["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.9"
+    assert "XLA_FLAGS" in record["settings"]
+    assert {"cosmos3_jax", "python", "jax", "jaxlib"} <= record["versions"].keys()
+    assert {"driver", "power_limit", "platform_version"} <= record.keys()
+    assert [path.name for path in out.parent.iterdir()] == ["tiny.json"]
+
+
+def test_each_size_is_written_when_it_is_done(tmp_path, capsys, monkeypatch):
+    """Random weights of Nano's sizes, in words: nothing is made of them here."""
+    out, done = tmp_path / "a.json", []
+
+    def stop_at_the_second(config, params, job):
+        if done:
+            raise KeyboardInterrupt
+        done.append((config, params, job))
+        return {"job": dataclasses.asdict(job)}
+
+    monkeypatch.setattr(bench, "random_params", lambda config, dtype: {"dtype": str(dtype)})
+    monkeypatch.setattr(bench, "run_bench", stop_at_the_second)
+    monkeypatch.setattr(bench_measure, "table", lambda name, result: name)
+    command = ["bench", "--size", "480p,256p", "--dtype", "bfloat16", "--out", str(out)]
+    assert cli.main(command) == 130
+    assert capsys.readouterr().out == "256p\n"
+    job = bench.Job(height=192, width=320)
+    assert done == [(bench.silent(Config()), {"dtype": "bfloat16"}, job)]
+    record = json.loads(out.read_text())
+    assert record["results"] == {"256p": {"job": dataclasses.asdict(job)}}
+    assert (record["weights"], record["dtype"]) == ("random nano", "bfloat16")
+
+    assert cli.main(command) == 2  # refused: what is there stays
+    assert f"{out} exists; pass overwrite=True (--overwrite)" in capsys.readouterr().err
+    assert json.loads(out.read_text()) == record
+    done.clear()
+    assert cli.main([*command, "--sound", "--overwrite"]) == 130
+    assert json.loads(out.read_text())["results"]["256p"]["job"]["sound"]
+    assert done[0][0] == Config()
+
+
+BAD_ARGUMENTS = [
+    ("--steps 0", "steps=0 must be at least 1"),
+    ("--repeats 0", "repeats=0 must be at least 1"),
+    ("--text-tokens 0", "text_tokens=0 must be at least 1"),
+    ("--negative-tokens -1", "negative_tokens=-1 must be at least 0"),
+    ("--decode-chunk-size 0", "decode_chunk_size=0 must be at least 1"),
+    ("--size 1080p", "size '1080p' is unknown; choose from 256p, 480p, 720p"),
+    ("--size 256p,,480p", "size '' is unknown; choose from 256p, 480p, 720p"),
+    ("--size 256p --height 48", "size 256p sets height and width: give either those or the size"),
+    ("--num-frames 190", "num_frames=190 is not 4k+1; nearest are 189 and 193"),
+    ("--width 8", "width=8 is not a multiple of 16; nearest are 16 and 32"),
+    ("--fps 0", "fps=0.0 must be positive and finite"),
+    ("--fps nan", "fps=nan must be positive and finite"),
+    ("--sound --num-frames 1", "num_frames=1 makes an image, which has no sound"),
+    ("--checkpoint {tmp}/none", "none is not a folder, nor a Hub id of the form owner/name"),
+    ("--sound --checkpoint {silent}", "has no sound (sound_gen is False"),
+    ("--out {tmp}/a.txt", "the suffix '.txt' is not supported here; use .json"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_ARGUMENTS, ids=[a for a, _ in BAD_ARGUMENTS])
+def test_bad_arguments_are_one_line_before_any_work(
+    tmp_path, silent_checkpoint, capsys, no_weights, arguments, message
+):
+    arguments = arguments.format(tmp=tmp_path, silent=silent_checkpoint)
+    assert cli.main(["bench", *arguments.split()]) == 2
+    said = capsys.readouterr()
+    assert message in said.err
+    assert said.err.startswith("cosmos3-jax: error: ") and said.err.count("\n") == 1
+    assert not said.out
+
+
+def test_a_checkpoint_and_random_weights_exclude_each_other(capsys, no_weights):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["bench", "--checkpoint", "tiny", "--random", "nano"])
+    assert stop.value.code == 2 and "not allowed with argument" in capsys.readouterr().err
+
+
+def test_sound_is_refused_where_the_sizes_have_none():
+    job = dataclasses.replace(JOB, sound=True)
+    with pytest.raises(ValueError, match="sound is asked for, but these weights have none"):
+        bench.random_request(bench.silent(CONFIG), job)
