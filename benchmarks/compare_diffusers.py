@@ -31,6 +31,7 @@ from cosmos3_jax.bench import Job
 from cosmos3_jax.bench_measure import device_peak_gib, environment, measure
 from cosmos3_jax.config import Config, TransformerConfig, VideoVAEConfig
 from cosmos3_jax.generate import decode, encode_conditions, sample_latents
+from cosmos3_jax.video_vae import pixel_to_latent_shape
 
 TINY_JOB = Job(num_frames=9, height=64, width=96, steps=2, text_tokens=40, negative_tokens=40)
 WHOLE = ("256p", "tiny")  # sizes whose loop is timed from end to end
@@ -43,6 +44,7 @@ TOTALS = {
     "preparation": "diffusers also encodes a video of zeros before the loop, of which text-to-video"
     " uses the shape alone; total_seconds leaves that out, total_with_preparation_seconds has it",
     "text": "diffusers runs its text tower in every pass; ours runs once, in `condition`",
+    "ours": "with --ours, every step of our loop was run, at each size, just before",
     "best": "of eager and compiled (blocks compiled, cuDNN searching for its convolutions) the one "
     "with the smaller total",
 }
@@ -76,7 +78,6 @@ def measure_ours(config: Config, params: dict, job: Job, run_steps: int) -> dict
     (latents, _), loop = run(sample_latents, params["gen"], conditions, request)
     result, decoding = run(decode, params, latents)
     video = result["video"]
-    grid = transformer.patch_grid(config.transformer, request.video_shape)
     return {
         "condition_seconds": condition["seconds"],
         "step_samples": [loop["seconds"] / run_steps],  # one program: its steps have no clock
@@ -84,14 +85,40 @@ def measure_ours(config: Config, params: dict, job: Job, run_steps: int) -> dict
         "compile_seconds": compiling,
         "finite": bool(jnp.isfinite(video).all() & jnp.isfinite(latents.video).all()),
         "peak_gib": device_peak_gib(),
-        "work": {
-            "text_tokens": int(request.text_mask.sum()),
-            "negative_tokens": int(request.neg_text_mask.sum()),
-            "video_tokens": math.prod(grid),
-            "video": list(video.shape[2:]),
-            "passes": 2 * run_steps,
-        },
+        "work": work(config, job, run_steps),
     }
+
+
+def work(config: Config, job: Job, run_steps: int) -> dict:
+    """What both sides have to do for a job."""
+    shape = pixel_to_latent_shape(config.video_vae, job.num_frames, job.height, job.width)
+    return {
+        "text_tokens": job.text_tokens,
+        "negative_tokens": job.negative_tokens,
+        "video_tokens": math.prod(transformer.patch_grid(config.transformer, shape)),
+        "video": [job.num_frames, job.height, job.width],
+        "passes": 2 * run_steps,
+    }
+
+
+def read_ours(path: Path, config: Config, jobs: dict[str, Job]) -> Iterator[dict]:
+    """Events (see `merge`) of our side from a file of `cosmos3-jax bench`: whole jobs."""
+    report = json.loads(path.read_text())
+    yield {"side": "ours", "environment": {k: v for k, v in report.items() if k != "results"}}
+    for size, job in jobs.items():
+        found = report["results"][size]
+        same = ("num_frames", "height", "width", "steps", "sound", "text_tokens", "negative_tokens")
+        if any(found["job"][name] != getattr(job, name) for name in same):
+            raise ValueError(f"{path}: {size} was measured on another job: {found['job']}")
+        stages = found["stages"]
+        yield {"size": size, "side": "ours", "found": {
+            "condition_seconds": stages["condition"]["seconds"],
+            "step_samples": [stages["one step"]["seconds"]] * job.steps,
+            "decode_samples": stages["video decode"]["samples"],
+            "peak_gib": found["peak_gib"],
+            # Every step was run, and as many as these are compared with.
+            "work": work(config, job, timed_steps(size, job)),
+        }}  # fmt: skip
 
 
 def summed(found: dict, steps: int) -> dict:
@@ -225,10 +252,8 @@ def new_report(jobs: dict[str, Job], flags: dict) -> dict:
         }
         for size, job in jobs.items()
     }
-    return {
-        "sizes": sizes, "notes": {name: TOTALS[name] for name in ("preparation", "text", "best")},
-        "environment": {}, "flags": flags, "failed": [],
-    }  # fmt: skip
+    notes = {name: TOTALS[name] for name in ("preparation", "text", "ours", "best")}
+    return {"sizes": sizes, "notes": notes, "environment": {}, "flags": flags, "failed": []}
 
 
 def table(report: dict) -> str:
@@ -266,6 +291,9 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--sizes", default=",".join(bench.SIZES))
     parser.add_argument("--skip-compiled", action="store_true")
     parser.add_argument("--only", choices=("diffusers", "ours"))
+    parser.add_argument(
+        "--ours", type=Path, help="our side from this file, which `cosmos3-jax bench` just wrote"
+    )
     parser.add_argument("--tiny", action="store_true", help="a small job, in place of the sizes")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
@@ -278,7 +306,10 @@ def main(arguments: list[str] | None = None) -> dict:
             continue
         if name == "diffusers":
             os.environ["JAX_PLATFORMS"] = "cpu"  # it reads our sizes, and must not take the GPU
-        for event in in_child(run, config, jobs, "bfloat16", not options.skip_compiled):
+        events = in_child(run, config, jobs, "bfloat16", not options.skip_compiled)
+        if name == "ours" and options.ours:
+            events = read_ours(options.ours, config, jobs)
+        for event in events:
             merge(report, event)
             report["wall_seconds"] = time.perf_counter() - start
             options.out.write_text(json.dumps(report, indent=2) + "\n")

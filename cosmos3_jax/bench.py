@@ -61,17 +61,17 @@ def run_bench(config: Config, params: dict, job: Job) -> dict:
     Args:
         config: the sizes.
         params: see `random_params`, or a checkpoint's.
-        job: what to run. The whole loop is run without a warm-up of its own: the two-step loop of
-            `one step` comes before it.
+        job: what to run. Stages are warm, see `measure`.
 
     Returns:
         What `json` can write:
 
         - `job`: its fields.
-        - `stages`: `condition` (both prompts), `one step`, with sound also `one step without
-          sound`, `denoise` (all steps), `video decode` and, with sound, `sound decode`. Each has
-          `seconds` (the median), `samples`, `temporary_gib`, `output_gib` and, but for the steps,
-          `compile_seconds` and `compile_seconds_cached` (see `compile_cold_and_cached`).
+        - `stages`: `condition` (both prompts), `denoise` (all steps), `video decode` and, with
+          sound, `sound decode`. Each has `seconds` (the median), `samples`, `temporary_gib`,
+          `output_gib`, `compile_seconds` and `compile_seconds_cached` (see
+          `compile_cold_and_cached`). `one step` has seconds alone: a part of `denoise`; with sound,
+          of a loop of two, to be compared with `one step without sound`.
         - `seconds`: of the whole job: condition, loop and decoding.
         - `denoise_tflop`, `denoise_tflops_per_second`: counted by `denoise_flops`, and its rate.
         - `weights_gib`, `peak_gib` and `peak_gib_before` (of this process so far and up to this
@@ -95,17 +95,16 @@ def run_bench(config: Config, params: dict, job: Job) -> dict:
 
     request = jax.device_put(request)
     conditions = stage("condition", encode, params["und"], request)
-    # Before the two steps: they would teach the compiler which kernels are fastest.
     loop, compiling = compile_cold_and_cached(sample, params["gen"], conditions, request)
-    stages["one step"] = _one_step(config, params, job)
+    arguments = params["gen"], conditions, request
+    (latents, _), ran = measure(loop, *arguments, repeats=job.repeats)
+    stages["denoise"] = ran | compiling
+    stages["one step"] = {"seconds": ran["seconds"] / job.steps}
+    del loop, conditions, request, arguments
     if job.sound:
         video_alone = dataclasses.replace(job, sound=False)
+        stages["one step"] = _one_step(config, params, job)
         stages["one step without sound"] = _one_step(config, params, video_alone)
-    (latents, _), ran = measure(
-        loop, params["gen"], conditions, request, repeats=job.repeats, warm_up=False
-    )
-    stages["denoise"] = ran | compiling
-    del loop, conditions, request
     decode_video = partial(decode, config=config, chunk_size=job.decode_chunk_size)
     stage("video decode", decode_video, params, latents.replace(sound=None))
     if job.sound:
@@ -133,7 +132,7 @@ def _one_step(config: Config, params: dict, job: Job) -> dict:
     sample = jax.jit(partial(sample_latents, config=config))
     program = sample.lower(params["gen"], conditions, request).compile()
     _, ran = measure(program, params["gen"], conditions, request, repeats=job.repeats)
-    return ran | {"seconds": ran["seconds"] / 2, "samples": [s / 2 for s in ran["samples"]]}
+    return {"seconds": ran["seconds"] / 2, "samples": [s / 2 for s in ran["samples"]]}
 
 
 def _estimated_gib(config: Config, params: dict, job: Job) -> float:

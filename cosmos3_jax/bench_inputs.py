@@ -33,7 +33,7 @@ class Job:
         sound: whether sound is denoised and decoded too.
         text_tokens: of the prompt; they are padded as prompts are.
         negative_tokens: of the negative prompt; 0 leaves guidance, the second branch, out.
-        decode_chunk_size: latent frames decoded at a time.
+        decode_chunk_size: latent frames decoded at a time; None chooses by size.
         repeats: runs of each stage; the median counts.
     """
 
@@ -45,16 +45,16 @@ class Job:
     sound: bool = False
     text_tokens: int = 300
     negative_tokens: int = 300
-    decode_chunk_size: int = 1
+    decode_chunk_size: int | None = None
     repeats: int = 3
 
     def check(self, config: Config) -> None:
         """Raise ValueError, naming value and limit, if this job cannot run at these sizes."""
         video_vae.pixel_to_latent_shape(config.video_vae, self.num_frames, self.height, self.width)
         for name in ("steps", "text_tokens", "negative_tokens", "decode_chunk_size", "repeats"):
-            least = 0 if name == "negative_tokens" else 1
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+            value, least = getattr(self, name), 0 if name == "negative_tokens" else 1
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value} must be at least {least}")
         if not 0 < self.fps < math.inf:
             raise ValueError(f"fps={self.fps} must be positive and finite, for example 24.0")
         if self.sound and not config.has_sound:
@@ -125,7 +125,8 @@ def silent(config: Config) -> Config:
 def weight_shapes(config: Config, dtype: jnp.dtype) -> dict:
     """What generation reads, as `jax.ShapeDtypeStruct`s: both towers and the decoders.
 
-    The media tower is taken apart by layers, as a checkpoint is loaded. All in `dtype` but the timestep embedding, which stays float32 in a checkpoint too.
+    As a checkpoint is loaded: the media tower's layers apart, the timestep embedding in float32
+    and all else in `dtype`.
     """
     shapes = dict(transformer.param_shapes(config.transformer))
     shapes["gen"] = jax.eval_shape(transformer.unstack_layers, shapes["gen"])

@@ -16,6 +16,7 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 import cosmos3_jax
 
+LONG_SECONDS = 30  # a run that is not repeated
 GIB = 2**30
 CACHE_HIT = "/jax/compilation_cache/cache_hits"
 # What changes a measurement from outside of the program; XLA_FLAGS is noted even if it is not set.
@@ -86,21 +87,26 @@ def compile_cold_and_cached(function: Callable, *arguments) -> tuple[jax.stages.
     }
 
 
-def measure(
-    program: jax.stages.Compiled, *arguments, repeats: int, warm_up: bool = True
-) -> tuple[Any, dict]:
-    """Run a program `repeats` times: its last result, and seconds and memory.
+def measure(program: jax.stages.Compiled, *arguments, repeats: int) -> tuple[Any, dict]:
+    """Run a program once to warm up and then `repeats` times: its last result, seconds, memory.
 
-    `warm_up` runs it once more before, so that libraries are started and kernels loaded.
+    The run that would be the warm-up counts, alone, if it takes more than `LONG_SECONDS`: what a
+    first run starts and loads is nothing beside that.
     """
-    if warm_up:
-        jax.block_until_ready(program(*arguments))
-    samples, result = [], None
-    for _ in range(repeats):
-        result = None  # two results at once would be memory that no generation needs
+
+    def run() -> tuple[Any, float]:
         start = time.perf_counter()
         result = jax.block_until_ready(program(*arguments))
-        samples.append(time.perf_counter() - start)
+        return result, time.perf_counter() - start
+
+    result, first = run()
+    samples = [first]
+    if first <= LONG_SECONDS:
+        samples = []
+        for _ in range(repeats):
+            del result  # two results at once would be memory that no generation needs
+            result, seconds = run()
+            samples.append(seconds)
     analysis = program.memory_analysis()
     return result, {
         "seconds": statistics.median(samples),
@@ -165,11 +171,12 @@ def table(name: str, result: dict) -> str:
         f"{'':24}{COLUMNS[0]:>9}{COLUMNS[1]:>20}" + "".join(f"{c:>15}" for c in COLUMNS[2:])
     )
     for stage, found in result["stages"].items():
-        spread = f"{min(found['samples']):.3f}..{max(found['samples']):.3f}"
+        samples = found.get("samples")
+        spread = f"{min(samples):.3f}..{max(samples):.3f}" if samples else "-"
         rate = result["denoise_tflops_per_second"] if stage == "denoise" else None
         cells = (
             rate,
-            found["temporary_gib"],
+            found.get("temporary_gib"),
             found.get("compile_seconds"),
             found.get("compile_seconds_cached"),
         )

@@ -157,7 +157,7 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--negative-tokens", type=int, default=300, help="%(default)s; 0 for no guidance"
     )
-    command.add_argument("--decode-chunk-size", type=int, default=1, help="latent frames at a time")
+    command.add_argument("--decode-chunk-size", type=int, help="latent frames at a time")
     command.add_argument("--out", type=Path, metavar="FILE.json", help="what was measured, as JSON")
     command.add_argument("--overwrite", action="store_true", help="replace an existing FILE.json")
 

@@ -75,7 +75,7 @@ def generate(
     output: str = "media",
     return_trajectory: bool = False,
     on_step: Callable[[int], None] | None = None,
-    decode_chunk_size: int = 1,
+    decode_chunk_size: int | None = None,
 ) -> dict:
     """Generate a video, or a video with sound, from noise.
 
@@ -88,7 +88,7 @@ def generate(
         return_trajectory: adds `trajectory`: under `latents` and `clean`, every step's latents and
             clean predictions, stacked on a leading axis K.
         on_step: called on the host with each finished step's index.
-        decode_chunk_size: latent frames decoded at a time.
+        decode_chunk_size: latent frames decoded at a time, see `video_vae.decode`.
 
     Returns:
         `video`: float32 [B, 3, T, H, W] in [0, 1], or latents [B, C, t, h, w]; with sound also
@@ -173,7 +173,7 @@ def sample_latents(
     return keep_given(final), trajectory
 
 
-def decode(params: dict, latents: Latents, config: Config, chunk_size: int = 1) -> dict:
+def decode(params: dict, latents: Latents, config: Config, chunk_size: int | None = None) -> dict:
     """Channels-last latents -> `video` and, where there is sound, `sound` (see `generate`)."""
     vae = params["video_vae"]
     video = video_vae.decode(

@@ -75,7 +75,7 @@ def generation_bytes(
     text_tokens: int = 2048,
     batch: int = 1,
     trajectory_steps: int = 0,
-    decode_chunk_size: int = 1,
+    decode_chunk_size: int | None = None,
     decode: bool = True,
     dtype: str = "bfloat16",
     offload: bool = False,
@@ -91,7 +91,7 @@ def generation_bytes(
         text_tokens: of the longer of the two prompts, padding included.
         batch: videos at a time.
         trajectory_steps: steps whose latents and clean predictions are kept; 0 keeps none.
-        decode_chunk_size: latent frames decoded at a time. Above 1 an upper bound.
+        decode_chunk_size: see `video_vae.decode`. Above 1 an upper bound.
         decode: whether the latents are decoded in the end.
         dtype: of weights and computation.
         offload: whether each part is on the device only in its own stage.
@@ -132,7 +132,8 @@ def generation_bytes(
     gate_up = itemsize * 2 * model.hidden_size * model.intermediate_size
     layer = weights["und"] - _tree_bytes({"embed": _trees(config)["und"]["embed"]}, itemsize)
     decoder = _tree_bytes(_trees(config)["video_vae"]["decoder"], itemsize)
-    frames = min(vae.scale_factor_temporal * decode_chunk_size, num_frames)
+    chunk = decode_chunk_size or video_vae.decode_chunk_size(*shape[1:])
+    frames = min(vae.scale_factor_temporal * chunk, num_frames)
     last_stage = itemsize * frames * height * width // vae.patch_size**2 * vae.decoder_base_dim
     work = {
         # One layer's weights, and both prompts in it.

@@ -123,7 +123,7 @@ class Cosmos3:
         output: str = "media",
         return_trajectory: bool = False,
         progress: bool = False,
-        decode_chunk_size: int = 1,
+        decode_chunk_size: int | None = None,
         **settings,
     ) -> dict:
         """Turn prompts into videos, with sound on the same time line if asked for.
@@ -134,7 +134,8 @@ class Cosmos3:
             return_trajectory: add every step's latents and clean predictions (see
                 `generate.generate`).
             progress: show a bar over the steps.
-            decode_chunk_size: latent frames decoded at a time: memory against speed.
+            decode_chunk_size: latent frames decoded at a time: memory against speed. None
+                chooses by size.
             **settings: sizes, sampler, seeds and prompt style; see `request.prepare_request`.
 
         Returns:
@@ -175,7 +176,7 @@ class Cosmos3:
         output: str = "media",
         return_trajectory: bool = False,
         progress: bool = False,
-        decode_chunk_size: int = 1,
+        decode_chunk_size: int | None = None,
         **settings,
     ) -> None:
         """Compile all that `generate` with these arguments would, and run nothing.
@@ -247,7 +248,7 @@ class Cosmos3:
             jax.effects_barrier()
         return result
 
-    def decode(self, latents: dict[str, Array], chunk_size: int = 1) -> dict:
+    def decode(self, latents: dict[str, Array], chunk_size: int | None = None) -> dict:
         """Final latents, channels first -> `video` and, with sound, `sound` and `sample_rate`."""
         result = {"video": self.decode_video(latents["video"], chunk_size)}
         if "sound" in latents:
@@ -255,7 +256,7 @@ class Cosmos3:
             result["sample_rate"] = self.config.sound_vae.sampling_rate
         return result
 
-    def decode_video(self, latents: Array, chunk_size: int = 1) -> Array:
+    def decode_video(self, latents: Array, chunk_size: int | None = None) -> Array:
         """Normalised latents [B, C, t, h, w] -> video [B, 3, T, H, W] in [0, 1]."""
         config = self.config.video_vae
         with self.weights.borrow("video_vae") as params:

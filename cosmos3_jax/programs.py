@@ -51,7 +51,9 @@ def sample_latents(
 
 
 @partial(jax.jit, static_argnames=("config", "chunk_size"))
-def decode_video(params: dict, latents: Array, *, config: VideoVAEConfig, chunk_size: int) -> Array:
+def decode_video(
+    params: dict, latents: Array, *, config: VideoVAEConfig, chunk_size: int | None
+) -> Array:
     """Latents [B, C, t, h, w] -> float32 video [B, 3, T, H, W] in [0, 1]."""
     return video_vae.decode(
         params,

@@ -22,6 +22,8 @@ from jax.typing import DTypeLike
 from cosmos3_jax.config import VideoVAEConfig
 from cosmos3_jax.video_vae_modules import Decoder, Encoder
 
+SMALL_PICTURE = 320  # latent pixels; 192x320 has 240
+
 
 def _latent_statistics(config: VideoVAEConfig, dtype: DTypeLike) -> tuple[np.ndarray, np.ndarray]:
     """Mean and reciprocal deviation of each channel, all rounded to `dtype` as in training."""
@@ -97,12 +99,21 @@ def _over_time(step: Callable, output: jax.Array, latent_frames: int, chunk_size
     return carry[1]
 
 
+def decode_chunk_size(height: int, width: int) -> int:
+    """Latent frames of `height` x `width` to decode at a time, as measured in benchmarks/NOTES.md.
+
+    A small picture alone leaves a GPU idle. Elsewhere more at a time is more memory and a longer
+    compilation for nothing.
+    """
+    return 4 if height * width <= SMALL_PICTURE and jax.default_backend() == "gpu" else 1
+
+
 def decode(
     params: Mapping[str, Any],
     config: VideoVAEConfig,
     latents: jax.Array,
     *,
-    chunk_size: int = 1,
+    chunk_size: int | None = None,
     dtype: DTypeLike = jnp.float32,
     video_dtype: DTypeLike | None = None,
 ) -> jax.Array:
@@ -112,8 +123,8 @@ def decode(
         params: the tree of `param_shapes`; only "decoder" is read.
         config: the VAE's configuration.
         latents: normalised, [B, t, h, w, z_dim].
-        chunk_size: latent frames at a time after the first. The result does not depend on it;
-            memory does.
+        chunk_size: latent frames at a time after the first; None is `decode_chunk_size`. The result
+            does not depend on it; memory does.
         dtype: of the computation.
         video_dtype: of the result; `dtype` if None.
 
@@ -126,6 +137,7 @@ def decode(
     if latents.ndim != 5 or latents.shape[-1] != config.z_dim:
         raise ValueError(f"latents have shape {latents.shape}, not [B, t, h, w, {config.z_dim}]")
     B, t, h, w, _ = latents.shape
+    chunk_size = decode_chunk_size(h, w) if chunk_size is None else chunk_size
     time, space = config.scale_factor_temporal, config.scale_factor_spatial
     decoder = Decoder(config, jnp.dtype(dtype))
 

@@ -33,11 +33,13 @@ class Weights:
     ) -> "Weights":
         """All parts of a checkpoint, now; with `offload` each when it is used.
 
+        The media tower's layers come apart, which is faster (see `transformer.unstack_layers`).
+
         Raises CheckpointError as `load.load_params` does.
         """
         weights = cls({})
         weights._components, weights._dtype = components, dtype
-        weights.structs = load.param_structs(components, dtype)
+        weights.structs = load.param_structs(components, dtype, unstacked=True)
         if not offload:
             weights.all()
         return weights
@@ -78,7 +80,7 @@ class Weights:
     def compile_loading(self) -> None:
         """Compile what reading the missing parts would."""
         if not self.resident:
-            load.compile_loading(self._components, self._dtype)
+            load.compile_loading(self._components, self._dtype, unstacked=True)
 
     def _read(self, parts: list[str]) -> dict:
-        return load.load_params(self._components, self._dtype, parts=parts)
+        return load.load_params(self._components, self._dtype, parts=parts, unstacked=True)

@@ -247,7 +247,7 @@ def test_bfloat16_is_as_good_as_the_oracles(public_checkpoint, model, oracle):
     1.04 (and up to 1.07 under Karras).
     """
     half = Cosmos3.from_pretrained(public_checkpoint)
-    assert half.params["gen"]["layers"]["attention"]["qkv"]["kernel"].dtype == "bfloat16"
+    assert half.params["gen"]["layers"]["0"]["attention"]["qkv"]["kernel"].dtype == "bfloat16"
     ours, theirs, norm = ({"video": 0.0, "sound": 0.0} for _ in range(3))
     for seed in range(6):
         request = prepare(model, sound=True, seed=seed)

@@ -69,10 +69,13 @@ class Component:
     leaves: dict[str, tuple[int, ...]]
     prefix: str
 
-    def pieces(self, dtype: jnp.dtype, parts: Collection[str] | None = None) -> list[Piece]:
+    def pieces(
+        self, dtype: jnp.dtype, parts: Collection[str] | None = None, unstacked: bool = False
+    ) -> list[Piece]:
         """Every leaf of these top-level parts of the tree, or of all; stacked ones layer by layer.
 
-        Their dtype is `dtype` but for those that stay in float32.
+        Their dtype is `dtype` but for those that stay in float32. With `unstacked`, a layer of the
+        media tower is a leaf of its own.
         """
         rules: dict[str, list[Rule]] = {leaf: [] for leaf in self.leaves}
         for rule in self.layout.rules:
@@ -89,7 +92,10 @@ class Component:
                 for rule in rules[ours.leaf]
                 if rule.index[:depth] == ours.index
             )
-            pieces.append(Piece(ours.key, ours.leaf, ours.index, shape, kept, filling))
+            leaf, place = ours.leaf, ours.index
+            if unstacked and place and leaf.startswith("gen/"):
+                leaf, place = leaf.replace("/layers/", f"/layers/{place[0]}/"), ()
+            pieces.append(Piece(ours.key, leaf, place, shape, kept, filling))
         return pieces
 
     def read(self, piece: Piece) -> np.ndarray:
@@ -192,6 +198,7 @@ def load_params(
     dtype: jnp.dtype,
     on_bytes: Callable[[int], None] | None = None,
     parts: Collection[str] | None = None,
+    unstacked: bool = False,
 ) -> dict:
     """The parameter tree `{"und", "gen", "video_vae"[, "sound_vae"]}` on the default device.
 
@@ -200,13 +207,14 @@ def load_params(
         dtype: of every leaf but the few that stay in float32.
         on_bytes: called with the size of each leaf once it is placed.
         parts: the top-level parts to load, for example `{"und"}`; None loads all.
+        unstacked: the media tower's layers apart, see `transformer.unstack_layers`.
 
     Raises:
         CheckpointError: a file no longer gives what it held when it was opened.
     """
     tree: dict = {}
     for component in components:
-        pieces = component.pieces(dtype, parts)
+        pieces = component.pieces(dtype, parts, unstacked)
         for path, leaf in place_pieces(component.read, pieces, component.leaves):
             _hang(tree, component, path, leaf)
             if on_bytes is not None:
@@ -214,20 +222,21 @@ def load_params(
     return tree
 
 
-def param_structs(components: list[Component], dtype: jnp.dtype) -> dict:
+def param_structs(components: list[Component], dtype: jnp.dtype, unstacked: bool = False) -> dict:
     """The tree of `load_params` as `jax.ShapeDtypeStruct`s. No tensor is read."""
     tree: dict = {}
     for component in components:
-        for piece in component.pieces(dtype):
-            struct = jax.ShapeDtypeStruct(component.leaves[piece.leaf], piece.dtype)
+        for piece in component.pieces(dtype, unstacked=unstacked):
+            shape = component.leaves[piece.leaf] if piece.place else piece.shape
+            struct = jax.ShapeDtypeStruct(shape, piece.dtype)
             _hang(tree, component, piece.leaf, struct)
     return tree
 
 
-def compile_loading(components: list[Component], dtype: jnp.dtype) -> None:
+def compile_loading(components: list[Component], dtype: jnp.dtype, unstacked: bool = False) -> None:
     """Compile the small programs with which `load_params` fills stacked leaves."""
     for component in components:
-        compile_placing(component.pieces(dtype), component.leaves)
+        compile_placing(component.pieces(dtype, unstacked=unstacked), component.leaves)
 
 
 def _hang(tree: dict, component: Component, path: str, leaf: Any) -> None:
