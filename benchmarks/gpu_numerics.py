@@ -77,10 +77,9 @@ NANO = Sizes(
     Config(TransformerConfig(num_hidden_layers=2, vocab_size=4096)),
     (
         Case((48, 12, 20), 1500, True, 4),  # 256p
-        Case((5, 45, 80), 1500, True, 8),  # 720p's odd rows, in a clip short enough for float32
+        Case((5, 45, 80), 1500, True, 6),  # 720p's odd rows, in a clip short enough for float32
         Case((48, 30, 52), 300, False, 2),  # 480p
-        Case((48, 45, 80), 300, False, 1),  # 720p, past layers.SPLIT_FROM
-        Case((48, 45, 80), 1500, True, 2),
+        Case((48, 45, 80), 1500, True, 1),  # 720p
     ),
     (3, 30, 52),
     197,
