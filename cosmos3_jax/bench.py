@@ -5,6 +5,7 @@ Its inputs are in `bench_inputs`, how it compiles and times in `bench_measure`.
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -90,15 +91,20 @@ def run_bench(config: Config, params: dict, job: Job) -> dict:
     def stage(name: str, function: Callable, *arguments) -> Any:
         program, compiling = compile_cold_and_cached(function, *arguments)
         result, ran = measure(program, *arguments, repeats=job.repeats)
-        stages[name] = ran | compiling
+        note(name, ran | compiling)
         return result
+
+    def note(name: str, found: dict) -> None:
+        stages[name] = found
+        compiled = found.get("compile_seconds", 0.0)
+        print(f"{name}: {found['seconds']:.3f} s, compiled in {compiled:.1f} s", file=sys.stderr)
 
     request = jax.device_put(request)
     conditions = stage("condition", encode, params["und"], request)
     loop, compiling = compile_cold_and_cached(sample, params["gen"], conditions, request)
     arguments = params["gen"], conditions, request
     (latents, _), ran = measure(loop, *arguments, repeats=job.repeats)
-    stages["denoise"] = ran | compiling
+    note("denoise", ran | compiling)
     stages["one step"] = {"seconds": ran["seconds"] / job.steps}
     del loop, conditions, request, arguments
     if job.sound:

@@ -15,6 +15,7 @@ import jax
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 import cosmos3_jax
+from cosmos3_jax import memory
 
 LONG_SECONDS = 30  # a run that is not repeated
 GIB = 2**30
@@ -117,8 +118,8 @@ def measure(program: jax.stages.Compiled, *arguments, repeats: int) -> tuple[Any
 
 
 def device_peak_gib() -> float | None:
-    """The most memory that this process has had in use on the first device, if it says."""
-    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    """See `memory.device_peak`."""
+    peak = memory.device_peak()
     return None if peak is None else peak / GIB
 
 

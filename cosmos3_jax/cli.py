@@ -307,6 +307,7 @@ def _record(
         "dtype": model.dtype,
         "offload": not model.weights.resident,
         "device": jax.devices()[0].device_kind,
+        "peak_memory_bytes": memory.device_peak(),
         "versions": {
             "cosmos3_jax": cosmos3_jax.__version__,
             "jax": jax.__version__,

@@ -44,6 +44,11 @@ def device_limit() -> int | None:
     return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
+def device_peak() -> int | None:
+    """The most bytes that this process has had in use on the default device, if it says."""
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
 def parameter_counts(config: Config) -> dict[str, int]:
     """Parameters that are loaded, by part: text tower, media tower, the autoencoders."""
     return {

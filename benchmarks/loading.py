@@ -1,0 +1,88 @@
+"""How fast a checkpoint reaches the device, part by part, and beside what the machine can do.
+
+python benchmarks/loading.py FOLDER --out FILE.json
+
+The files are read once before, so that they come from memory if there is enough of it: what is
+timed is our own work and the link to the device, not the disk. (A cold disk is slower than both.)
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cosmos3_jax import memory
+from cosmos3_jax.bench_measure import environment
+from cosmos3_jax.checkpoint import load
+from cosmos3_jax.frontend import load_frontend
+from cosmos3_jax.weights import Weights
+
+GIB = 2**30
+LINK_BYTES = GIB
+READ_BYTES = 2**24
+
+
+def read_all(folder: Path) -> dict[str, float]:
+    """Read each weight file in one thread; the rate, which is the disk's or the page cache's."""
+    start, size = time.perf_counter(), 0
+    for path in sorted(folder.rglob("*.safetensors")):
+        with path.open("rb", buffering=0) as file:
+            while block := file.read(READ_BYTES):
+                size += len(block)
+    return rate(size, time.perf_counter() - start)
+
+
+def link() -> dict[str, float]:
+    """The rate of one large array from ordinary host memory to the device, after one to warm up."""
+    values = np.ones(LINK_BYTES, np.uint8)
+    for _ in range(2):
+        start = time.perf_counter()
+        jax.device_put(values).block_until_ready()
+        seconds = time.perf_counter() - start
+    return rate(LINK_BYTES, seconds)
+
+
+def rate(size: int, seconds: float) -> dict[str, float]:
+    return {"gib": size / GIB, "seconds": seconds, "gib_per_second": size / GIB / seconds}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="a checkpoint")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    found = {"first read": read_all(options.folder), "second read": read_all(options.folder)}
+    config, _ = load_frontend(options.folder, load_sound=None)
+    components = load.open_components(options.folder, config)
+    found["link"] = link()
+    weights = Weights.of_checkpoint(components, jnp.dtype("bfloat16"), offload=True)
+    for part in weights.parts:
+        start = time.perf_counter()
+        with weights.borrow(part) as tree:
+            size = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+            found[part] = rate(size, time.perf_counter() - start)
+        del tree
+    alone = memory.device_peak()
+    start = time.perf_counter()
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights.all()))
+    found["all"] = rate(size, time.perf_counter() - start)
+    peaks = {"one part at a time": alone, "all": memory.device_peak()}
+    record = environment() | {
+        "rates": found,
+        "peak_gib": {k: v and v / GIB for k, v in peaks.items()},
+    }
+    options.out.write_text(json.dumps(record, indent=2) + "\n")
+    for name, values in found.items():
+        print(
+            f"{name:12} {values['gib']:7.2f} GiB {values['seconds']:7.2f} s "
+            f"{values['gib_per_second']:7.2f} GiB/s"
+        )
+    print(record["peak_gib"])
+
+
+if __name__ == "__main__":
+    main()
