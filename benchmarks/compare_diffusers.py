@@ -1,7 +1,7 @@
 """The same text-to-video job here and through diffusers' pipeline, one after the other on one GPU.
 
 python benchmarks/compare_diffusers.py --out FILE.json [--sizes 256p,480p,720p] [--skip-compiled]
-    [--only diffusers|ours] [--tiny]
+    [--only diffusers|ours] [--ours BENCH.json] [--tiny]
 
 Full-size random weights, 189 frames, 300 text tokens in either branch, guidance 6, 35 steps. Each
 side has a process of its own, so that each has the whole GPU. The file is rewritten after every
@@ -302,13 +302,13 @@ def main(arguments: list[str] | None = None) -> dict:
     report = new_report(jobs, {name: str(value) for name, value in vars(options).items()})
     start = time.perf_counter()
     for name, run in (("ours", run_ours), ("diffusers", run_diffusers)):
-        if options.only not in (None, name):
-            continue
-        if name == "diffusers":
-            os.environ["JAX_PLATFORMS"] = "cpu"  # it reads our sizes, and must not take the GPU
         events = in_child(run, config, jobs, "bfloat16", not options.skip_compiled)
         if name == "ours" and options.ours:
             events = read_ours(options.ours, config, jobs)
+        elif options.only not in (None, name):
+            continue
+        if name == "diffusers":
+            os.environ["JAX_PLATFORMS"] = "cpu"  # it reads our sizes, and must not take the GPU
         for event in events:
             merge(report, event)
             report["wall_seconds"] = time.perf_counter() - start

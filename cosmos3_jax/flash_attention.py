@@ -11,6 +11,7 @@ Axes: B batch, S queries, T keys, N query heads, K key/value heads, H head dimen
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -59,22 +60,27 @@ def flash_attention(query: Array, key: Array, value: Array, length: Array) -> Ar
     """
     queries = query.shape[1]
     query, key, value = (_pad_to_tile(x) for x in (query, key, value))
-    heads_per_key = query.shape[2] // key.shape[2]
+    return _run(query, key, value, length)[:, :queries]
+
+
+@jax.jit  # one kernel in the program, however many layers call it
+def _run(query: Array, key: Array, value: Array, length: Array) -> Array:
+    """The kernel for whole tiles."""
+    batch, queries, heads, _ = query.shape
     kernel = plgpu.kernel(
-        lambda *arrays: _allocate(*arrays, heads_per_key=heads_per_key),
+        partial(_allocate, heads_per_key=heads // key.shape[2]),
         out_type=jax.ShapeDtypeStruct(query.shape, query.dtype),
         # Blocks that run together share a head, and find its keys and values in the L2 cache.
-        grid=(
-            query.shape[0],
-            query.shape[2],
-            pl.cdiv(query.shape[1], COMPUTE_WARPGROUPS * WARPGROUP_ROWS),
-        ),
+        grid=(batch, heads, pl.cdiv(queries, COMPUTE_WARPGROUPS * WARPGROUP_ROWS)),
         grid_names=("batch", "head", "tile"),
         num_threads=COMPUTE_WARPGROUPS + 1,
         thread_name="warpgroup",
+        # JAX numbers kernels of one name, and its compilation cache knows a program by the number:
+        # each size has a name, so that it does not matter which sizes a process compiled before.
+        kernel_name=f"flash_attention_{batch}x{heads}x{queries}x{key.shape[1]}",
         compiler_params=plgpu.CompilerParams(approx_math=True),  # exp2 of the GPU, 2 ulp
     )
-    return kernel(query, key, value, length)[:, :queries]
+    return kernel(query, key, value, length)
 
 
 @flash_attention.def_vmap

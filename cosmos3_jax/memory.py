@@ -133,8 +133,6 @@ def generation_bytes(
 
     # A token at the end of the SwiGLU: residual, gate and up, their product.
     token = itemsize * (model.hidden_size + 3 * model.intermediate_size)
-    # A scan copies what it needs of a layer's weights: of the largest product those of gate and up.
-    gate_up = itemsize * 2 * model.hidden_size * model.intermediate_size
     layer = weights["und"] - _tree_bytes({"embed": _trees(config)["und"]["embed"]}, itemsize)
     decoder = _tree_bytes(_trees(config)["video_vae"]["decoder"], itemsize)
     chunk = decode_chunk_size or video_vae.decode_chunk_size(*shape[1:])
@@ -143,10 +141,11 @@ def generation_bytes(
     work = {
         # One layer's weights, and both prompts in it.
         "text work": layer // model.num_hidden_layers + branches * batch * text_tokens * token,
-        # Six latents are the sampler's state and its update. As one batch, the branches' conditions
+        # Beside the SwiGLU two more residuals, and one for a branch that waits for the other. Six
+        # latents are the sampler's state and its update. As one batch, the branches' conditions
         # are joined, which copies them.
-        "denoising work": gate_up
-        + at_once * tokens * token
+        "denoising work": at_once * tokens * (token + 2 * itemsize * model.hidden_size)
+        + (branches - at_once) * tokens * itemsize * model.hidden_size
         + 6 * latents
         + (branches * condition if at_once == 2 else 0)
         + arrays["trajectory"],

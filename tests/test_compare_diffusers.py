@@ -74,6 +74,31 @@ def test_both_sides_do_the_same_work_and_say_how_long(report):
     assert "compared with" in compare.table(report)
 
 
+def test_our_side_from_a_file(report, tmp_path, monkeypatch):
+    """`--only diffusers --ours FILE`: whole jobs measured before, their side now."""
+    eager = report["sizes"]["tiny"]["diffusers"]["eager"]
+    stage = {"seconds": 0.1, "samples": [0.1, 0.2, 0.1]}
+    measured = {
+        "job": dataclasses.asdict(compare.TINY_JOB),
+        "stages": {"condition": stage, "one step": {"seconds": 0.5}, "video decode": stage},
+        "peak_gib": None,
+    }
+    ours, out = tmp_path / "ours.json", tmp_path / "out.json"
+    ours.write_text(json.dumps({"device": "a chip", "results": {"tiny": measured}}))
+    event = {"size": "tiny", "side": "eager", "found": eager}
+    monkeypatch.setattr(compare, "in_child", lambda run, *arguments: iter([event]))
+    command = ["--tiny", "--only", "diffusers", "--ours", str(ours), "--out", str(out)]
+    found = compare.main(command)["sizes"]["tiny"]
+    assert found == json.loads(out.read_text())["sizes"]["tiny"]
+    seconds = 0.1 + 2 * 0.5 + 0.1  # condition, two steps, decode
+    assert found["ours"]["total_seconds"] == pytest.approx(seconds)
+    assert found["ratios"]["eager"]["ratio"] == pytest.approx(eager["total_seconds"] / seconds)
+    measured["job"]["steps"] += 1
+    ours.write_text(json.dumps({"results": {"tiny": measured}}))
+    with pytest.raises(ValueError, match="measured on another job"):
+        compare.main(command)
+
+
 def test_few_steps_leave_out_the_first_and_decode_the_whole_video(pipeline):
     job = dataclasses.replace(JOB, steps=5)
     found = oracle_model.measure_job(pipeline, job, 2)

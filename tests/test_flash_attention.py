@@ -31,6 +31,21 @@ def test_vmap_is_one_kernel_over_a_larger_batch():
     assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu") == 1
 
 
+def test_layers_share_a_kernel():
+    """A program of many layers holds, and compiles, one for each size."""
+    query, key, value, length = arrays(256, 384)
+
+    def layers_of_two_sizes(query, key, value, length):
+        for keys in (384, 384, 256):
+            query = flash_attention.flash_attention(query, key[:, :keys], value[:, :keys], length)
+        return query
+
+    lowered = jax.jit(layers_of_two_sizes).trace(query, key, value, length)
+    text = lowered.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu") == 2
+    assert "flash_attention_2x8x256x384" in text and "flash_attention_2x8x256x256" in text
+
+
 class Hopper:
     platform, compute_capability = "gpu", "9.0"
 
