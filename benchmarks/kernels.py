@@ -1,6 +1,6 @@
-"""Rates of the products, attentions and convolutions that the full-size model is made of, one
-formulation
-beside another: what to choose is decided here, before the model is changed.
+"""Rates of the products, attentions and convolutions that the full-size model is made of.
+
+One formulation beside another: what to choose is decided here, before the model is changed.
 
 python benchmarks/kernels.py [gemm attention conv] --out FILE.json
 """
@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax._src.cudnn.fused_attention_stablehlo import MaskType
 from jax._src.cudnn.fused_attention_stablehlo import dot_product_attention as cudnn_attention
+
+from cosmos3_jax.flash_attention import flash_attention
 
 TOKENS = {"720p": 44160, "480p": 18720, "256p": 5760}  # 256p: both guidance branches as one batch
 GEMMS = {"qkv": (4096, 6144), "out": (4096, 4096), "gate_up": (4096, 24576), "down": (12288, 4096)}
@@ -113,6 +115,10 @@ def attention() -> list[dict]:
             rows.append(
                 row(f"attention {size} {name}", seconds(run, q, k, v, repeats=3, inner=2), flops)
             )
+            if large is None:
+                real = jnp.full((batch,), length or keys, jnp.int32)
+                duration = seconds(flash_attention, q, k, v, real, repeats=3, inner=2)
+                rows.append(row(f"attention {size} {name}, our kernel", duration, flops))
     return rows
 
 
