@@ -14,7 +14,6 @@ import json
 import math
 import multiprocessing
 import os
-import statistics
 import sys
 import time
 import traceback
@@ -25,6 +24,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from compare_report import VARIANTS, merge, new_report, table
 
 from cosmos3_jax import bench, tiny, transformer
 from cosmos3_jax.bench import Job
@@ -33,21 +33,11 @@ from cosmos3_jax.config import Config, TransformerConfig, VideoVAEConfig
 from cosmos3_jax.generate import decode, encode_conditions, sample_latents
 from cosmos3_jax.video_vae import pixel_to_latent_shape
 
+TINY = "64x96"  # as `cosmos3-jax bench` names the size
 TINY_JOB = Job(num_frames=9, height=64, width=96, steps=2, text_tokens=40, negative_tokens=40)
-WHOLE = ("256p", "tiny")  # sizes whose loop is timed from end to end
-FEW = 3  # steps timed at the other sizes, after one to warm up
-TOTALS = {
-    "whole": "ours: condition + the loop of all steps + decode; diffusers: all steps of one call "
-    "+ decode; every program warm",
-    "few": f"ours: condition + steps * (a loop of {FEW} steps / {FEW}) + decode; diffusers: steps "
-    f"* the median of {FEW} steps after one to warm up + decode; the whole video is decoded",
-    "preparation": "diffusers also encodes a video of zeros before the loop, of which text-to-video"
-    " uses the shape alone; total_seconds leaves that out, total_with_preparation_seconds has it",
-    "text": "diffusers runs its text tower in every pass; ours runs once, in `condition`",
-    "ours": "with --ours, every step of our loop was run, at each size, just before",
-    "best": "of eager and compiled (blocks compiled, cuDNN searching for its convolutions) the one "
-    "with the smaller total",
-}
+WHOLE = ("256p", TINY)  # sizes whose loop is timed from end to end
+FEW = 3  # steps timed at the other sizes; diffusers' after one to warm up
+DTYPE = "bfloat16"
 
 
 def tiny_config() -> Config:
@@ -80,88 +70,78 @@ def measure_ours(config: Config, params: dict, job: Job, run_steps: int) -> dict
     video = result["video"]
     return {
         "condition_seconds": condition["seconds"],
-        "step_samples": [loop["seconds"] / run_steps],  # one program: its steps have no clock
+        "loop_samples": loop["samples"],
         "decode_samples": decoding["samples"],
         "compile_seconds": compiling,
         "finite": bool(jnp.isfinite(video).all() & jnp.isfinite(latents.video).all()),
         "peak_gib": device_peak_gib(),
-        "work": work(config, job, run_steps),
+        **passes_run(config, job, run_steps),
     }
 
 
-def work(config: Config, job: Job, run_steps: int) -> dict:
-    """What both sides have to do for a job."""
+def passes_run(config: Config, job: Job, run_steps: int) -> dict:
+    """What our side does in `run_steps` steps of a job; `work` is what both have to do alike."""
     shape = pixel_to_latent_shape(config.video_vae, job.num_frames, job.height, job.width)
+    branches = 1 + (job.negative_tokens > 0)
     return {
-        "text_tokens": job.text_tokens,
-        "negative_tokens": job.negative_tokens,
-        "video_tokens": math.prod(transformer.patch_grid(config.transformer, shape)),
-        "video": [job.num_frames, job.height, job.width],
-        "passes": 2 * run_steps,
+        "steps_timed": run_steps,
+        "passes": run_steps * branches,
+        "work": {
+            "text_tokens": job.text_tokens,
+            "negative_tokens": job.negative_tokens,
+            "video_tokens": math.prod(transformer.patch_grid(config.transformer, shape)),
+            "video": [job.num_frames, job.height, job.width],
+            "passes_per_step": branches,
+        },
     }
+
+
+def bench_options(jobs: dict[str, Job]) -> str:
+    """The options by which `cosmos3-jax bench` runs the same jobs, on weights of the same sizes."""
+    if TINY not in jobs:
+        return f"--random nano --dtype {DTYPE} --size {','.join(jobs)}"
+    names = ("num_frames", "height", "width", "fps", "steps", "text_tokens", "negative_tokens")
+    sizes = (f"--{name.replace('_', '-')} {getattr(jobs[TINY], name)}" for name in names)
+    return f"--checkpoint {tiny.NAME} --dtype {DTYPE} {' '.join(sizes)}"
 
 
 def read_ours(path: Path, config: Config, jobs: dict[str, Job]) -> Iterator[dict]:
-    """Events (see `merge`) of our side from a file of `cosmos3-jax bench`: whole jobs."""
+    """Events (see `compare_report`) of our side from a file of `cosmos3-jax bench`: whole jobs.
+
+    Raises:
+        ValueError: other weights, another dtype or another job than diffusers will have.
+    """
     report = json.loads(path.read_text())
+
+    def require(name: str, found, wanted) -> None:
+        if found != wanted:
+            raise ValueError(
+                f"{path}: {name} is {found!r}, must be {wanted!r}: make a file by "
+                f"`cosmos3-jax bench {bench_options(jobs)} --out FILE.json`"
+            )
+
+    require("weights", report.get("weights"), tiny.NAME if TINY in jobs else "random nano")
+    require("dtype", report.get("dtype"), DTYPE)
+    results = report.get("results", {})
+    require("the list of sizes", [size for size in jobs if size in results], list(jobs))
     yield {"side": "ours", "environment": {k: v for k, v in report.items() if k != "results"}}
     for size, job in jobs.items():
-        found = report["results"][size]
-        same = ("num_frames", "height", "width", "steps", "sound", "text_tokens", "negative_tokens")
-        if any(found["job"][name] != getattr(job, name) for name in same):
-            raise ValueError(f"{path}: {size} was measured on another job: {found['job']}")
+        found = results[size]
+        for name, wanted in dataclasses.asdict(job).items():
+            if name != "repeats":
+                require(f"{name} at {size}", found["job"].get(name), wanted)
         stages = found["stages"]
         yield {"size": size, "side": "ours", "found": {
             "condition_seconds": stages["condition"]["seconds"],
-            "step_samples": [stages["one step"]["seconds"]] * job.steps,
+            "loop_samples": stages["denoise"]["samples"],
             "decode_samples": stages["video decode"]["samples"],
             "peak_gib": found["peak_gib"],
-            # Every step was run, and as many as these are compared with.
-            "work": work(config, job, timed_steps(size, job)),
+            **passes_run(config, job, job.steps),
         }}  # fmt: skip
 
 
-def summed(found: dict, steps: int) -> dict:
-    """The seconds of the whole job, from what was measured of it; see `TOTALS`."""
-    samples = found["step_samples"]
-    step, decoding = statistics.median(samples), statistics.median(found["decode_samples"])
-    denoise = sum(samples) if len(samples) == steps else steps * step
-    total = found.get("condition_seconds", 0.0) + denoise + decoding
-    before = found.get("encode_seconds", 0.0) + found.get("preparation_seconds", 0.0)
-    return {
-        "step_median_seconds": step,
-        "denoise_seconds": denoise,
-        "decode_seconds": decoding,
-        "total_seconds": total,
-        "total_with_preparation_seconds": total + before,
-    }
-
-
-def ratios(here: dict, variants: dict[str, dict]) -> dict:
-    """diffusers' seconds over ours, of each variant that ran and of the one with the least total.
-
-    `ratio` is the headline: denoising and decoding alone on their side, everything on ours.
-    """
-    ran = {name: found for name, found in variants.items() if "error" not in found}
-    if "error" in here or not ran:
-        return {}
-    pairs = {
-        "ratio": "total_seconds",
-        "ratio_with_preparation": "total_with_preparation_seconds",
-        "ratio_step": "step_median_seconds",
-        "ratio_decode": "decode_seconds",
-    }
-    found = {
-        name: {ratio: variant[key] / here[key] for ratio, key in pairs.items()}
-        for name, variant in ran.items()
-    }
-    best = min(ran, key=lambda name: ran[name]["total_seconds"])
-    same = all(variant["work"] == here["work"] for variant in ran.values())
-    return {**found, "compared_with": best, "same_work": same, **found[best]}
-
-
 def run_ours(config: Config, jobs: dict[str, Job], dtype: str, compiled: bool) -> Iterator[dict]:
-    """Events (see `merge`) of our side, smallest size first: peak memory never falls."""
+    """Events (see `compare_report`) of our side, smallest size first: peak memory never falls."""
     yield {"side": "ours", "environment": environment()}
     params = jax.block_until_ready(bench.random_params(config, jnp.dtype(dtype)))
     for size, job in jobs.items():
@@ -172,13 +152,13 @@ def run_ours(config: Config, jobs: dict[str, Job], dtype: str, compiled: bool) -
 def run_diffusers(
     config: Config, jobs: dict[str, Job], dtype: str, compiled: bool
 ) -> Iterator[dict]:
-    """Events (see `merge`) of diffusers: every size eager, then every size compiled."""
+    """Events (see `compare_report`) of diffusers: every size eager, then every size compiled."""
     # Here, not above: our side's process must not load torch's copies of the CUDA libraries.
     import oracle_model
 
     yield {"side": "diffusers", "environment": oracle_model.environment()}
     pipeline = oracle_model.build_pipeline(config, dtype, next(iter(jobs.values())))
-    for variant in ("eager", "compiled") if compiled else ("eager",):
+    for variant in VARIANTS if compiled else VARIANTS[:1]:
         if variant == "compiled":
             oracle_model.compile_blocks(pipeline)
         for size, job in jobs.items():
@@ -221,69 +201,6 @@ def in_child(run: Callable, *arguments) -> Iterator[dict]:
         yield {"failed": f"{run.__name__} ended with exit code {process.exitcode}"}
 
 
-def merge(report: dict, event: dict) -> None:
-    """Put an event in its place, and form the ratios anew.
-
-    Events are `{side, environment}`, `{size, side, found}` and `{failed}`.
-    """
-    if "failed" in event:
-        report["failed"].append(event["failed"])
-    elif "environment" in event:
-        report["environment"][event["side"]] = event["environment"]
-    else:
-        entry, side, found = report["sizes"][event["size"]], event["side"], event["found"]
-        if "error" in found:
-            report["failed"].append(f"{event['size']} {side}: {found['error']}")
-        else:
-            found |= summed(found, entry["job"]["steps"])
-        (entry if side == "ours" else entry["diffusers"])[side] = found
-        if "ours" in entry:
-            entry["ratios"] = ratios(entry["ours"], entry["diffusers"])
-
-
-def new_report(jobs: dict[str, Job], flags: dict) -> dict:
-    """What the file holds, before anything is measured."""
-    sizes = {
-        size: {
-            "job": dataclasses.asdict(job),
-            "steps_timed": timed_steps(size, job),
-            "total_formed_by": TOTALS["whole" if size in WHOLE else "few"],
-            "diffusers": {},
-        }
-        for size, job in jobs.items()
-    }
-    notes = {name: TOTALS[name] for name in ("preparation", "text", "ours", "best")}
-    return {"sizes": sizes, "notes": notes, "environment": {}, "flags": flags, "failed": []}
-
-
-def table(report: dict) -> str:
-    """A line for each size and side: step, decode, encode, total, peak memory and ratios."""
-    lines = [
-        "size  side        step s  decode s  encode s   total s  peak GiB  ratio (with encode)"
-    ]
-    for size, entry in report["sizes"].items():
-        rows = {"ours": entry["ours"]} if "ours" in entry else {}
-        rows |= entry["diffusers"]
-        for name, row in rows.items():
-            if "error" in row:
-                continue
-            columns = ("step_median_seconds", "decode_seconds", "encode_seconds", "total_seconds")
-            values = [row.get(column, 0.0) for column in columns] + [row["peak_gib"] or 0.0]
-            line = f"{size:5} {name:9} " + " ".join(f"{value:9.3f}" for value in values)
-            if name in entry.get("ratios", {}):
-                found = entry["ratios"][name]
-                line += f"  {found['ratio']:.2f} ({found['ratio_with_preparation']:.2f})"
-                if name == entry["ratios"]["compared_with"]:
-                    line += " <- compared with"
-            lines.append(line)
-        if not entry.get("ratios", {}).get("same_work", True):
-            lines.append(f"{size:5} THE TWO SIDES DID NOT DO THE SAME WORK")
-        lines += [
-            f"{size:5} {n}: NOT ALL FINITE" for n, r in rows.items() if not r.get("finite", 1)
-        ]
-    return "\n".join(lines + report["failed"])
-
-
 def main(arguments: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -292,17 +209,17 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--skip-compiled", action="store_true")
     parser.add_argument("--only", choices=("diffusers", "ours"))
     parser.add_argument(
-        "--ours", type=Path, help="our side from this file, which `cosmos3-jax bench` just wrote"
+        "--ours", type=Path, help="our side from this file of `cosmos3-jax bench`, from this device"
     )
     parser.add_argument("--tiny", action="store_true", help="a small job, in place of the sizes")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
     config = bench.silent(tiny_config() if options.tiny else Config())
-    jobs = {"tiny": TINY_JOB} if options.tiny else bench.jobs(config, sizes=options.sizes)
+    jobs = {TINY: TINY_JOB} if options.tiny else bench.jobs(config, sizes=options.sizes)
     report = new_report(jobs, {name: str(value) for name, value in vars(options).items()})
     start = time.perf_counter()
     for name, run in (("ours", run_ours), ("diffusers", run_diffusers)):
-        events = in_child(run, config, jobs, "bfloat16", not options.skip_compiled)
+        events = in_child(run, config, jobs, DTYPE, not options.skip_compiled)
         if name == "ours" and options.ours:
             events = read_ours(options.ours, config, jobs)
         elif options.only not in (None, name):

@@ -1,29 +1,36 @@
-"""Rates of the products, attentions and convolutions that the full-size model is made of.
+"""Time the full-size model's matrix products, attention and convolutions, each in several forms.
 
-One formulation beside another: what to choose is decided here, before the model is changed.
+python benchmarks/kernels.py [gemm] [attention] [conv] --out FILE.json
 
-python benchmarks/kernels.py [gemm attention conv] --out FILE.json
+Without a name, all three. One form beside another tells what to choose before the model is changed.
+Attention needs a Hopper GPU, products and convolutions any with enough memory.
 """
 
 import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+
+# Not `jax.nn.dot_product_attention`, which returns no log-sum-exps: `split` merges by them.
 from jax._src.cudnn.fused_attention_stablehlo import MaskType
 from jax._src.cudnn.fused_attention_stablehlo import dot_product_attention as cudnn_attention
 
+from cosmos3_jax.bench_measure import environment
 from cosmos3_jax.flash_attention import flash_attention
 
 TOKENS = {"720p": 44160, "480p": 18720, "256p": 5760}  # 256p: both guidance branches as one batch
 GEMMS = {"qkv": (4096, 6144), "out": (4096, 4096), "gate_up": (4096, 24576), "down": (12288, 4096)}
+VIDEO = {"720p": (1, 44160), "480p": (1, 18720), "256p": (2, 2880)}  # batch, tokens
 
 
-def random(shape: tuple[int, ...], seed: int = 0) -> jax.Array:
+def random(shape: tuple[int, ...], seed: int = 0) -> Array:
     return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
 
 
@@ -47,28 +54,23 @@ def row(name: str, duration: float, flops: float) -> dict:
     return {"name": name, "ms": duration * 1e3, "tflops": flops / duration / 1e12}
 
 
-def gemm() -> list[dict]:
-    rows = []
+def gemm() -> Iterator[dict]:
+    """Products of a layer, with the weight stored [in, out] and [out, in]."""
     for size, tokens in TOKENS.items():
         for name, (k, n) in GEMMS.items():
             x = random((tokens, k))
-            for layout, equation, shape in (
-                ("kn", "sk,kn->sn", (k, n)),
-                ("nk", "sk,nk->sn", (n, k)),
-            ):
+            layouts = {"kn": ("sk,kn->sn", (k, n)), "nk": ("sk,nk->sn", (n, k))}
+            for layout, (equation, shape) in layouts.items():
                 w = random(shape, 1) * k**-0.5
-                duration = seconds(lambda x, w, e=equation: jnp.einsum(e, x, w), x, w)
-                rows.append(
-                    row(
-                        f"gemm {size} {name} {tokens}x{k}x{n} weight {layout}",
-                        duration,
-                        2 * tokens * k * n,
-                    )
-                )
-    return rows
+                duration = seconds(partial(jnp.einsum, equation), x, w)
+                title = f"gemm {size} {name} {tokens}x{k}x{n} weight {layout}"
+                yield row(title, duration, 2 * tokens * k * n)
 
 
-def attend(q, k, v, length=None, residual=False):
+def attend(
+    q: Array, k: Array, v: Array, length: int | None = None, residual: bool = False
+) -> Array | tuple[Array, Array]:
+    """cuDNN's, over the first `length` keys; with `residual` also the log-sum-exps."""
     lengths = {}
     if length is not None:
         lengths = {
@@ -81,7 +83,7 @@ def attend(q, k, v, length=None, residual=False):
     )  # fmt: skip
 
 
-def split(q, k, v, large: int, length: int):
+def split(q: Array, k: Array, v: Array, large: int, length: int) -> Array:
     """Video keys without a mask, the rest with one, merged by their log-sum-exps."""
     a, la = attend(q, k[:, :large], v[:, :large], residual=True)
     b, lb = attend(q, k[:, large:], v[:, large:], length, residual=True)
@@ -89,47 +91,48 @@ def split(q, k, v, large: int, length: int):
     return (a + weight * (b - a)).astype(q.dtype)
 
 
-def attention() -> list[dict]:
-    rows = []
-    for size, tokens in (("720p", 44160), ("480p", 18720), ("256p", 2880)):
-        batch = 2 if size == "256p" else 1
+def attention() -> Iterator[dict]:
+    """Video over video and text keys: with a mask, without, split, and by our kernel."""
+    for size, (batch, tokens) in VIDEO.items():
+        # Queries, keys, and what the form is told: how many keys are real, how many are the first.
         cases = {
-            "video only, aligned": (tokens, tokens, None, None),
-            "+512, no mask": (tokens, tokens + 512, None, None),
-            "+500, no mask": (tokens, tokens + 500, None, None),
-            "+512, mask at 500": (tokens, tokens + 512, tokens + 500, None),
-            "+512, split, mask at 500": (tokens, tokens + 512, 500, tokens),
-            "+1536, mask at 1400": (tokens, tokens + 1536, tokens + 1400, None),
-            "+1536, split, mask at 1400": (tokens, tokens + 1536, 1400, tokens),
-            "sound, +197+512 padded to 768, split": (tokens + 197, tokens + 768, 697, tokens),
-            "sound, queries padded to 256": (tokens + 256, tokens + 768, 697, tokens),
-        }
-        for name, (queries, keys, length, large) in cases.items():
+            "video only, aligned": (tokens, tokens, {}),
+            "+512, no mask": (tokens, tokens + 512, {}),
+            "+500, no mask": (tokens, tokens + 500, {}),
+            "+512, mask at 500": (tokens, tokens + 512, {"length": tokens + 500}),
+            "+512, split, mask at 500": (tokens, tokens + 512, {"large": tokens, "length": 500}),
+            "+1536, mask at 1400": (tokens, tokens + 1536, {"length": tokens + 1400}),
+            "+1536, split, mask at 1400": (
+                tokens, tokens + 1536, {"large": tokens, "length": 1400},
+            ),
+            "sound, +197+512 padded to 768, split": (
+                tokens + 197, tokens + 768, {"large": tokens, "length": 697},
+            ),
+            "sound, queries padded to 256": (
+                tokens + 256, tokens + 768, {"large": tokens, "length": 697},
+            ),
+        }  # fmt: skip
+        for name, (queries, keys, told) in cases.items():
             q = random((batch, queries, 32, 128))
             k, v = random((batch, keys, 8, 128), 1), random((batch, keys, 8, 128), 2)
-            if large is None:
-                run = lambda q, k, v, n=length: attend(q, k, v, n)  # noqa: E731
-            else:
-                run = lambda q, k, v, n=length, m=large: split(q, k, v, m, n)  # noqa: E731
             flops = 4 * batch * queries * keys * 32 * 128
-            rows.append(
-                row(f"attention {size} {name}", seconds(run, q, k, v, repeats=3, inner=2), flops)
-            )
-            if large is None:
-                real = jnp.full((batch,), length or keys, jnp.int32)
+            form = partial(split if "large" in told else attend, **told)
+            duration = seconds(form, q, k, v, repeats=3, inner=2)
+            yield row(f"attention {size} {name}", duration, flops)
+            if "large" not in told:
+                real = jnp.full((batch,), told.get("length", keys), jnp.int32)
                 duration = seconds(flash_attention, q, k, v, real, repeats=3, inner=2)
-                rows.append(row(f"attention {size} {name}, our kernel", duration, flops))
-    return rows
+                yield row(f"attention {size} {name}, our kernel", duration, flops)
 
 
-def conv3d(x, w):  # x [B, T + 2, H, W, C], w [3, 3, 3, C, D]
+def conv3d(x: Array, w: Array) -> Array:  # x [B, T + 2, H, W, C], w [3, 3, 3, C, D]
     dims = ("NDHWC", "DHWIO", "NDHWC")
     return jax.lax.conv_general_dilated(
         x, w, (1, 1, 1), ((0, 0), (1, 1), (1, 1)), dimension_numbers=dims
     )
 
 
-def conv2d(x, w):  # x [B, T, H, W, C], w [3, 3, C, D]
+def conv2d(x: Array, w: Array) -> Array:  # x [B, T, H, W, C], w [3, 3, C, D]
     flat = x.reshape(-1, *x.shape[2:])
     y = jax.lax.conv_general_dilated(
         flat, w, (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -137,21 +140,21 @@ def conv2d(x, w):  # x [B, T, H, W, C], w [3, 3, C, D]
     return y.reshape(*x.shape[:2], *y.shape[1:])
 
 
-def conv_folded(x, w):
+def conv_folded(x: Array, w: Array) -> Array:
     """Three frames side by side in the channels, one convolution a frame."""
     frames = x.shape[1] - 2
     folded = jnp.concatenate([x[:, i : i + frames] for i in range(3)], axis=-1)
     return conv2d(folded, jnp.concatenate([w[0], w[1], w[2]], axis=2))
 
 
-def conv_summed(x, w):
+def conv_summed(x: Array, w: Array) -> Array:
     """A convolution for each of the kernel's three frames, added."""
     frames = x.shape[1] - 2
     return sum(conv2d(x[:, i : i + frames], w[i]) for i in range(3))
 
 
-def conv() -> list[dict]:
-    rows = []
+def conv() -> Iterator[dict]:
+    """The 720p decoder's convolutions, one and two latent frames at a time."""
     shapes = [
         (2, 90, 160, 1024, 1024),
         (4, 180, 320, 1024, 512),
@@ -167,27 +170,32 @@ def conv() -> list[dict]:
             flops = 2 * 27 * channels * features * t * height * width
             for form in (conv3d, conv_folded, conv_summed):
                 name = f"conv {t}x{height}x{width} {channels}->{features} {form.__name__}"
-                rows.append(row(name, seconds(form, x, w, repeats=3), flops))
+                yield row(name, seconds(form, x, w, repeats=3), flops)
     x, w = random((1, 4, 360, 640, 512)), random((3, 3, 512, 512), 1) * (9 * 512) ** -0.5
-    rows.append(
-        row("conv2d 4x360x640 512->512", seconds(conv2d, x, w), 2 * 9 * 512 * 512 * 4 * 360 * 640)
-    )
-    return rows
+    flops = 2 * 9 * 512 * 512 * 4 * 360 * 640
+    yield row("conv2d 4x360x640 512->512", seconds(conv2d, x, w), flops)
+
+
+KINDS = {"gemm": gemm, "attention": attention, "conv": conv}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("kinds", nargs="*", default=["gemm", "attention", "conv"])
-    parser.add_argument("--out", type=Path)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("kinds", nargs="*", metavar="kind", help=f"of {', '.join(KINDS)}")
+    parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    device = jax.devices()[0].device_kind
-    result = {"device": device, "jax": jax.__version__}
-    for kind in options.kinds:
-        start = time.perf_counter()
-        result[kind] = globals()[kind]()
+    kinds = options.kinds or list(KINDS)
+    if unknown := set(kinds) - KINDS.keys():
+        parser.error(f"unknown kinds {', '.join(sorted(unknown))}: choose from {', '.join(KINDS)}")
+    result = environment() | {"complete": False}
+    for kind in kinds:
+        start, result[kind] = time.perf_counter(), []
+        for found in KINDS[kind]():
+            result[kind].append(found)
+            options.out.write_text(json.dumps(result, indent=2) + "\n")
         print(f"{kind}: {time.perf_counter() - start:.0f} s in all", flush=True)
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
+    result["complete"] = True
+    options.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

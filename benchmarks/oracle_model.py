@@ -174,8 +174,8 @@ def measure_job(pipeline: Cosmos3OmniPipeline, job: Job, run_steps: int) -> dict
     else:
         found = time_job(pipeline, job, stop_after=1 + run_steps)
         warming, *found["step_samples"] = found["step_samples"]
-        found["work"]["passes"] -= 2
-    return found | attention | {"warm_up_seconds": warming}
+        found["passes"] -= found["work"]["passes_per_step"]
+    return found | attention | {"steps_timed": run_steps, "warm_up_seconds": warming}
 
 
 def environment() -> dict:
@@ -238,6 +238,8 @@ def time_job(pipeline: Cosmos3OmniPipeline, job: Job, stop_after: int) -> dict:
         )  # fmt: skip
         end = now()
     assert len(marks["steps"]) == stop_after <= pipeline.num_timesteps == job.steps
+    passes_per_step, rest = divmod(len(packed), stop_after)
+    assert not rest, f"{len(packed)} passes in {stop_after} steps"
     starts = [marks["loop start"], *marks["steps"]]
     frames, _, out_height, out_width = result.video.shape
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
@@ -248,12 +250,13 @@ def time_job(pipeline: Cosmos3OmniPipeline, job: Job, stop_after: int) -> dict:
         "decode_samples": [end - marks["loop end"]],
         "finite": marks["finite"] and bool(result.video.isfinite().all()),
         "peak_gib": peak,
+        "passes": len(packed),
         "work": {
             "text_tokens": packed[0][0],
             "negative_tokens": packed[1][0],
             "video_tokens": packed[0][1],
             "video": [frames, out_height, out_width],
-            "passes": len(packed),
+            "passes_per_step": passes_per_step,
         },
     }
 

@@ -15,6 +15,7 @@ import numpy as np
 from cosmos3_jax import sound_vae, transformer, unipc, video_vae
 from cosmos3_jax.bench_measure import GIB
 from cosmos3_jax.config import Config
+from cosmos3_jax.device import default_device
 from cosmos3_jax.generate import T2VRequest, initial_noise
 from cosmos3_jax.request import TEXT_BUCKET
 
@@ -160,7 +161,7 @@ def random_params(config: Config, dtype: jnp.dtype) -> dict:
 
 def check_fits(shapes: dict) -> None:
     """Raise ValueError if these leaves cannot be held, before the first of them is made."""
-    device = jax.devices()[0]
+    device = default_device()
     limit = (device.memory_stats() or {}).get("bytes_limit")
     if device.platform == "cpu":
         limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -16,6 +16,7 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 import cosmos3_jax
 from cosmos3_jax import memory
+from cosmos3_jax.device import default_device
 
 LONG_SECONDS = 30  # a run that is not repeated
 GIB = 2**30
@@ -130,12 +131,12 @@ def device_peak_gib() -> float | None:
 
 def environment() -> dict:
     """What a measurement depends on besides this package: chip, driver, versions and settings."""
-    device = jax.devices()[0]
+    device = default_device()
     kept = ("jax", "nvidia-", "numpy", "flax")
     found = {d.metadata["Name"]: d.version for d in metadata.distributions()}
     return {
         "device": device.device_kind,
-        "backend": jax.default_backend(),
+        "backend": device.platform,
         "platform_version": device.client.platform_version,
         **_nvidia(),
         "versions": {

@@ -19,6 +19,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from cosmos3_jax.device import default_device
+
 HEAD_DIM = 128
 COMPUTE_WARPGROUPS = 2
 WARPGROUP_ROWS = 64  # queries of a warpgroup: the rows of Hopper's matrix instruction
@@ -32,8 +34,11 @@ _LAYOUT = plgpu.Layout.WGMMA
 
 
 def obstacle(query: Array, key: Array) -> str | None:
-    """Why the kernel cannot run on such arrays on the default device, or None if it can."""
-    device = jax.devices()[0]
+    """Why the kernel cannot run on the default device, or None if it can.
+
+    Of the keys, all have to be real: padding comes on top.
+    """
+    device = default_device()
     if device.platform != "gpu" or getattr(device, "compute_capability", None) != "9.0":
         return "it is written for Hopper GPUs (compute capability 9.0)"
     if query.dtype not in (jnp.bfloat16, jnp.float16):
@@ -76,8 +81,8 @@ def _run(query: Array, key: Array, value: Array, length: Array) -> Array:
         num_threads=COMPUTE_WARPGROUPS + 1,
         thread_name="warpgroup",
         # JAX numbers kernels of one name, and its compilation cache knows a program by the number:
-        # each size has a name, so that it does not matter which sizes a process compiled before.
-        kernel_name=f"flash_attention_{batch}x{heads}x{queries}x{key.shape[1]}",
+        # what differs has a name, so that it does not matter what a process compiled before.
+        kernel_name="flash_attention_" + "x".join(map(str, (*query.shape, *key.shape[1:3]))),
         compiler_params=plgpu.CompilerParams(approx_math=True),  # exp2 of the GPU, 2 ulp
     )
     return kernel(query, key, value, length)

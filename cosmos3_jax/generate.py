@@ -87,7 +87,7 @@ def generate(
         output: `media` (pixels and waveform) or `latents` (final normalised latents).
         return_trajectory: adds `trajectory`: under `latents` and `clean`, every step's latents and
             clean predictions, stacked on a leading axis K.
-        on_step: called on the host with each finished step's index.
+        on_step: called on the host with each finished step's index; see `unipc.sample`.
         decode_chunk_size: latent frames decoded at a time, see `video_vae.decode`.
 
     Returns:
@@ -133,44 +133,68 @@ def sample_latents(
     return_trajectory: bool = False,
 ) -> tuple[Latents, dict[str, Latents] | None]:
     """The loop over steps alone: `params` are the media tower's, see `encode_conditions`."""
-    noise = _initial_latents(request, config)
-    clean, given = conditions[0].clean_latents, conditions[0].frame_mask[:, :, None, None, None]
-
-    tokens = len(given) * conditions[0].rope[0].shape[1]
-    one_batch = len(conditions) == 2 and tokens <= ONE_BATCH_TOKENS
-    if one_batch:
-        conditions = [_concatenate(*conditions)]
-
-    def guided_velocity(latents: Latents, timestep: Array) -> Latents:
-        if one_batch:
-            latents = jax.tree.map(lambda x: jnp.concatenate([x, x]), latents)
-        branches = [
-            velocity(params, config.transformer, condition, latents, timestep)
-            for condition in conditions
-        ]
-        if one_batch:
-            branches = [
-                jax.tree.map(lambda v, i=i: jnp.split(v, 2)[i], *branches) for i in range(2)
-            ]
-        return jax.tree.map(partial(_guide, scale=request.guidance_scale), *branches)
-
-    def keep_given(latents: Latents) -> Latents:
-        return latents.replace(video=jnp.where(given, clean, latents.video))
-
-    table = request.sampler
-    if table is None:
-        table = unipc.tableau(unipc.sigmas("native", request.num_inference_steps))
+    conditions, noise = start_sampling(conditions, request, config)
     final, trajectory = unipc.sample(
-        guided_velocity,
-        keep_given(noise),
-        table,
+        partial(guided_velocity, params, config, conditions, request.guidance_scale),
+        noise,
+        sampler(request),
         on_step=on_step,
         return_trajectory=return_trajectory,
     )
+    keep = partial(keep_given, conditions)
     if trajectory is not None:
         states = {"latents": trajectory.latents, "clean": trajectory.clean}
-        trajectory = {name: jax.vmap(keep_given)(state) for name, state in states.items()}
-    return keep_given(final), trajectory
+        trajectory = {name: jax.vmap(keep)(state) for name, state in states.items()}
+    return keep(final), trajectory
+
+
+def start_sampling(
+    conditions: list[Condition], request: T2VRequest, config: Config
+) -> tuple[list[Condition], Latents]:
+    """What the loop over steps starts from: its conditions and the initial latents.
+
+    Where that is faster, the conditions of both guidance branches become one, of batch 2 B.
+    """
+    noise = keep_given(conditions, _initial_latents(request, config))
+    tokens = len(noise.video) * conditions[0].rope[0].shape[1]
+    if len(conditions) == 2 and tokens <= ONE_BATCH_TOKENS:
+        conditions = [_concatenate(*conditions)]
+    return conditions, noise
+
+
+def guided_velocity(
+    params: dict,
+    config: Config,
+    conditions: list[Condition],
+    scale: Array | float,
+    latents: Latents,
+    timestep: Array,
+) -> Latents:
+    """The velocity of one step, guided if there are two branches; see `start_sampling`."""
+    branches = []
+    for condition in conditions:
+        count = len(condition.frame_mask) // len(latents.video)
+        batch = jax.tree.map(lambda x, count=count: jnp.concatenate([x] * count), latents)
+        velocities = velocity(params, config.transformer, condition, batch, timestep)
+        leaves, tree = jax.tree.flatten(velocities)
+        split = [jnp.split(leaf, count) for leaf in leaves]
+        branches += [tree.unflatten(branch) for branch in zip(*split, strict=True)]
+    return jax.tree.map(partial(_guide, scale=scale), *branches)
+
+
+def keep_given(conditions: list[Condition], latents: Latents) -> Latents:
+    """The given frames in their places, bit for bit."""
+    batch = len(latents.video)
+    given = conditions[0].frame_mask[:batch, :, None, None, None]
+    clean = conditions[0].clean_latents[:batch]
+    return latents.replace(video=jnp.where(given, clean, latents.video))
+
+
+def sampler(request: T2VRequest) -> unipc.Tableau:
+    """The request's tableau, or the one that stands for None."""
+    if request.sampler is not None:
+        return request.sampler
+    return unipc.tableau(unipc.sigmas("native", request.num_inference_steps))
 
 
 def decode(params: dict, latents: Latents, config: Config, chunk_size: int | None = None) -> dict:

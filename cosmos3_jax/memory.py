@@ -16,11 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from cosmos3_jax import sound_vae, transformer, video_vae
+from cosmos3_jax.attention import check_logits, fused_obstacle, logit_bytes
 from cosmos3_jax.checkpoint.rules import leaf_shapes
 from cosmos3_jax.config import Config
+from cosmos3_jax.device import AnyDevice, default_device
 from cosmos3_jax.generate import ONE_BATCH_TOKENS, T2VRequest
 
 PUBLISHED_SIZES = ((720, 1280), (480, 832), (192, 320))
+LONG_PROMPT = 2048  # tokens; a longer one is named as what to shorten
 STAGES = {
     "und": "text stage",
     "gen": "denoising stage",
@@ -35,18 +38,22 @@ _NAMES = {
 }
 
 
+# Where attention is XLA's: logits, their exponentials, and most of a third. Measured, 2.0 to 2.7.
+LOGIT_COPIES = 3
+
+
 class OutOfDeviceMemory(ValueError):
     """A generation does not fit the device. The message says what does."""
 
 
 def device_limit() -> int | None:
     """Bytes that JAX may use of the default device; None where it does not say, as on a CPU."""
-    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    return (default_device().memory_stats() or {}).get("bytes_limit")
 
 
 def device_peak() -> int | None:
     """The most bytes that this process has had in use on the default device, if it says."""
-    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return (default_device().memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def parameter_counts(config: Config) -> dict[str, int]:
@@ -68,6 +75,17 @@ def _trees(config: Config) -> dict[str, dict]:
     return trees
 
 
+def _attention(
+    config: Config, shape: tuple, sound_frames: int, guidance: bool, batch: int, text_tokens: int
+) -> tuple[int, int, int, int]:
+    """Of the media tower: batch, with both branches where they are run as one, heads, queries and
+    keys.
+    """
+    queries = math.prod(transformer.patch_grid(config.transformer, shape)) + sound_frames
+    at_once = 2 if guidance and batch * queries <= ONE_BATCH_TOKENS else 1
+    return at_once * batch, config.transformer.num_attention_heads, queries, queries + text_tokens
+
+
 def generation_bytes(
     config: Config,
     *,
@@ -84,6 +102,7 @@ def generation_bytes(
     decode: bool = True,
     dtype: str = "bfloat16",
     offload: bool = False,
+    device: AnyDevice | None = None,
 ) -> dict[str, int]:
     """Device memory of one generation in bytes: what needs it, each stage's sum, and the `peak`.
 
@@ -96,15 +115,17 @@ def generation_bytes(
         text_tokens: of the longer of the two prompts, padding included.
         batch: videos at a time.
         trajectory_steps: steps whose latents and clean predictions are kept; 0 keeps none.
-        decode_chunk_size: see `video_vae.decode`. Above 1 an upper bound.
+        decode_chunk_size: see `video_vae.decode`.
         decode: whether the latents are decoded in the end.
         dtype: of weights and computation.
         offload: whether each part is on the device only in its own stage.
+        device: that computes; None for the default one.
 
     Returns:
         `und`, `gen`, `video_vae`[, `sound_vae`]: weights. `condition`, `latents`, `trajectory`,
-        `pixels`, `waveform`: arrays that go from stage to stage. `... work`: what a stage's program
-        needs for itself. `... stage`: all that is on the device in it. `peak`: of the stages.
+        `pixels`, `waveform`: arrays that go from stage to stage. `logits`: of one attention, where
+        no kernel does without. `... work`: what a stage's program needs for itself. `... stage`:
+        all that is on the device in it. `peak`: of the stages.
 
     Raises:
         ValueError: on a size that no video can have.
@@ -112,9 +133,10 @@ def generation_bytes(
     itemsize, model, vae = jnp.dtype(dtype).itemsize, config.transformer, config.video_vae
     shape = video_vae.pixel_to_latent_shape(vae, num_frames, height, width)
     sound_frames = sound_vae.sound_latent_length(config.sound_vae, num_frames, fps) if sound else 0
-    tokens = batch * (math.prod(transformer.patch_grid(model, shape)) + sound_frames)
-    branches = 2 if guidance else 1
-    at_once = branches if tokens <= ONE_BATCH_TOKENS else 1
+    attention = _attention(config, shape, sound_frames, guidance, batch, text_tokens)
+    fused = fused_obstacle(jnp.dtype(dtype), model.head_dim, device) is None
+    logits = 0 if fused else logit_bytes(*attention)
+    branches, at_once, tokens = 1 + guidance, attention[0] // batch, batch * attention[2]
     weights = {part: _tree_bytes(tree, itemsize) for part, tree in _trees(config).items()}
 
     key_value = 2 * model.num_key_value_heads * model.head_dim
@@ -129,14 +151,15 @@ def generation_bytes(
         "trajectory": 2 * trajectory_steps * latents,
         "pixels": 4 * 3 * batch * num_frames * height * width,
         "waveform": 4 * (config.sound_vae.dec_out_channels if sound else 0) * samples,
+        "logits": logits,
     }
 
     # A token at the end of the SwiGLU: residual, gate and up, their product.
     token = itemsize * (model.hidden_size + 3 * model.intermediate_size)
     layer = weights["und"] - _tree_bytes({"embed": _trees(config)["und"]["embed"]}, itemsize)
     decoder = _tree_bytes(_trees(config)["video_vae"]["decoder"], itemsize)
-    chunk = decode_chunk_size or video_vae.decode_chunk_size(*shape[1:])
-    frames = min(vae.scale_factor_temporal * chunk, num_frames)
+    chunk = decode_chunk_size or video_vae.decode_chunk_size(*shape[1:], device)
+    frames, chunk = min(vae.scale_factor_temporal, num_frames), min(chunk, shape[0])
     last_stage = itemsize * frames * height * width // vae.patch_size**2 * vae.decoder_base_dim
     work = {
         # One layer's weights, and both prompts in it.
@@ -148,9 +171,10 @@ def generation_bytes(
         + (branches - at_once) * tokens * itemsize * model.hidden_size
         + 6 * latents
         + (branches * condition if at_once == 2 else 0)
+        + LOGIT_COPIES * logits
         + arrays["trajectory"],
-        # The kernels with time folded into their channels, and 17 tensors of the last stage.
-        "video decoding work": decoder + 17 * batch * last_stage,
+        # The kernels with time folded into their channels, and tensors of the last stage.
+        "video decoding work": decoder + (7 + 10 * chunk) * batch * last_stage,
         # Not measured, never the largest: four tensors of the waveform's length.
         "sound decoding work": 4 * itemsize * samples * config.sound_vae.dec_dim if sound else 0,
     }
@@ -198,7 +222,9 @@ def should_offload(config: Config, limit_bytes: int | None, **job) -> bool:
     """Whether a generation does not fit the device with all weights on it."""
     if limit_bytes is None:
         return False
-    return generation_bytes(config, **job, offload=False)["peak"] > limit_bytes
+    needed = generation_bytes(config, **job, offload=False)
+    needed[STAGES["gen"]] -= LOGIT_COPIES * needed["logits"]  # which offloading does not lessen
+    return max(needed.get(stage, 0) for stage in STAGES.values()) > limit_bytes
 
 
 def check_fits(config: Config, limit_bytes: int | None, *, offload: bool, **job) -> None:
@@ -212,11 +238,15 @@ def check_fits(config: Config, limit_bytes: int | None, *, offload: bool, **job)
 
     Raises:
         OutOfDeviceMemory: the message names need, limit, stage, and the largest settings that fit.
+        ValueError: see `generation_bytes` and `attention.check_logits`; without a limit, too.
     """
-    if limit_bytes is None:
-        return
     needed = generation_bytes(config, offload=offload, **job)
-    if needed["peak"] <= limit_bytes:
+    if needed["logits"]:
+        dtype, head_dim = job.get("dtype", "bfloat16"), config.transformer.head_dim
+        check_logits(
+            needed["logits"], fused_obstacle(jnp.dtype(dtype), head_dim, job.get("device"))
+        )
+    if limit_bytes is None or needed["peak"] <= limit_bytes:
         return
     stage = max(STAGES.values(), key=lambda name: needed.get(name, 0))
     weights = "one part of the weights at a time" if offload else "all weights on the device"
@@ -250,37 +280,76 @@ def exhaustion_explained(
 
 
 def what_fits(config: Config, limit_bytes: int, *, offload: bool, **job) -> str:
-    """A sentence: the largest settings, near those asked for, that the device has memory for."""
+    """A sentence: what to do to get this video, or the largest settings near it that fit."""
 
-    def fits(**change) -> bool:
-        return generation_bytes(config, **job | {"offload": True} | change)["peak"] <= limit_bytes
+    def need(**change) -> float:
+        try:
+            return generation_bytes(config, **job | {"offload": offload} | change)["peak"]
+        except ValueError:  # a change that no video can have
+            return math.inf
 
-    if not offload and fits():
-        size = generation_bytes(config, **job, offload=True)["peak"]
-        return f"It fits with offload=True (--offload yes), which needs {_gib(size)}."
+    slight = _slight_changes(job)
+    offloading = [] if offload else [("with offload=True (--offload yes)", {"offload": True})]
+    pairs = [[change, *offloading] for change in slight] if offloading else []
+    for changes in [*([change] for change in slight + offloading), *pairs]:
+        phrase, change = _join(changes)
+        if (size := need(**change)) <= limit_bytes:
+            return f"It fits {phrase}, which needs {_gib(size)}."
+    phrase, all_changes = _join(slight + offloading)
     found = []
-    batches = range(job.get("batch", 1) - 1, 0, -1)
-    found += [{"batch": n} for n in batches if fits(batch=n)][:1]
-    fewest = 5 if job.get("sound") else 1
-    counts = range(job["num_frames"] - 4, fewest - 1, -4)
-    found += [{"num_frames": n} for n in counts if fits(num_frames=n)][:1]
-    smaller = [size for size in PUBLISHED_SIZES if math.prod(size) < job["height"] * job["width"]]
-    sizes = [{"height": height, "width": width} for height, width in smaller]
-    found += [size for size in sizes if fits(**size)][:1]
+    for sizes in (_fewer_videos(job), _fewer_frames(job), _smaller_pictures(job)):
+        found += [size for size in sizes if need(**all_changes | size) <= limit_bytes][:1]
     if not found:
         return "Nothing smaller fits either: use a device with more memory."
-    listed = ", or ".join(_describe(job | change) for change in found)
-    return f"What fits{'' if offload else ' with offload=True (--offload yes)'}: {listed}."
+    listed = ", or ".join(_describe(job | size) for size in found)
+    return f"What fits{phrase and ' ' + phrase}: {listed}."
+
+
+def _join(changes: list[tuple[str, dict]]) -> tuple[str, dict]:
+    """Several changes as one."""
+    together = {key: value for _, change in changes for key, value in change.items()}
+    return " and ".join(phrase for phrase, _ in changes), together
+
+
+def _slight_changes(job: dict) -> list[tuple[str, dict]]:
+    """What could be changed without another video coming out, or hardly: in words, and itself."""
+    found = []
+    if (job.get("decode_chunk_size") or 1) > 1:
+        found.append(("with decode_chunk_size=1", {"decode_chunk_size": 1}))
+    if job.get("trajectory_steps"):
+        found.append(("without the trajectory", {"trajectory_steps": 0}))
+    if job.get("text_tokens", 0) > LONG_PROMPT:
+        shorter = {"text_tokens": LONG_PROMPT}
+        found.append((f"with prompts of at most {LONG_PROMPT} tokens", shorter))
+    return found
+
+
+def _fewer_videos(job: dict) -> list[dict]:
+    return [{"batch": n} for n in range(job.get("batch", 1) - 1, 0, -1)]
+
+
+def _fewer_frames(job: dict) -> list[dict]:
+    fewest = 5 if job.get("sound") else 1
+    return [{"num_frames": n} for n in range(job["num_frames"] - 4, fewest - 1, -4)]
+
+
+def _smaller_pictures(job: dict) -> list[dict]:
+    """The published sizes, upright for an upright video."""
+    height, width = job["height"], job["width"]
+    smaller = [size for size in PUBLISHED_SIZES if math.prod(size) < height * width]
+    names = ("width", "height") if height > width else ("height", "width")
+    return [dict(zip(names, size, strict=True)) for size in smaller]
 
 
 def _describe(job: dict) -> str:
+    frames = "1 frame" if job["num_frames"] == 1 else f"{job['num_frames']} frames"
     batch = f"{job['batch']} videos of " if job.get("batch", 1) > 1 else ""
     sound = " with sound" if job.get("sound") else ""
-    return f"{batch}{job['num_frames']} frames of {job['height']}x{job['width']}{sound}"
+    return f"{batch}{frames} of {job['height']}x{job['width']}{sound}"
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
 
 
 def _tree_bytes(tree: dict, itemsize: int) -> int:

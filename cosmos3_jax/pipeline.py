@@ -9,8 +9,8 @@ Axes: B batch, C channels, T frames, H rows, W columns; latents t, h, w; s sound
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from cosmos3_jax.config import Config
 from cosmos3_jax.frontend import find_checkpoint, load_frontend
 from cosmos3_jax.generate import T2VRequest, params_dtype
 from cosmos3_jax.programs import (
+    compile_for,
     decode_sound,
     decode_video,
     encode_conditions,
@@ -31,7 +32,7 @@ from cosmos3_jax.programs import (
     sample_latents,
     text_request,
 )
-from cosmos3_jax.progress import bar, on_step
+from cosmos3_jax.progress import compile_with_bar, sample_with_bar
 from cosmos3_jax.prompt import Tokenizer, pad_token_ids
 from cosmos3_jax.request import TEXT_BUCKET, prepare_request
 from cosmos3_jax.weights import Weights
@@ -198,20 +199,22 @@ class Cosmos3:
             request = request.replace(text_ids=ids, text_mask=mask)
         request = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), request)
         structs, config = self.weights.structs, self.config
-        conditions = _compile(
+        conditions = compile_for(
             encode_conditions, structs["und"], text_request(request), config=config
         )
-        latents, _ = _compile(
-            sample_latents, structs["gen"], conditions, request, config=config,
-            on_step=on_step if progress else None, return_trajectory=return_trajectory,
-        )  # fmt: skip
+        compile_sampling = compile_with_bar if progress else partial(compile_for, sample_latents)
+        latents, _ = compile_sampling(
+            structs["gen"], conditions, request, config=config, return_trajectory=return_trajectory
+        )
         if output == "media":
-            _compile(
+            compile_for(
                 decode_video, structs["video_vae"], latents["video"], config=config.video_vae,
                 chunk_size=decode_chunk_size,
             )  # fmt: skip
         if output == "media" and "sound" in latents:
-            _compile(decode_sound, structs["sound_vae"], latents["sound"], config=config.sound_vae)
+            compile_for(
+                decode_sound, structs["sound_vae"], latents["sound"], config=config.sound_vae
+            )
         self.weights.compile_loading()
 
     @property
@@ -235,18 +238,16 @@ class Cosmos3:
         with self.weights.borrow("und") as und:
             conditions = encode_conditions(und, text_request(request), config=self.config)
             jax.block_until_ready(conditions)
-        with self.weights.borrow("gen") as gen, bar(request.num_inference_steps, progress):
-            result = sample_latents(
+        sample = sample_with_bar if progress else sample_latents
+        with self.weights.borrow("gen") as gen:
+            result = sample(
                 gen,
                 conditions,
                 request,
                 config=self.config,
-                on_step=on_step if progress else None,
                 return_trajectory=return_trajectory,
             )
-            jax.block_until_ready(result)
-            jax.effects_barrier()
-        return result
+            return jax.block_until_ready(result)
 
     def decode(self, latents: dict[str, Array], chunk_size: int | None = None) -> dict:
         """Final latents, channels first -> `video` and, with sound, `sound` and `sample_rate`."""
@@ -294,9 +295,3 @@ class Cosmos3:
 def _check_output(output: str) -> None:
     if output not in ("media", "latents"):
         raise ValueError(f"output={output!r} is unknown; choose media or latents")
-
-
-def _compile(program: Callable, *arguments, **options) -> Any:
-    """Compile for arguments of these shapes; what it would return. A later call finds it ready."""
-    program.lower(*arguments, **options).compile()
-    return program.eval_shape(*arguments, **options)

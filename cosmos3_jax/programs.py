@@ -8,17 +8,26 @@ Axes: as in `pipeline`.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import einops
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from cosmos3_jax import sound_vae, video_vae
+from cosmos3_jax import sound_vae, unipc, video_vae
 from cosmos3_jax.config import Config, SoundVAEConfig, VideoVAEConfig
-from cosmos3_jax.generate import T2VRequest, channels_first, channels_last, params_dtype
+from cosmos3_jax.generate import (
+    T2VRequest,
+    channels_first,
+    channels_last,
+    guided_velocity,
+    keep_given,
+    params_dtype,
+)
 from cosmos3_jax.generate import encode_conditions as _encode_conditions
 from cosmos3_jax.generate import sample_latents as _sample_latents
+from cosmos3_jax.generate import start_sampling as _start_sampling
 from cosmos3_jax.transformer import Condition
 
 encode_conditions = jax.jit(_encode_conditions, static_argnames="config")
@@ -31,23 +40,70 @@ def text_request(request: T2VRequest) -> T2VRequest:
     )
 
 
-@partial(jax.jit, static_argnames=("config", "on_step", "return_trajectory"))
+@partial(jax.jit, static_argnames=("config", "return_trajectory"))
 def sample_latents(
     params: dict,
     conditions: list[Condition],
     request: T2VRequest,
     *,
     config: Config,
-    on_step: Callable[[int], None] | None = None,
     return_trajectory: bool = False,
 ) -> tuple[dict[str, Array], dict | None]:
     """The media tower over all steps: final latents and, if asked for, every step's."""
     latents, trajectory = _sample_latents(
-        params, conditions, request, config, on_step, return_trajectory
+        params, conditions, request, config, return_trajectory=return_trajectory
     )
     if trajectory is not None:
         trajectory = {name: jax.vmap(channels_first)(states) for name, states in trajectory.items()}
     return channels_first(latents), trajectory
+
+
+@partial(jax.jit, static_argnames="config")
+def start_sampling(
+    conditions: list[Condition], request: T2VRequest, *, config: Config
+) -> tuple[list[Condition], unipc.State]:
+    """The conditions and the state that `sample_step` goes on from."""
+    conditions, noise = _start_sampling(conditions, request, config)
+    return conditions, unipc.initial_state(noise)
+
+
+def start_request(request: T2VRequest) -> T2VRequest:
+    """What `start_sampling` reads of a request: for another number of steps the same program."""
+    return request.replace(sampler=None, num_inference_steps=1)
+
+
+@partial(jax.jit, static_argnames=("config", "return_trajectory"), donate_argnames="state")
+def sample_step(
+    params: dict,
+    conditions: list[Condition],
+    guidance_scale: Array | float,
+    state: unipc.State,
+    row: unipc.Tableau,
+    *,
+    config: Config,
+    return_trajectory: bool = False,
+) -> tuple[unipc.State, dict[str, dict]]:
+    """The media tower over one step, by one row of the tableau; the same program at every step.
+
+    The new state takes the memory of `state`, which is gone afterwards.
+
+    Returns:
+        The new state, and the step's `latents` and, if asked for, its `clean` prediction, each as
+        `sample_latents` has them.
+    """
+    velocity = partial(guided_velocity, params, config, conditions, guidance_scale)
+    state = unipc.step(velocity, state, row)
+    made = {"latents": state.latents}
+    if return_trajectory:
+        made["clean"] = state.clean
+    keep = partial(keep_given, conditions)
+    return state, {name: channels_first(keep(latents)) for name, latents in made.items()}
+
+
+@jax.jit
+def stack_steps(steps: list[dict[str, dict]]) -> dict[str, dict]:
+    """What `sample_step` made, K times -> the trajectory that `sample_latents` returns."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *steps)
 
 
 @partial(jax.jit, static_argnames=("config", "chunk_size"))
@@ -85,3 +141,9 @@ def encode_sound(params: dict, waveform: Array, *, config: SoundVAEConfig) -> Ar
     """Waveform [B, channels, samples] in [-1, 1] -> latents [B, C_sound, s]."""
     latents = sound_vae.encode(params, config, waveform, dtype=params_dtype(params))
     return einops.rearrange(latents, "b s c -> b c s")
+
+
+def compile_for(program: Callable, *arguments, **options) -> Any:
+    """Compile for arguments of these shapes; what it would return. A later call finds it ready."""
+    program.lower(*arguments, **options).compile()
+    return program.eval_shape(*arguments, **options)

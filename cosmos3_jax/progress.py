@@ -1,29 +1,74 @@
-"""A bar over the steps, moved from inside the compiled loop."""
+"""The loop over steps as one program a step, run from the host under a bar.
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+`programs.sample_latents` is the same loop as one program. That one could move a bar only by calling
+back to the host, and JAX keeps no program that does in its compilation cache.
 
+Axes: as in `pipeline`; K steps.
+"""
+
+import jax
 import tqdm
+from jax import Array
+
+from cosmos3_jax import unipc
+from cosmos3_jax.config import Config
+from cosmos3_jax.generate import T2VRequest, sampler
+from cosmos3_jax.programs import (
+    compile_for,
+    sample_step,
+    stack_steps,
+    start_request,
+    start_sampling,
+)
+from cosmos3_jax.transformer import Condition
 
 
-class Progress:
-    """What a compiled loop calls back. One for all models: the compiled program keeps it alive."""
+def sample_with_bar(
+    params: dict,
+    conditions: list[Condition],
+    request: T2VRequest,
+    *,
+    config: Config,
+    return_trajectory: bool = False,
+) -> tuple[dict[str, Array], dict | None]:
+    """`programs.sample_latents`, and a bar that moves as each step ends."""
+    conditions, state = start_sampling(conditions, start_request(request), config=config)
+    steps = []
+    with tqdm.tqdm(total=request.num_inference_steps, unit="step", desc="denoise") as bar:
+        for row in unipc.rows(sampler(request)):
+            state, made = sample_step(
+                params, conditions, request.guidance_scale, state, row,
+                config=config, return_trajectory=return_trajectory,
+            )  # fmt: skip
+            if steps:  # waited for only now, when the device has the next one to go on with
+                _finish(steps[-1], bar)
+            steps = [*steps, made] if return_trajectory else [made]
+        _finish(steps[-1], bar)
+    return made["latents"], stack_steps(steps) if return_trajectory else None
 
-    bar: tqdm.tqdm | None = None
 
-    def __call__(self, step: int) -> None:
-        if self.bar is not None:
-            self.bar.update()
+def compile_with_bar(
+    params: dict,
+    conditions: list[Condition],
+    request: T2VRequest,
+    *,
+    config: Config,
+    return_trajectory: bool = False,
+) -> tuple[dict, dict | None]:
+    """Compile all that `sample_with_bar` runs on arrays of these shapes; what it would return."""
+    conditions, state = compile_for(
+        start_sampling, conditions, start_request(request), config=config
+    )
+    row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), request.sampler)
+    _, made = compile_for(
+        sample_step, params, conditions, request.guidance_scale, state, row,
+        config=config, return_trajectory=return_trajectory,
+    )  # fmt: skip
+    if not return_trajectory:
+        return made["latents"], None
+    return made["latents"], compile_for(stack_steps, [made] * request.num_inference_steps)
 
 
-on_step = Progress()
-
-
-@contextmanager
-def bar(steps: int, shown: bool) -> Iterator[None]:
-    """A bar that `on_step` moves."""
-    if not shown:
-        yield
-        return
-    with tqdm.tqdm(total=steps, unit="step", desc="denoise") as on_step.bar:
-        yield
+def _finish(step: dict, bar: tqdm.tqdm) -> None:
+    jax.block_until_ready(step)
+    bar.update()

@@ -21,28 +21,30 @@ def use_whole_device() -> None:
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", MEMORY_FRACTION)
 
 
-def cache_folder() -> Path:
+def cache_folder() -> str:
     """`$JAX_COMPILATION_CACHE_DIR`, else `cosmos3_jax/xla` in `$XDG_CACHE_HOME` or `~/.cache`."""
-    chosen = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    chosen = jax.config.jax_compilation_cache_dir
     if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cosmos3_jax" / "xla"
+        return chosen
+    return str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cosmos3_jax/xla")
 
 
 def use_compilation_cache(enabled: bool = True) -> None:
     """Keep compiled programs on disk, for processes to come; or keep none.
 
-    A folder that cannot be written is said on stderr, and costs no more than the cache. A program
-    that calls back to the host, as the loop with a progress bar does, is never kept: JAX's rule.
+    What JAX's own environment variables say goes before. A folder that cannot be written is said
+    on stderr, and costs no more than the cache. JAX keeps no program that calls back to the host;
+    none of the command line's does.
     """
-    jax.config.update("jax_enable_compilation_cache", enabled)
-    if not enabled:
+    if not enabled or not jax.config.jax_enable_compilation_cache:
+        jax.config.update("jax_enable_compilation_cache", False)
         return
     folder = cache_folder()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError("it is not writable")
+        if "://" not in folder:  # or it is a bucket, which JAX knows how to reach
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK):
+                raise PermissionError("it is not writable")
     except OSError as error:
         # JAX itself would go on too, with a warning for every program.
         jax.config.update("jax_enable_compilation_cache", False)
@@ -52,6 +54,11 @@ def use_compilation_cache(enabled: bool = True) -> None:
             file=sys.stderr,
         )
         return
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    settings = {
+        "jax_compilation_cache_dir": folder,
+        "jax_persistent_cache_min_compile_time_secs": 0.5,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for name, value in settings.items():
+        if name.upper() not in os.environ:
+            jax.config.update(name, value)

@@ -18,8 +18,9 @@ from flax import struct
 from jax import Array
 
 from cosmos3_jax import rope
+from cosmos3_jax.attention import attention
 from cosmos3_jax.config import TransformerConfig
-from cosmos3_jax.layers import RMSNorm, SwiGLU, TimestepEmbedding, attention, dense
+from cosmos3_jax.layers import RMSNorm, SwiGLU, TimestepEmbedding, dense
 
 
 @struct.dataclass

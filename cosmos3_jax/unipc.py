@@ -2,9 +2,8 @@
 
 UniPC (Zhao et al., 2023; order 2, B(h) = expm1(-h), data prediction) is linear in the samples and
 in the predictions of the clean latents m_i = x_i - sigma_i v_i, with coefficients that depend on
-the sigmas alone. So the solver is data: a `Tableau` computed on the host in float64, one row a
-step, and a scan over its rows with the explicit state (x, the corrected x of the last step,
-m_{i-1}, m_{i-2}) in float32.
+the sigmas alone. So the solver is data, a `Tableau` computed on the host in float64, one row a
+step; and a `step` from `State` to `State`, in float32. `sample` scans it over the rows.
 
 Flow convention: x_sigma = (1 - sigma) x_0 + sigma noise; the model predicts v = noise - x_0.
 
@@ -12,7 +11,7 @@ Axes: K steps.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -180,6 +179,54 @@ def _check_sigmas(levels: np.ndarray) -> None:
 
 
 @struct.dataclass
+class State:
+    """What UniPC knows between two steps: trees like the latents, in float32.
+
+    Attributes:
+        latents: x_i, which the model sees next.
+        corrected: the corrected x_{i-1}.
+        clean: m_{i-1}, the last prediction of the clean latents.
+        clean_before: m_{i-2}.
+    """
+
+    latents: Tree
+    corrected: Tree
+    clean: Tree
+    clean_before: Tree
+
+
+def initial_state(noise: Tree) -> State:
+    """The state before the first step, whose row reads nothing but the noise.
+
+    No two leaves share memory, so that all of them can be donated.
+    """
+    x = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), noise)
+    return State(x, *(jax.tree.map(jnp.zeros_like, x) for _ in range(3)))
+
+
+def step(velocity: Callable[[Tree, Array], Tree], state: State, row: Tableau) -> State:
+    """One step of the solver, by one row of the tableau; `velocity` as in `sample`."""
+
+    def combine(coefficients: Array, *trees: Tree) -> Tree:
+        return jax.tree.map(
+            lambda *leaves: sum(c * x for c, x in zip(coefficients, leaves, strict=True)), *trees
+        )
+
+    x, last, m1, m2 = state.latents, state.corrected, state.clean, state.clean_before
+    v = velocity(x, row.timestep)
+    m0 = jax.tree.map(lambda x, v: x - row.sigma * v.astype(jnp.float32), x, v)
+    corrected = combine(row.correct, x, last, m1, m2, m0)
+    return State(combine(row.predict, corrected, m0, m1), corrected, m0, m1)
+
+
+def rows(table: Tableau) -> Iterator[Tableau]:
+    """The rows of a tableau, as numpy arrays."""
+    table = jax.tree.map(np.asarray, table)
+    for i in range(len(table.timestep)):
+        yield jax.tree.map(lambda column, i=i: column[i], table)
+
+
+@struct.dataclass
 class Trajectory:
     """Every step, stacked on a leading axis K: the latents after it, its clean prediction."""
 
@@ -201,34 +248,23 @@ def sample(
         velocity: (latents, timestep) -> predicted velocity, a tree like the latents.
         noise: the initial latents, a pytree of arrays; each leaf has its own history.
         table: see `tableau`; its length is the number of steps.
-        on_step: called on the host with the index of each step once that step's result exists.
+        on_step: called on the host with the index of each step once that step's result exists. JAX
+            keeps no program that calls back in its compilation cache.
         return_trajectory: whether to stack every step's latents and clean predictions.
 
     Returns:
         The final latents in float32, and the trajectory or None.
     """
 
-    def combine(coefficients: Array, *trees: Tree) -> Tree:
-        return jax.tree.map(
-            lambda *leaves: sum(c * x for c, x in zip(coefficients, leaves, strict=True)), *trees
-        )
-
-    def step(state, indexed_row: tuple[Array, Tableau]):
-        x, last, m1, m2 = state
+    def scanned(state: State, indexed_row: tuple[Array, Tableau]):
         index, row = indexed_row
-        v = velocity(x, row.timestep)
-        m0 = jax.tree.map(lambda x, v: x - row.sigma * v.astype(jnp.float32), x, v)
-        corrected = combine(row.correct, x, last, m1, m2, m0)
-        x = combine(row.predict, corrected, m0, m1)
+        state = step(velocity, state, row)
         if on_step is not None:  # an element of the result, so that the report waits for it
-            jax.debug.callback(
-                lambda i, _: on_step(int(i)), index, jax.tree.leaves(x)[0].ravel()[0]
-            )
-        return (x, corrected, m0, m1), Trajectory(x, m0) if return_trajectory else None
+            element = jax.tree.leaves(state.latents)[0].ravel()[0]
+            jax.debug.callback(lambda i, _: on_step(int(i)), index, element)
+        return state, Trajectory(state.latents, state.clean) if return_trajectory else None
 
-    x = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), noise)
-    zeros = jax.tree.map(jnp.zeros_like, x)
     table = jax.tree.map(jnp.asarray, table)
     indexed_rows = (jnp.arange(len(table.timestep)), table)
-    (x, *_), trajectory = jax.lax.scan(step, (x, x, zeros, zeros), indexed_rows)
-    return x, trajectory
+    state, trajectory = jax.lax.scan(scanned, initial_state(noise), indexed_rows)
+    return state.latents, trajectory

@@ -20,6 +20,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from cosmos3_jax.config import VideoVAEConfig
+from cosmos3_jax.device import AnyDevice, default_device
 from cosmos3_jax.video_vae_modules import Decoder, Encoder
 
 SMALL_PICTURE = 320  # latent pixels; 192x320 has 240
@@ -99,13 +100,14 @@ def _over_time(step: Callable, output: jax.Array, latent_frames: int, chunk_size
     return carry[1]
 
 
-def decode_chunk_size(height: int, width: int) -> int:
+def decode_chunk_size(height: int, width: int, device: AnyDevice | None = None) -> int:
     """Latent frames of `height` x `width` to decode at a time, as measured in benchmarks/NOTES.md.
 
     A small picture alone leaves a GPU idle. Elsewhere more at a time is more memory and a longer
-    compilation for nothing.
+    compilation for nothing. Without a `device`, for the default one.
     """
-    return 4 if height * width <= SMALL_PICTURE and jax.default_backend() == "gpu" else 1
+    device = device or default_device()
+    return 4 if height * width <= SMALL_PICTURE and device.platform == "gpu" else 1
 
 
 def decode(

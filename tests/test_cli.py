@@ -1,11 +1,14 @@
 """The command line: what it writes, what it says, and what it refuses before anything is loaded."""
 
+import contextlib
 import functools
 import json
 import os
+import pty
 import re
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import jax
@@ -508,6 +511,28 @@ def test_compiled_programs_are_kept(made, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert "no compilation cache in /proc/cosmos3" in done.stderr
+
+
+def test_a_terminals_programs_are_kept_too(tmp_path):
+    """The loop under a progress bar, as the command line runs it in a terminal."""
+    arguments = [*SMALL, "--out", str(tmp_path / "a.mp4")]
+    command = [sys.executable, "-m", "cosmos3_jax.cli", *arguments]
+    environment = dict(os.environ, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "xla"))
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))  # a bar in no columns is not drawn
+    with open(ours, "rb", buffering=0) as terminal:
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=theirs, env=environment
+        )
+        os.close(theirs)
+        said = b""
+        with contextlib.suppress(OSError):  # the end of a terminal, on Linux
+            while chunk := terminal.read(4096):
+                said += chunk
+    assert process.wait() == 0, said
+    assert b"denoise" in said and b"2/2" in said
+    names = " ".join(path.name for path in (tmp_path / "xla").iterdir())
+    assert "sample_step" in names and "sample_latents" not in names
 
 
 def test_inputs_are_never_overwritten(tmp_path, capsys, unloaded):

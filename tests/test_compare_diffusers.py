@@ -14,11 +14,13 @@ from diffusers import AutoencoderKLWan, Cosmos3OmniTransformer
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import compare_diffusers as compare  # noqa: E402
+import compare_report  # noqa: E402
 import oracle_model  # noqa: E402
 
-from cosmos3_jax import bench, transformer, video_vae  # noqa: E402
+from cosmos3_jax import bench, cli, tiny, transformer, video_vae  # noqa: E402
 from cosmos3_jax.config import Config  # noqa: E402
 
+SIZE = compare.TINY
 JOB = dataclasses.replace(compare.TINY_JOB, text_tokens=41, negative_tokens=37)
 
 
@@ -38,12 +40,12 @@ def pipeline(config):
 @pytest.fixture(scope="module")
 def report(config):
     """Both sides in this process, every step of the job."""
-    report = compare.new_report({"tiny": JOB}, {})
+    report = compare_report.new_report({SIZE: JOB}, {})
     jax.config.update("jax_disable_most_optimizations", True)  # half the time to compile
     try:
         for run in (compare.run_ours, compare.run_diffusers):
-            for event in run(config, {"tiny": JOB}, "float32", compiled=False):
-                compare.merge(report, event)
+            for event in run(config, {SIZE: JOB}, "float32", compiled=False):
+                compare_report.merge(report, event)
     finally:
         jax.config.update("jax_disable_most_optimizations", False)
     return report
@@ -58,53 +60,167 @@ def numbers(value):
 
 
 def test_both_sides_do_the_same_work_and_say_how_long(report):
-    entry = json.loads(json.dumps(report))["sizes"]["tiny"]
+    entry = json.loads(json.dumps(report))["sizes"][SIZE]
     eager = entry["diffusers"]["eager"]
-    assert not report["failed"] and entry["steps_timed"] == JOB.steps
+    assert not report["failed"]
     assert entry["ours"]["work"] == eager["work"] == {
         "text_tokens": 41, "negative_tokens": 37, "video_tokens": 3 * 2 * 3, "video": [9, 64, 96],
-        "passes": 2 * JOB.steps,
+        "passes_per_step": 2,
     }  # fmt: skip
+    for side in (entry["ours"], eager):
+        assert side["steps_timed"] == JOB.steps and side["passes"] == 2 * JOB.steps
+    assert entry["total_formed_by"] == {
+        "ours": "condition + one loop of all 2 steps + decode",
+        "diffusers": "all 2 steps of one call + decode",
+    }
     assert entry["ratios"]["same_work"] and entry["ratios"]["compared_with"] == "eager"
+    assert entry["variants_run"] == ["eager"]
     assert len(eager["step_samples"]) == JOB.steps
     assert entry["ours"]["finite"] and eager["finite"]
     found = numbers([entry["ours"], eager, entry["ratios"]])
     assert len(found) > 20 and all(0 < value < math.inf for value in found)
     assert eager["attention_seconds"][eager["backend"]] > 0
-    assert "compared with" in compare.table(report)
+    lines = compare_report.table(report).splitlines()
+    assert any("compared with" in line for line in lines)
+    assert f"{SIZE} compiled: not run" in lines and f"{SIZE} eager: not run" not in lines
 
 
-def test_our_side_from_a_file(report, tmp_path, monkeypatch):
-    """`--only diffusers --ours FILE`: whole jobs measured before, their side now."""
-    eager = report["sizes"]["tiny"]["diffusers"]["eager"]
+@pytest.fixture
+def bench_file():
+    """What `cosmos3-jax bench` writes of the tiny job."""
     stage = {"seconds": 0.1, "samples": [0.1, 0.2, 0.1]}
-    measured = {
-        "job": dataclasses.asdict(compare.TINY_JOB),
-        "stages": {"condition": stage, "one step": {"seconds": 0.5}, "video decode": stage},
-        "peak_gib": None,
-    }
+    stages = {name: dict(stage) for name in ("condition", "denoise", "video decode")}
+    stages["denoise"]["samples"] = [1.5, 0.5, 1.0]
+    job = dataclasses.asdict(compare.TINY_JOB)
+    result = {"job": job, "stages": stages, "peak_gib": None}
+    return {
+        "device": "cpu", "weights": "tiny", "dtype": "bfloat16", "results": {SIZE: result},
+    }  # fmt: skip
+
+
+def test_our_side_from_a_file(report, bench_file, tmp_path, monkeypatch):
+    """`--only diffusers --ours FILE`: whole jobs measured before, their side now."""
+    eager = report["sizes"][SIZE]["diffusers"]["eager"]
+    device = {"device": "another chip"}
     ours, out = tmp_path / "ours.json", tmp_path / "out.json"
-    ours.write_text(json.dumps({"device": "a chip", "results": {"tiny": measured}}))
-    event = {"size": "tiny", "side": "eager", "found": eager}
-    monkeypatch.setattr(compare, "in_child", lambda run, *arguments: iter([event]))
+    ours.write_text(json.dumps(bench_file))
+
+    def in_child(run, *arguments):
+        yield {"side": "diffusers", "environment": device}
+        yield {"size": SIZE, "side": "eager", "found": eager}
+
+    monkeypatch.setattr(compare, "in_child", in_child)
     command = ["--tiny", "--only", "diffusers", "--ours", str(ours), "--out", str(out)]
-    found = compare.main(command)["sizes"]["tiny"]
-    assert found == json.loads(out.read_text())["sizes"]["tiny"]
-    seconds = 0.1 + 2 * 0.5 + 0.1  # condition, two steps, decode
+    written = compare.main(command)
+    found = written["sizes"][SIZE]
+    assert written == json.loads(out.read_text())
+    seconds = 0.1 + 1.0 + 0.1  # condition, both steps, decode
     assert found["ours"]["total_seconds"] == pytest.approx(seconds)
     assert found["ratios"]["eager"]["ratio"] == pytest.approx(eager["total_seconds"] / seconds)
-    measured["job"]["steps"] += 1
-    ours.write_text(json.dumps({"results": {"tiny": measured}}))
-    with pytest.raises(ValueError, match="measured on another job"):
-        compare.main(command)
+    different, lengths = written["failed"]
+    assert "ours on cpu, diffusers on another chip" in different
+    assert lengths == f"{SIZE}: the two sides did not do the same work"  # 41 tokens there, 40 here
+    assert lengths in compare_report.table(written)
+    device["device"] = "cpu"
+    assert compare.main(command)["failed"] == [lengths]
+
+
+@pytest.mark.parametrize(
+    "place, value, message",
+    [
+        (["weights"], "random nano", "weights is 'random nano', must be 'tiny'"),
+        (["dtype"], "float32", "dtype is 'float32', must be 'bfloat16'"),
+        (["results"], {}, rf"list of sizes is \[\], must be \['{SIZE}'\]"),
+        (["results", SIZE, "job", "steps"], 3, f"steps at {SIZE} is 3, must be 2"),
+        (["results", SIZE, "job", "fps"], 16.0, f"fps at {SIZE} is 16.0, must be 24.0"),
+        (["results", SIZE, "job", "decode_chunk_size"], 1, "decode_chunk_size at .* must be None"),
+        (["results", SIZE, "job", "repeats"], 1, None),
+    ],
+)
+def test_a_file_of_anything_else_is_refused(bench_file, config, tmp_path, place, value, message):
+    path, inner = tmp_path / "ours.json", bench_file
+    for name in place[:-1]:
+        inner = inner[name]
+    inner[place[-1]] = value
+    path.write_text(json.dumps(bench_file))
+    events = compare.read_ours(path, config, {SIZE: compare.TINY_JOB})
+    if message is None:
+        assert len(list(events)) == 2
+        return
+    with pytest.raises(ValueError, match=message) as refused:
+        list(events)
+    assert str(path) in str(refused.value) and "cosmos3-jax bench" in str(refused.value)
+
+
+@pytest.mark.parametrize("size", [SIZE, "480p"])
+def test_the_command_that_makes_such_a_file(config, monkeypatch, tmp_path, size):
+    """The options that a refusal names lead `cosmos3-jax bench` to the job that is wanted."""
+    jobs = {SIZE: compare.TINY_JOB} if size == SIZE else bench.jobs(config, sizes=size)
+    ran = []
+
+    def run_bench(config, params, job):
+        ran.append(job)
+        stage = {"seconds": 1.0, "samples": [1.0]}
+        stages = dict.fromkeys(("condition", "denoise", "video decode"), stage)
+        return {"job": dataclasses.asdict(job), "stages": stages, "peak_gib": None}
+
+    monkeypatch.setattr(bench, "run_bench", run_bench)
+    monkeypatch.setattr(bench, "random_params", lambda config, dtype: {})
+    monkeypatch.setattr(cli.bench_measure, "table", lambda name, result: name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    out = tmp_path / "ours.json"
+    cli.main(["bench", *compare.bench_options(jobs).split(), "--out", str(out)])
+    assert ran == list(jobs.values())
+    events = list(compare.read_ours(out, config, jobs))
+    assert [event.get("size") for event in events] == [None, size]
+    assert events[0]["environment"]["weights"] == (tiny.NAME if size == SIZE else "random nano")
+
+
+def test_a_total_formed_of_few_steps_says_so():
+    """Each side by what it ran itself: here all of ours, as from a file, and three of theirs."""
+    job = dataclasses.replace(JOB, steps=35)
+    report = compare_report.new_report({"720p": job}, {})
+    assert compare.timed_steps("720p", job) == 3
+    ours = {
+        "loop_samples": [70.0], "condition_seconds": 1.0, "steps_timed": 35, "passes": 70,
+        "decode_samples": [4.0], "peak_gib": None, "work": {"passes_per_step": 2},
+    }  # fmt: skip
+    theirs = {
+        "step_samples": [3.0, 9.0, 3.0], "steps_timed": 3, "passes": 6, "decode_samples": [5.0],
+        "peak_gib": None, "work": {"passes_per_step": 2},
+    }  # fmt: skip
+    for side, found in (("ours", ours), ("eager", theirs)):
+        compare_report.merge(report, {"size": "720p", "side": side, "found": found})
+    entry = report["sizes"]["720p"]
+    assert entry["ours"]["total_seconds"] == 75 and entry["ours"]["step_median_seconds"] == 2
+    assert entry["diffusers"]["eager"]["total_seconds"] == 35 * 3 + 5
+    assert compare_report.summed(theirs, 3)["total_seconds"] == 3 + 9 + 3 + 5  # all that there are
+    assert entry["total_formed_by"] == {
+        "ours": "condition + one loop of all 35 steps + decode",
+        "diffusers": "35 * the median of 3 steps after one to warm up + decode",
+    }
+    assert entry["ratios"]["same_work"] and not report["failed"]
+    few = ours | {"steps_timed": 3, "passes": 6, "loop_samples": [6.0]}
+    compare_report.merge(report, {"size": "720p", "side": "ours", "found": few})
+    assert entry["ours"]["total_seconds"] == 75
+    formed = "condition + 35 * (one loop of 3 steps / 3) + decode"
+    assert entry["total_formed_by"]["ours"] == formed
+    other = ours | {"work": {"passes_per_step": 1}, "finite": False}
+    for _ in range(2):
+        compare_report.merge(report, {"size": "720p", "side": "ours", "found": other})
+    assert report["failed"] == [
+        "720p ours: not all values are finite",
+        "720p: the two sides did not do the same work",
+    ]
 
 
 def test_few_steps_leave_out_the_first_and_decode_the_whole_video(pipeline):
     job = dataclasses.replace(JOB, steps=5)
     found = oracle_model.measure_job(pipeline, job, 2)
-    assert len(found["step_samples"]) == 2 and found["work"]["passes"] == 4
+    assert len(found["step_samples"]) == found["steps_timed"] == 2
+    assert found["passes"] == 4 and found["work"]["passes_per_step"] == 2
     assert found["work"]["video"] == [9, 64, 96] and found["finite"]
-    samples, steps = found["step_samples"], compare.summed(found, job.steps)
+    samples, steps = found["step_samples"], compare_report.summed(found, job.steps)
     assert steps["denoise_seconds"] == pytest.approx(5 * sum(samples) / 2)
     assert steps["total_seconds"] == steps["denoise_seconds"] + found["decode_samples"][0]
 
@@ -163,28 +279,32 @@ def test_ratios_compare_with_the_faster_variant():
     def row(total, before):
         return {
             "total_seconds": total, "total_with_preparation_seconds": total + before,
-            "step_median_seconds": total / 10, "decode_seconds": total / 5, "work": {"passes": 4},
+            "step_median_seconds": total / 10, "decode_seconds": total / 5,
+            "work": {"video_tokens": 4},
         }  # fmt: skip
 
     variants = {"eager": row(6.0, 1.0), "compiled": row(5.0, 1.0)}
-    found = compare.ratios(row(4.0, 0.0), variants)
+    found = compare_report.ratios(row(4.0, 0.0), variants)
     assert found["compared_with"] == "compiled" and found["ratio"] == 1.25
     assert found["ratio_with_preparation"] == 1.5 and found["eager"]["ratio"] == 1.5
-    found = compare.ratios(row(4.0, 0.0), variants | {"compiled": {"error": "no compiler"}})
+    found = compare_report.ratios(row(4.0, 0.0), variants | {"compiled": {"error": "no compiler"}})
     assert found["compared_with"] == "eager" and found["same_work"]
-    assert not compare.ratios(row(4.0, 0.0) | {"work": {"passes": 2}}, variants)["same_work"]
-    assert compare.ratios({"error": "no memory"}, variants) == {}
+    other = row(4.0, 0.0) | {"work": {"video_tokens": 2}}
+    assert not compare_report.ratios(other, variants)["same_work"]
+    assert compare_report.ratios({"error": "no memory"}, variants) == {}
 
 
-def test_a_failure_is_kept_and_ends_nothing(capsys):
-    report = compare.new_report({"tiny": JOB}, {})
+def test_a_failure_is_kept_and_ends_nothing():
+    report = compare_report.new_report({SIZE: JOB}, {})
 
     def fails():
         raise MemoryError("all of it")
 
-    compare.merge(report, {"size": "tiny", "side": "eager", "found": compare._try(fails)})
-    assert report["failed"] == ["tiny eager: MemoryError: all of it"]
-    assert report["failed"][0] in compare.table(report)
+    event = {"size": SIZE, "side": "eager", "found": compare._try(fails)}
+    compare_report.merge(report, event)
+    assert report["failed"] == [f"{SIZE} eager: MemoryError: all of it"]
+    assert report["sizes"][SIZE]["variants_run"] == []
+    assert report["failed"][0] in compare_report.table(report)
 
 
 def test_the_blocks_compile_without_a_graph_break(config):

@@ -1,11 +1,21 @@
 """What can be known of the Hopper kernel without the chip: it lowers, and where it cannot run."""
 
+import dataclasses
+import hashlib
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cosmos3_jax import flash_attention, layers
+from cosmos3_jax import bench, bench_inputs, flash_attention
+from cosmos3_jax.attention import attention
+from cosmos3_jax.config import Config
+from cosmos3_jax.generate import encode_conditions, sample_latents
 
 
 def arrays(queries, keys, dtype=jnp.bfloat16, head_dim=128):
@@ -43,7 +53,7 @@ def test_layers_share_a_kernel():
     lowered = jax.jit(layers_of_two_sizes).trace(query, key, value, length)
     text = lowered.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@mosaic_gpu") == 2
-    assert "flash_attention_2x8x256x384" in text and "flash_attention_2x8x256x256" in text
+    assert all(f"flash_attention_2x256x8x128x{keys}x2" in text for keys in (384, 256))
 
 
 class Hopper:
@@ -65,17 +75,66 @@ class Ampere:
     ],
 )
 def test_obstacles(monkeypatch, device, change, reason):
-    monkeypatch.setattr(jax, "devices", lambda: [device])
+    monkeypatch.setattr(flash_attention, "default_device", device)
     query, key, *_ = arrays(**{"queries": 128, "keys": 128} | change)
     found = flash_attention.obstacle(query, key)
     assert found is None if reason is None else reason in found
+
+
+@pytest.mark.parametrize("media, taken", [(60, False), (127, False), (128, True)])
+def test_padding_makes_no_keys(monkeypatch, media, taken):
+    """60 media tokens and 30 of text are 90 keys, however far the text is padded."""
+    monkeypatch.setattr(flash_attention, "default_device", Hopper)
+    seen = []
+
+    def kernel(query, key, value, length):
+        seen.append(key.shape[1])
+        return query
+
+    monkeypatch.setattr(flash_attention, "flash_attention", kernel)
+    query, key, value, length = arrays(media, media)
+    text = (*(jax.ShapeDtypeStruct((2, 128, 2, 128), jnp.bfloat16) for _ in range(2)), length)
+    jax.eval_shape(lambda *x: attention(*x[:3], text=x[3:]), query, key, value, *text)
+    assert seen == [media + 128] * taken
+
+
+def lowered_loop(monkeypatch, *sizes) -> list[str]:
+    """The denoising loop of each size for a Hopper GPU, as the compilation cache sees it."""
+    monkeypatch.setattr(flash_attention, "default_device", Hopper)
+    model = dataclasses.replace(Config().transformer, num_hidden_layers=2, vocab_size=512)
+    config = bench.silent(dataclasses.replace(Config(), transformer=model))
+    shapes = bench_inputs.weight_shapes(config, jnp.bfloat16)
+    texts = []
+    for job in bench.jobs(config, sizes=",".join(sizes)).values():
+        jax.clear_caches()
+        request = bench.random_request(config, job)
+        encode = partial(encode_conditions, config=config)
+        conditions = jax.eval_shape(encode, shapes["und"], request)
+        loop = jax.jit(partial(sample_latents, config=config))
+        traced = loop.trace(shapes["gen"], conditions, request)
+        texts.append(traced.lower(lowering_platforms=("cuda",)).as_text())
+    return texts
+
+
+def test_a_program_does_not_depend_on_those_before_it(monkeypatch):
+    """Or another process, which compiled other sizes first, would not find it in the cache."""
+    small, large = lowered_loop(monkeypatch, "256p", "480p")
+    assert small.count("@mosaic_gpu") == large.count("@mosaic_gpu") == 1
+    script = (
+        "import hashlib, pytest, sys; sys.path.insert(0, 'tests'); import test_flash_attention;"
+        "text, = test_flash_attention.lowered_loop(pytest.MonkeyPatch(), '480p');"
+        "print(hashlib.sha256(text.encode()).hexdigest())"
+    )
+    root = Path(__file__).parents[1]
+    ran = subprocess.run(
+        [sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.split()[-1] == hashlib.sha256(large.encode()).hexdigest()
 
 
 def test_a_cpu_takes_the_other_way():
     query, key, value, _ = arrays(16, 24)
     text = (key, value, jax.ShapeDtypeStruct((2,), jnp.int32))
     assert "Hopper" in flash_attention.obstacle(query, key)
-    jaxpr = jax.make_jaxpr(lambda *x: layers.attention(*x[:3], text=x[3:]))(
-        query, key, value, *text
-    )
+    jaxpr = jax.make_jaxpr(lambda *x: attention(*x[:3], text=x[3:]))(query, key, value, *text)
     assert "mosaic" not in str(jaxpr) and np.prod(jaxpr.out_avals[0].shape) == 2 * 16 * 8 * 128

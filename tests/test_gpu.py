@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cosmos3_jax import flash_attention, layers, rope, transformer, video_vae
+from cosmos3_jax import flash_attention, rope, transformer, video_vae
+from cosmos3_jax.attention import _cudnn_attention, attention
 from cosmos3_jax.config import TransformerConfig, VideoVAEConfig
 
 pytestmark = pytest.mark.gpu
@@ -35,7 +36,7 @@ def attention_inputs(media: int, text: int):
 def masked(query, key, value, text_key, text_value, length):
     """One attention over all keys with a mask."""
     keys, values = (jnp.concatenate(pair, 1) for pair in ((key, text_key), (value, text_value)))
-    return layers._cudnn_attention(query, keys, values, key.shape[1] + length)
+    return _cudnn_attention(query, keys, values, key.shape[1] + length)
 
 
 def float32_rows(query, key, value, text_key, text_value, length, rows):
@@ -55,7 +56,7 @@ def test_flash_attention_is_exact(media, length):
     arrays = attention_inputs(media, 512)
     lengths = jnp.array([length])
     assert flash_attention.obstacle(arrays[0], arrays[1]) is None, "these tests need a Hopper GPU"
-    ours = layers.attention(*arrays[:3], text=(*arrays[3:], lengths))
+    ours = attention(*arrays[:3], text=(*arrays[3:], lengths))
     cudnn = masked(*arrays, lengths)
     rows = np.unique([*np.linspace(0, media - 1, 64, dtype=int), media - 2])
     exact = float32_rows(*arrays, length, rows)
@@ -70,7 +71,7 @@ def test_flash_attention_of_peaked_logits():
     query, key, value, *text = attention_inputs(1000, 128)
     key = key * jnp.linspace(0, 8, 1000)[None, :, None, None].astype(key.dtype)
     lengths = jnp.array([77])
-    ours = layers.attention(query, key, value, text=(*text, lengths))
+    ours = attention(query, key, value, text=(*text, lengths))
     exact = float32_rows(query, key, value, *text, 77, np.arange(1000))
     cudnn = masked(query, key, value, *text, lengths)
     assert relative_l2(ours, exact) <= 1.1 * relative_l2(cudnn, exact)
@@ -80,13 +81,13 @@ def test_flash_attention_of_a_batch_and_under_vmap():
     """Examples of a batch, and those of vmap, have their own lengths and their own text."""
     arrays = [jnp.concatenate([x, x[:, ::-1], 2 * x]) for x in attention_inputs(600, 256)]
     lengths = jnp.array([256, 3, 131])
-    whole = layers.attention(*arrays[:3], text=(*arrays[3:], lengths))
+    whole = attention(*arrays[:3], text=(*arrays[3:], lengths))
     query, *others = (x[:, None] for x in arrays)
-    mapped = jax.vmap(lambda q, k, v, tk, tv, n: layers.attention(q, k, v, text=(tk, tv, n)))(
+    mapped = jax.vmap(lambda q, k, v, tk, tv, n: attention(q, k, v, text=(tk, tv, n)))(
         query, *others, lengths[:, None]
     )
     for b in range(3):
-        alone = layers.attention(
+        alone = attention(
             *(x[b : b + 1] for x in arrays[:3]),
             text=(*(x[b : b + 1] for x in arrays[3:]), lengths[b : b + 1]),
         )
@@ -98,7 +99,7 @@ def test_gradient_of_flash_attention():
     lengths = jnp.array([100])
     weights = jax.random.normal(jax.random.key(9), arrays[0].shape, jnp.float32)
     ours = jax.grad(
-        lambda *x: jnp.sum(weights * layers.attention(*x[:3], text=(*x[3:], lengths))), range(5)
+        lambda *x: jnp.sum(weights * attention(*x[:3], text=(*x[3:], lengths))), range(5)
     )
     cudnn = jax.grad(lambda *x: jnp.sum(weights * masked(*x, lengths)), range(5))
     for found, expected in zip(ours(*arrays), cudnn(*arrays), strict=True):
@@ -167,4 +168,4 @@ def test_attention_without_cudnn_refuses_what_cannot_fit():
     query = jax.ShapeDtypeStruct((1, 44160, 32, 128), jnp.float32)
     key = jax.ShapeDtypeStruct((1, 44160, 8, 128), jnp.float32)
     with pytest.raises(ValueError, match="dtype is float32, not bfloat16 or float16"):
-        jax.eval_shape(layers.attention, query, key, key)
+        jax.eval_shape(attention, query, key, key)

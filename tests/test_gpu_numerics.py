@@ -1,12 +1,13 @@
-"""`benchmarks/gpu_numerics.py` on a few of its sizes: bfloat16 beside diffusers', float32, rotary
-tables. Run with -m gpu.
+"""`benchmarks/gpu_numerics.py`: a run that is cut off shows, on any machine. With -m gpu, a few of
+its sizes: bfloat16 beside diffusers', float32, rotary tables.
 
 The transformer is at full width, since that is where every run spends its time; the autoencoders
 are at a quarter, which compiles in seconds.
 """
 
 import dataclasses
-import importlib.util
+import importlib
+import json
 import os
 from pathlib import Path
 
@@ -17,23 +18,26 @@ import torch
 # Before JAX takes hold of the GPU: torch needs a share of it, which JAX would take at once.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu_numerics.py"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 pytestmark = [
-    pytest.mark.gpu,
     pytest.mark.filterwarnings("ignore:.*TF32:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning"),
 ]
 
 
 @pytest.fixture(scope="module")
-def numerics():
+def script():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        yield importlib.import_module("gpu_numerics")
+
+
+@pytest.fixture(scope="module")
+def numerics(script):
     if jax.default_backend() != "gpu" or not torch.cuda.is_available():
         pytest.skip("no GPU for both JAX and torch")
-    spec = importlib.util.spec_from_file_location("gpu_numerics", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +55,11 @@ def sizes(numerics):
 @pytest.fixture(scope="module")
 def folder(numerics, sizes, tmp_path_factory):
     folder = tmp_path_factory.mktemp("numerics")
-    numerics.save_checkpoint(folder, sizes.config)
+    numerics.models.save_checkpoint(folder, sizes.config)
     return folder
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("part", ["rope", "transformer", "sound_vae", "video_vae"])
 def test_rounding_is_no_worse_than_diffusers(numerics, sizes, folder, part):
     """The bars and their reasons stand in the script; they hold as they are at these sizes too."""
@@ -63,6 +68,7 @@ def test_rounding_is_no_worse_than_diffusers(numerics, sizes, folder, part):
     assert [failure for row in rows for failure in numerics.failures(row)] == []
 
 
+@pytest.mark.gpu
 def test_a_mistake_misses_its_bar(numerics, sizes, folder, monkeypatch):
     """Positions one frame off are an error that the ratio shows, and float32 even more so."""
     right = numerics.rope.video_positions
@@ -76,3 +82,49 @@ def test_a_mistake_misses_its_bar(numerics, sizes, folder, monkeypatch):
     found = [failure for row in rows for failure in numerics.failures(row)]
     assert any("ratio" in failure for failure in found)
     assert any("float32" in failure for failure in found)
+
+
+def test_a_run_that_is_cut_off_shows(script, tmp_path, monkeypatch):
+    out, row = tmp_path / "out.json", {"part": "rope", "case": "a", "ratio": 1.0}
+    row["max_abs"] = {"our_cosine": 0.0}
+
+    def cut_off(sizes, folder):
+        yield row
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script.models, "save_checkpoint", lambda folder, config: None)
+    monkeypatch.setitem(script.PARTS, "rope", lambda sizes, folder: iter([row]))
+    monkeypatch.setitem(script.PARTS, "video_vae", cut_off)
+    command = ["--tiny", "--out", str(out), "--parts", "rope,video_vae"]
+    with pytest.raises(KeyboardInterrupt):
+        script.main(command)
+    found = json.loads(out.read_text())
+    assert found["complete"] is False and found["unfinished"] == ["video_vae"]
+    assert found["rows"] == [row, row] and found["failures"] == []
+    environments = (found, found["diffusers"])
+    assert all(part["device"] and part["versions"] for part in environments)
+    assert "driver" in found and found["diffusers"]["versions"]["torch"]
+
+    def cut_off_at_once(folder, config):
+        raise MemoryError
+
+    monkeypatch.setattr(script.models, "save_checkpoint", cut_off_at_once)
+    with pytest.raises(MemoryError):
+        script.main(command)
+    found = json.loads(out.read_text())  # no rows of the run before
+    assert found["complete"] is False and found["rows"] == []
+
+
+def test_a_run_to_the_end_is_complete(script, tmp_path, monkeypatch):
+    out = tmp_path / "out.json"
+    command = ["--tiny", "--out", str(out), "--parts", "rope"]
+    assert script.main(command) == 0
+    found = json.loads(out.read_text())
+    assert found["complete"] is True and found["parts"] == ["rope"] and not found["unfinished"]
+    assert len(found["rows"]) == 4 and found["seconds"].keys() == {"save", "rope"}
+    monkeypatch.setattr(script, "COSINE", 0.0)
+    assert script.main(command) == 1
+    missed = json.loads(out.read_text())
+    assert missed["complete"] is True and len(missed["failures"]) == 4
+    with pytest.raises(SystemExit):
+        script.main([*command[:-1], "rope,mistyped"])

@@ -27,10 +27,11 @@ from oracle import (
 )
 
 from cosmos3_jax import rope
+from cosmos3_jax.attention import attention
 from cosmos3_jax.checkpoint import rules
 from cosmos3_jax.checkpoint.transformer_layout import transformer_layout
 from cosmos3_jax.config import TransformerConfig
-from cosmos3_jax.layers import RMSNorm, TimestepEmbedding, attention
+from cosmos3_jax.layers import RMSNorm, TimestepEmbedding
 from cosmos3_jax.transformer import (
     Latents,
     encode_condition,

@@ -1,5 +1,7 @@
 """UniPC and its schedules against diffusers' scheduler, and against the solver's own definition."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -202,6 +204,35 @@ def test_trajectory_and_step_reports():
     )  # the last step returns the clean prediction
     first = noise - table.sigma[0] * np.asarray(model(noise, table.timestep[0], jnp))
     np.testing.assert_allclose(trajectory.clean[0], first, atol=1e-6)  # one multiply-add of float32
+
+
+@pytest.mark.parametrize("steps", [1, 2, 6])
+def test_one_program_a_step_equals_the_scan(steps):
+    """Its state is donated, and the same program serves every row of every tableau."""
+    noise = {
+        name: np.random.RandomState(i).standard_normal(size).astype(np.float32)
+        for i, (name, size) in enumerate({"video": (3, 5), "sound": (7,)}.items())
+    }
+    table = unipc.tableau(unipc.sigmas("native", steps))
+
+    def velocity(x, t):
+        return jax.tree.map(lambda leaf: model(leaf, t, jnp), x)
+
+    expected, trajectory = unipc.sample(velocity, noise, table, return_trajectory=True)
+    step = jax.jit(partial(unipc.step, velocity), donate_argnums=0)
+    state = unipc.initial_state(noise)
+    for i, row in enumerate(unipc.rows(table)):
+        before, state = state, step(state, row)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
+        for name in noise:  # two programs, so float32 rounding of values up to 3; measured 2e-7
+            for ours, theirs in (
+                (state.latents, trajectory.latents),
+                (state.clean, trajectory.clean),
+            ):
+                np.testing.assert_allclose(ours[name], theirs[name][i], atol=1e-6)
+    assert i == steps - 1 and step._cache_size() <= 2  # numpy rows; the first state is uncommitted
+    for name in noise:
+        np.testing.assert_allclose(state.latents[name], expected[name], atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,130 @@
+"""The one attention function, by the best kernel there is, and what can be known before it runs.
+
+On a Hopper GPU the media tower's runs in our own kernel (`flash_attention`); else on a GPU in
+cuDNN's; elsewhere, and in float32, in XLA's, which holds all logits at once.
+
+Axes: B batch, S query tokens, T key tokens, N query heads, K key/value heads, H head dimension.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from cosmos3_jax import flash_attention
+from cosmos3_jax.device import AnyDevice, default_device
+
+MAX_LOGIT_BYTES = 16 * 2**30
+
+Text = tuple[Array, Array, Array]  # keys and values [B, T', K, H], and int32 [B]: how many are real
+
+
+def attention(
+    query: Array, key: Array, value: Array, *, text: Text | None = None, causal: bool = False
+) -> Array:
+    """Scaled dot-product attention with grouped key/value heads; scale H^-1/2, softmax in float32.
+
+    Args:
+        query: [B, S, N, H].
+        key, value: [B, T, K, H]; query head i reads key head i // (N / K).
+        text: further keys and values, padded on the right, and how many of them are real.
+        causal: whether query i reads keys 0..i only; without `text`.
+
+    Returns:
+        [B, S, N, H] in the query's dtype.
+
+    Raises:
+        ValueError: see `check_logits`.
+    """
+    length = None
+    if text is not None:
+        obstacle = flash_attention.obstacle(query, key)
+        length = key.shape[1] + text[2]
+        key, value = (jnp.concatenate(pair, axis=1) for pair in ((key, text[0]), (value, text[1])))
+        if obstacle is None:
+            return _flash_attention(query, key, value, length)
+    obstacle = fused_obstacle(query.dtype, query.shape[-1])
+    if obstacle is None:
+        return _cudnn_attention(query, key, value, length, causal)
+    batch, queries, heads, _ = query.shape
+    check_logits(logit_bytes(batch, heads, queries, key.shape[1]), obstacle)
+    return _xla_attention(query, key, value, length, causal)
+
+
+def fused_obstacle(dtype: jnp.dtype, head_dim: int, device: AnyDevice | None = None) -> str | None:
+    """Why no kernel that holds few logits at a time can run, or None if one can.
+
+    Without a `device`, on the default one.
+    """
+    device = device or default_device()
+    if device.platform != "gpu":
+        return f"the device is a {device.platform.upper()}, not an NVIDIA GPU"
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"the dtype is {dtype}, not bfloat16 or float16"
+    if head_dim % 8 or head_dim > 128:
+        return f"the head dimension {head_dim} is not a multiple of 8 up to 128"
+    capability = getattr(device, "compute_capability", "0")
+    if float(capability) < 8:
+        return f"the GPU has compute capability {capability}, less than 8.0 (Ampere)"
+    return None
+
+
+def logit_bytes(batch: int, heads: int, queries: int, keys: int) -> int:
+    """Size of all logits of one attention in float32."""
+    return 4 * batch * heads * queries * keys
+
+
+def check_logits(size: int, obstacle: str | None) -> None:
+    """Raise ValueError if logits of `size` bytes are more than `MAX_LOGIT_BYTES`.
+
+    `obstacle` is why an attention has to hold them, see `fused_obstacle`.
+    """
+    if size > MAX_LOGIT_BYTES:
+        raise ValueError(
+            f"attention would hold {size / 2**30:.0f} GiB of logits (limit "
+            f"{MAX_LOGIT_BYTES / 2**30:.0f}), because no kernel that needs fewer can run: "
+            f"{obstacle}. Change that, or make the video smaller or shorter"
+        )
+
+
+def _xla_attention(query: Array, key: Array, value: Array, length, causal: bool) -> Array:
+    with jax.default_matmul_precision("highest" if query.dtype == jnp.float32 else None):
+        return jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            key_value_seq_lengths=length,
+            is_causal=causal,
+            implementation="xla",
+        )
+
+
+def _cudnn_attention(
+    query: Array, key: Array, value: Array, length: Array | None = None, causal: bool = False
+) -> Array:
+    return jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        key_value_seq_lengths=length,
+        is_causal=causal,
+        implementation="cudnn",
+    )
+
+
+@jax.custom_vjp
+def _flash_attention(query: Array, key: Array, value: Array, length: Array) -> Array:
+    return flash_attention.flash_attention(query, key, value, length)
+
+
+def _flash_forward(*arrays: Array) -> tuple[Array, tuple[Array, ...]]:
+    return _flash_attention(*arrays), arrays
+
+
+def _flash_backward(arrays: tuple[Array, ...], gradient: Array) -> tuple[Array | None, ...]:
+    """cuDNN's: it runs its own forward pass again."""
+    query, key, value, length = arrays
+    _, transpose = jax.vjp(lambda *qkv: _cudnn_attention(*qkv, length), query, key, value)
+    return *transpose(gradient), None
+
+
+_flash_attention.defvjp(_flash_forward, _flash_backward)
