@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cosmos3_jax import memory
+from cosmos3_jax import device
 from cosmos3_jax.bench_measure import environment
 from cosmos3_jax.checkpoint import load
 from cosmos3_jax.frontend import load_frontend
@@ -66,11 +66,11 @@ def main() -> None:
             size = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
             found[part] = rate(size, time.perf_counter() - start)
         del tree
-    alone = memory.device_peak()
+    alone = device.memory_peak()
     start = time.perf_counter()
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights.all()))
     found["all"] = rate(size, time.perf_counter() - start)
-    peaks = {"one part at a time": alone, "all": memory.device_peak()}
+    peaks = {"one part at a time": alone, "all": device.memory_peak()}
     record = environment() | {
         "rates": found,
         "peak_gib": {k: v and v / GIB for k, v in peaks.items()},

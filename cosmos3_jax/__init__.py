@@ -1,8 +1,9 @@
 """Cosmos3 generation in JAX/Flax: a prompt becomes a video, or a video with sound."""
 
-from cosmos3_jax.generate import T2VRequest, generate
+from cosmos3_jax.generate import generate
 from cosmos3_jax.media import save_mp4
 from cosmos3_jax.pipeline import Cosmos3
+from cosmos3_jax.request import T2VRequest
 from cosmos3_jax.sound_vae import sound_latent_length
 from cosmos3_jax.video_vae import pixel_to_latent_shape
 

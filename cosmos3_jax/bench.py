@@ -16,19 +16,14 @@ from cosmos3_jax import memory, sound_vae, transformer
 from cosmos3_jax.bench_inputs import SIZES, Job, jobs, random_params, random_request, silent
 from cosmos3_jax.bench_measure import GIB, compile_cold_and_cached, device_peak_gib, measure
 from cosmos3_jax.config import Config
-from cosmos3_jax.generate import (
-    T2VRequest,
-    decode,
-    encode_conditions,
-    params_dtype,
-    sample_latents,
-)
+from cosmos3_jax.generate import decode, encode_conditions, params_dtype, sample_latents
 from cosmos3_jax.layers import TimestepEmbedding
-from cosmos3_jax.request import TEXT_BUCKET
+from cosmos3_jax.prepare import TEXT_BUCKET
+from cosmos3_jax.request import T2VRequest
 
 __all__ = [
-    "SIZES", "Job", "denoise_flops", "jobs", "random_params", "random_request", "run_bench",
-    "silent",
+    "SIZES", "Job", "denoise_flops", "jobs", "memory_sizes", "random_params", "random_request",
+    "run_bench", "silent",
 ]  # fmt: skip
 
 
@@ -141,14 +136,16 @@ def _one_step(config: Config, params: dict, job: Job) -> dict:
     return {"seconds": ran["seconds"] / 2, "samples": [s / 2 for s in ran["samples"]]}
 
 
-def _estimated_gib(config: Config, params: dict, job: Job) -> float:
+def memory_sizes(job: Job) -> dict:
+    """The arguments of `memory.generation_bytes` that a job determines."""
     names = ("num_frames", "height", "width", "fps", "sound", "decode_chunk_size")
     longest = max(job.text_tokens, job.negative_tokens)
-    parts = memory.generation_bytes(
-        config,
-        **{name: getattr(job, name) for name in names},
-        guidance=job.negative_tokens > 0,
-        text_tokens=-(-longest // TEXT_BUCKET) * TEXT_BUCKET,
-        dtype=str(transformer.compute_dtype(params["gen"])),
-    )
-    return parts["peak"] / GIB
+    return {name: getattr(job, name) for name in names} | {
+        "guidance": job.negative_tokens > 0,
+        "text_tokens": -(-longest // TEXT_BUCKET) * TEXT_BUCKET,
+    }
+
+
+def _estimated_gib(config: Config, params: dict, job: Job) -> float:
+    dtype = str(transformer.compute_dtype(params["gen"]))
+    return memory.generation_bytes(config, **memory_sizes(job), dtype=dtype)["peak"] / GIB

@@ -14,10 +14,10 @@ import numpy as np
 
 from cosmos3_jax import sound_vae, transformer, unipc, video_vae
 from cosmos3_jax.bench_measure import GIB
-from cosmos3_jax.config import Config
+from cosmos3_jax.config import Config, check_fps
 from cosmos3_jax.device import default_device
-from cosmos3_jax.generate import T2VRequest, initial_noise
-from cosmos3_jax.request import TEXT_BUCKET
+from cosmos3_jax.prepare import TEXT_BUCKET
+from cosmos3_jax.request import T2VRequest, initial_noise
 
 SIZES = {"256p": (192, 320), "480p": (480, 832), "720p": (720, 1280)}  # height, width
 DRAW_VALUES = 2**22  # random values that are drawn at a time: 16 MiB before they are rounded
@@ -56,8 +56,7 @@ class Job:
             value, least = getattr(self, name), 0 if name == "negative_tokens" else 1
             if value is not None and value < least:
                 raise ValueError(f"{name}={value} must be at least {least}")
-        if not 0 < self.fps < math.inf:
-            raise ValueError(f"fps={self.fps} must be positive and finite, for example 24.0")
+        check_fps(self.fps)
         if self.sound and not config.has_sound:
             raise ValueError("sound is asked for, but these weights have none: leave it out")
         if self.sound and self.num_frames == 1:

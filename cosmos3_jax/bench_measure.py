@@ -15,8 +15,7 @@ import jax
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 import cosmos3_jax
-from cosmos3_jax import memory
-from cosmos3_jax.device import default_device
+from cosmos3_jax.device import default_device, memory_peak
 
 LONG_SECONDS = 30  # a run that is not repeated
 GIB = 2**30
@@ -124,8 +123,8 @@ def measure(program: jax.stages.Compiled, *arguments, repeats: int) -> tuple[Any
 
 
 def device_peak_gib() -> float | None:
-    """See `memory.device_peak`."""
-    peak = memory.device_peak()
+    """See `device.memory_peak`."""
+    peak = memory_peak()
     return None if peak is None else peak / GIB
 
 

@@ -2,25 +2,30 @@
 
 import argparse
 import json
-import platform
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import jax
 import numpy as np
 
-import cosmos3_jax
-from cosmos3_jax import bench, bench_measure, media, memory, startup, tiny, unipc
+from cosmos3_jax import (
+    bench,
+    bench_measure,
+    device,
+    media,
+    memory,
+    memory_limits,
+    startup,
+    tiny,
+    unipc,
+)
 from cosmos3_jax.checkpoint import load
 from cosmos3_jax.checkpoint.convert import check_target, convert_checkpoint
+from cosmos3_jax.cli_generate import run_generate
 from cosmos3_jax.config import Config
-from cosmos3_jax.generate import T2VRequest
-from cosmos3_jax.pipeline import Cosmos3, find_checkpoint, load_frontend
-from cosmos3_jax.prompt import PROMPT_STYLES, read_prompt
-from cosmos3_jax.request import prepare_request, resolve_batch, resolve_sigmas
+from cosmos3_jax.pipeline import Cosmos3, find_checkpoint
+from cosmos3_jax.prompt import PROMPT_STYLES
 
 DEFAULT_PROMPT = "A red ball bounces across a wooden floor; each bounce makes a soft knock."
 
@@ -61,15 +66,15 @@ def _add_checkpoint(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_shape(command: argparse.ArgumentParser) -> None:
+def _add_shape(
+    command: argparse.ArgumentParser, dtype: str = "default: bfloat16, on a CPU float32"
+) -> None:
     command.add_argument("--num-frames", type=int, help="4k + 1")
     command.add_argument("--height", type=int, help="pixels, a multiple of 16")
     command.add_argument("--width", type=int, help="pixels, a multiple of 16")
     command.add_argument("--fps", type=float, help="frames per second")
     command.add_argument("--sound", action="store_true", help="denoise sound along with the video")
-    command.add_argument(
-        "--dtype", choices=("bfloat16", "float32"), help="default: bfloat16, on a CPU float32"
-    )
+    command.add_argument("--dtype", choices=("bfloat16", "float32"), help=dtype)
 
 
 def _add_generate(command: argparse.ArgumentParser) -> None:
@@ -135,7 +140,7 @@ def _add_convert(command: argparse.ArgumentParser) -> None:
 def _add_info(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=run_info)
     _add_checkpoint(command)
-    _add_shape(command)
+    _add_shape(command, dtype="default: bfloat16")
 
 
 def _add_bench(command: argparse.ArgumentParser) -> None:
@@ -152,7 +157,13 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
         help=f"{', '.join(bench.SIZES)}, or several with commas, instead of --height and --width",
     )
     command.add_argument("--steps", type=int, help="denoising steps")
-    command.add_argument("--repeats", type=int, default=3, help="runs of each stage (%(default)s)")
+    command.add_argument(
+        "--repeats",
+        type=int,
+        default=3,
+        help="runs of a stage after one to warm up; that one alone, if it takes over "
+        f"{bench_measure.LONG_SECONDS} s (%(default)s)",
+    )
     command.add_argument("--text-tokens", type=int, default=300, help="%(default)s")
     command.add_argument(
         "--negative-tokens", type=int, default=300, help="%(default)s; 0 for no guidance"
@@ -160,162 +171,6 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
     command.add_argument("--decode-chunk-size", type=int, help="latent frames at a time")
     command.add_argument("--out", type=Path, metavar="FILE.json", help="what was measured, as JSON")
     command.add_argument("--overwrite", action="store_true", help="replace an existing FILE.json")
-
-
-def run_generate(options: argparse.Namespace) -> int:
-    record_path = options.out.with_suffix(".json")
-    outputs = {options.out: (".mp4",), record_path: None}
-    if options.save_latents:
-        outputs[options.save_latents] = (".npz",)
-    inputs = [options.prompt_file, options.negative_prompt_file, options.noise]
-    read = {path.resolve() for path in inputs if path is not None}
-    for path, suffixes in outputs.items():
-        if path.resolve() in read:
-            raise ValueError(f"{path} would be written and is also read; choose another --out")
-        media.check_writable(path, options.overwrite, suffixes)
-    settings = _settings(options)
-    prompt = read_prompt(options.prompt_file) if options.prompt_file else options.prompt
-    times: dict[str, float] = {}
-    with _timed(times, "preprocess"):
-        folder = find_checkpoint(options.checkpoint, weights=False)
-        config, tokenizer = load_frontend(folder, load_sound=options.sound)
-        request = prepare_request(config, tokenizer, prompt, **settings)
-        media.frame_rate(float(request.fps))  # raises on a rate that no mp4 can have
-    startup.use_compilation_cache(not options.no_compilation_cache)
-    dtype, limit = options.dtype or _default_dtype(), memory.device_limit()
-    job = memory.request_sizes(config, request) | {"dtype": dtype}
-    offload = options.offload == "yes"
-    if options.offload == "auto":
-        offload = memory.should_offload(config, limit, **job)
-    memory.check_fits(config, limit, offload=offload, **job)
-    with memory.exhaustion_explained(config, limit, offload=offload, **job):
-        with _timed(times, "model_load"):
-            model = Cosmos3.from_pretrained(options.checkpoint, dtype, options.sound, offload)
-        with _timed(times, "denoise"):
-            latents, _ = model.denoise(request, progress=sys.stderr.isatty())
-        if options.save_latents:
-            _save_arrays(options.save_latents, latents)
-        with _timed(times, "decode"):
-            result = jax.block_until_ready(model.decode(latents))
-    with _timed(times, "to_cpu"):
-        result = {name: np.asarray(value) for name, value in result.items()}
-    fps = float(request.fps)
-    with _timed(times, "encode"):
-        media.save_mp4(result, options.out, fps=fps, overwrite=options.overwrite)
-    times["total"] = sum(times.values())
-    record = _record(options, model, request, prompt, settings, times)
-    media.write_text(record_path, json.dumps(record, indent=2) + "\n", overwrite=options.overwrite)
-    for stage, seconds in times.items():
-        print(f"{stage:>10}  {seconds:8.2f} s")
-    print(f"wrote {', '.join(map(str, outputs))}")
-    return 0
-
-
-def _settings(options: argparse.Namespace) -> dict:
-    """The arguments of `Cosmos3.prepare` that the command line names; the rest comes from the
-    recipe.
-    """
-    names = (
-        "num_frames", "height", "width", "fps", "num_inference_steps", "guidance_scale",
-        "flow_shift", "schedule", "seed", "sound", "prompt_style",
-        "system_prompt", "negative_prompt",
-    )  # fmt: skip
-    settings = {name: getattr(options, name) for name in names}
-    if options.negative_prompt_file:
-        settings["negative_prompt"] = read_prompt(options.negative_prompt_file)
-    if options.sigmas:
-        settings["sigmas"] = _numbers("--sigmas", options.sigmas)
-    if options.noise:
-        settings |= _load_noise(options.noise)
-    return settings
-
-
-def _numbers(option: str, text: str) -> list[float]:
-    try:
-        return [float(number) for number in text.split(",")]
-    except ValueError as error:
-        raise ValueError(f"{option} {text!r} must be numbers with commas between them") from error
-
-
-def _load_noise(path: Path) -> dict[str, np.ndarray]:
-    """`noise` and, if it is there, `sound_noise` of an npz file."""
-    try:
-        with np.load(path) as arrays:
-            found = {name: arrays[name] for name in ("noise", "sound_noise") if name in arrays}
-    except Exception as error:  # numpy, zipfile and zlib raise half a dozen kinds
-        raise ValueError(f"--noise {path} cannot be read as an npz file: {error}") from error
-    if "noise" not in found:
-        raise ValueError(f"--noise {path} holds no array named noise")
-    return found
-
-
-def _save_arrays(path: Path, arrays: dict[str, jax.Array]) -> None:
-    temporary = path.with_name(f".{path.name}.partial.npz")
-    np.savez(temporary, **{name: np.asarray(value) for name, value in arrays.items()})
-    temporary.replace(path)
-
-
-def _record(
-    options: argparse.Namespace,
-    model: Cosmos3,
-    request: T2VRequest,
-    prompt: str,
-    settings: dict,
-    times: dict[str, float],
-) -> dict:
-    """Everything needed to make the same video again."""
-    frames = 1 + (request.video_shape[0] - 1) * model.config.video_vae.scale_factor_temporal
-    scale = model.config.video_vae.scale_factor_spatial
-    height, width = (size * scale for size in request.video_shape[1:])
-    fps = model.config.recipe.fps if settings["fps"] is None else settings["fps"]
-    [resolved] = resolve_batch(
-        [prompt], settings["negative_prompt"], style=options.prompt_style,
-        system_prompt=options.system_prompt, num_frames=frames, height=height, width=width, fps=fps,
-    )  # fmt: skip
-    # In float64: the request's are rounded, and 1000 sigma may then be truncated to another
-    # timestep.
-    sigmas = resolve_sigmas(
-        model.config, steps=settings["num_inference_steps"], flow_shift=settings["flow_shift"],
-        schedule=settings["schedule"], sigmas=settings.get("sigmas"),
-    )  # fmt: skip
-    return {
-        "checkpoint": str(options.checkpoint),
-        "prompt": prompt,
-        "negative_prompt": settings["negative_prompt"],
-        "system_prompt": options.system_prompt,
-        "resolved_prompt": resolved.prompt,
-        "resolved_negative_prompt": resolved.negative_prompt
-        if request.neg_text_ids is not None
-        else None,
-        "resolved_system_prompt": resolved.system_prompt,
-        "prompt_style": options.prompt_style,
-        "prompt_tokens": int(request.text_mask.sum()),
-        "negative_prompt_tokens": None
-        if request.neg_text_mask is None
-        else int(request.neg_text_mask.sum()),
-        "num_frames": frames,
-        "height": height,
-        "width": width,
-        "fps": float(fps),
-        "sound_frames": request.sound_frames,
-        "seed": options.seed,
-        "noise": str(options.noise) if options.noise else None,
-        "num_inference_steps": request.num_inference_steps,
-        "guidance_scale": float(request.guidance_scale),
-        "sigmas": sigmas.tolist(),
-        "timesteps": [*map(int, request.sampler.timestep)],
-        "dtype": model.dtype,
-        "offload": not model.weights.resident,
-        "device": jax.devices()[0].device_kind,
-        "peak_memory_bytes": memory.device_peak(),
-        "versions": {
-            "cosmos3_jax": cosmos3_jax.__version__,
-            "jax": jax.__version__,
-            "numpy": np.__version__,
-            "python": platform.python_version(),
-        },
-        "seconds": {stage: round(seconds, 3) for stage, seconds in times.items()},
-    }
 
 
 def run_convert(options: argparse.Namespace) -> int:
@@ -330,40 +185,47 @@ def run_convert(options: argparse.Namespace) -> int:
 
 
 def run_info(options: argparse.Namespace) -> int:
-    folder = find_checkpoint(options.checkpoint)
-    config = load.load_config(folder, load_sound=None)
-    components = load.open_components(folder, config)
-    layout = "converted" if load.is_converted(folder / "transformer") else "public"
-    print(f"{options.checkpoint}: {layout} layout")
-    for component in components:
-        print(f"  {component.name:16} {len(component.files.shapes):5} tensors, fits the model")
+    folder = find_checkpoint(options.checkpoint, weights=False)
+    config = load.load_config(folder, load_sound=options.sound or None)
+    here = folder == Path(options.checkpoint) or options.checkpoint == tiny.NAME
+    lines = [*_memory_lines(options, config)]  # first, as this is what may be refused
+    if here:
+        layout = "converted" if load.is_converted(folder / "transformer") else "public"
+        print(f"{options.checkpoint}: {layout} layout")
+        for component in load.open_components(folder, config):
+            print(f"  {component.name:16} {len(component.files.shapes):5} tensors, fits the model")
+    else:
+        print(f"{options.checkpoint}: on the Hub, weights not looked at")
     print("parameters that generation reads")
     for part, count in memory.parameter_counts(config).items():
         print(f"  {part:16} {count / 1e6:12,.1f} M")
     print(f"sound: {'yes' if config.has_sound else 'no'}")
     print(f"recipe: {', '.join(f'{key}={value}' for key, value in vars(config.recipe).items())}")
-    _print_memory(options, folder)
+    print("\n".join(lines))
     return 0
 
 
-def _print_memory(options: argparse.Namespace, folder: Path) -> None:
-    config = load.load_config(folder, load_sound=None if options.sound else False)
+def _memory_lines(options: argparse.Namespace, config: Config) -> Iterator[str]:
+    """The estimate for this GPU or, where there is none, for one to come."""
     given = {name: getattr(options, name) for name in ("num_frames", "height", "width", "fps")}
     job = memory.recipe_sizes(config) | {k: v for k, v in given.items() if v is not None}
-    job["dtype"] = options.dtype or "bfloat16"
+    job |= {"dtype": options.dtype or "bfloat16", "sound": options.sound}
+    if not options.sound:
+        config = bench.silent(config)
+    if device.default_device().platform != "gpu":
+        job["device"] = device.PlannedGPU()
     resident = memory.generation_bytes(config, **job)
     offloaded = memory.generation_bytes(config, **job, offload=True)
     frames, height, width = (job[name] for name in ("num_frames", "height", "width"))
-    print(f"device memory for {frames} frames of {height}x{width} in {job['dtype']}, an estimate")
-    print(f"  {'':21} {'resident':>12} {'offload':>12}")
+    yield f"GPU memory for {frames} frames of {height}x{width} in {job['dtype']}, an estimate"
+    yield f"  {'':21} {'resident':>12} {'offload':>12}"
     for part, size in resident.items():
-        print(f"  {part:21} {size / 2**30:8.3f} GiB {offloaded[part] / 2**30:8.3f} GiB")
-    limit = memory.device_limit()
+        yield f"  {part:21} {size / 2**30:8.3f} GiB {offloaded[part] / 2**30:8.3f} GiB"
+    limit = device.memory_limit()
     if limit is not None:
         fits = ["fits" if x["peak"] <= limit else "too large" for x in (resident, offloaded)]
-        print(
-            f"  {'of ' + format(limit / 2**30, '.3f') + ' GiB here':21} {fits[0]:>12} {fits[1]:>12}"
-        )
+        here = f"of {limit / 2**30:.3f} GiB here"
+        yield f"  {here:21} {fits[0]:>12} {fits[1]:>12}"
 
 
 def run_bench(options: argparse.Namespace) -> int:
@@ -379,7 +241,10 @@ def run_bench(options: argparse.Namespace) -> int:
         "negative_tokens", "decode_chunk_size", "repeats",
     )  # fmt: skip
     jobs = bench.jobs(config, **{name: getattr(options, name) for name in names})
-    dtype = options.dtype or _default_dtype()
+    dtype = options.dtype or startup.default_dtype()
+    for job in jobs.values():
+        sizes = bench.memory_sizes(job) | {"dtype": dtype}
+        memory_limits.check_fits(config, device.memory_limit(), offload=False, **sizes)
     if options.checkpoint:
         params = Cosmos3.from_pretrained(options.checkpoint, dtype, options.sound).params
     else:
@@ -395,17 +260,6 @@ def run_bench(options: argparse.Namespace) -> int:
             media.write_text(options.out, json.dumps(record, indent=2) + "\n", overwrite=overwrite)
             overwrite = True
     return 0
-
-
-def _default_dtype() -> str:
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
-
-
-@contextmanager
-def _timed(times: dict[str, float], stage: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    times[stage] = time.perf_counter() - start
 
 
 if __name__ == "__main__":

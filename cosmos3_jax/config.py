@@ -435,3 +435,9 @@ class Config:
     def has_sound(self) -> bool:
         """Whether the transformer's sound head and the sound VAE are both there."""
         return self.transformer.sound_gen and self.sound_vae is not None
+
+
+def check_fps(fps: float) -> None:
+    """Raise ValueError unless these frames per second are a number that a video can have."""
+    if not 0 < fps < math.inf:
+        raise ValueError(f"fps={fps} must be positive and finite, for example 24.0")

@@ -22,3 +22,13 @@ def default_device() -> jax.Device:
     if chosen is None:
         return jax.local_devices()[0]
     return jax.local_devices(backend=chosen)[0] if isinstance(chosen, str) else chosen
+
+
+def memory_limit() -> int | None:
+    """Bytes that JAX may use of the default device; None where it does not say, as on a CPU."""
+    return (default_device().memory_stats() or {}).get("bytes_limit")
+
+
+def memory_peak() -> int | None:
+    """The most bytes that this process has had in use on the default device, if it says."""
+    return (default_device().memory_stats() or {}).get("peak_bytes_in_use")

@@ -14,57 +14,16 @@ from functools import partial
 import einops
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import struct
 from jax import Array
 
 from cosmos3_jax import sound_vae, unipc, video_vae
 from cosmos3_jax.config import Config
+from cosmos3_jax.request import T2VRequest, check_request, draw_noise
 from cosmos3_jax.transformer import Condition, Latents, encode_condition, velocity
 
 # Media tokens up to which both guidance branches run as one batch. Beyond, each fills a GPU alone,
 # and one after the other is faster and takes half the memory; measured in benchmarks/NOTES.md.
 ONE_BATCH_TOKENS = 32768
-
-
-@struct.dataclass(kw_only=True)
-class T2VRequest:
-    """The arrays that one generation needs. `Cosmos3.prepare` makes it from a prompt.
-
-    Attributes:
-        text_ids, text_mask: int32 and bool [B, S]; prompts padded on the right, mask True on the
-            prompt.
-        neg_text_ids, neg_text_mask: the same for the negative prompts, of the same or another
-            length. None skips the second branch of classifier-free guidance: the guidance scale 1.
-        video_shape: latent (t, h, w); see `pixel_to_latent_shape`. Static.
-        fps: frames per second, a scalar or float [B].
-        num_inference_steps: K, static.
-        guidance_scale: v_uncond + scale (v_cond - v_uncond); a scalar or float [B].
-        seed: int scalar (example b takes seed + b) or [B], read where `noise` is None.
-        noise: [B, C, t, h, w] initial noise, unit variance, or None.
-        sound_frames: sound latents s, 0 for a video without sound. Static. See
-            `sound_latent_length`.
-        sound_noise: [B, C_sound, s], or None.
-        sampler: the UniPC tableau; None is the native schedule with shift 10.
-        clean_latents: [B, C, t, h, w] normalised latents of given frames, or None.
-        frame_mask: bool [B, t], the given frames: they come out bit for bit as they went in.
-    """
-
-    text_ids: Array
-    text_mask: Array
-    neg_text_ids: Array | None = None
-    neg_text_mask: Array | None = None
-    video_shape: tuple[int, int, int] = struct.field(pytree_node=False)
-    fps: Array | float = 24.0
-    num_inference_steps: int = struct.field(pytree_node=False, default=35)
-    guidance_scale: Array | float = 6.0
-    seed: Array | int | None = None
-    noise: Array | None = None
-    sound_frames: int = struct.field(pytree_node=False, default=0)
-    sound_noise: Array | None = None
-    sampler: unipc.Tableau | None = None
-    clean_latents: Array | None = None
-    frame_mask: Array | None = None
 
 
 def generate(
@@ -217,57 +176,6 @@ def decode(params: dict, latents: Latents, config: Config, chunk_size: int | Non
     return result
 
 
-def initial_noise(seed: int, shape: tuple[int, ...]) -> np.ndarray:
-    """float32 standard normal noise of numpy's `RandomState(seed)`, as the reference draws it.
-
-    Video and sound each start from a fresh `RandomState` of the same seed, so the sound's noise
-    repeats the video's first values. So does the reference.
-    """
-    return np.random.RandomState(seed).standard_normal(shape).astype(np.float32)
-
-
-def check_request(request: T2VRequest, config: Config) -> None:
-    """Raise ValueError, naming the value and the way out, if the shapes of a request do not fit."""
-    batch = request.text_ids.shape[0]
-    expected = {
-        "text_mask": request.text_ids.shape,
-        "noise": (batch, config.transformer.latent_channel, *request.video_shape),
-        "clean_latents": (batch, config.transformer.latent_channel, *request.video_shape),
-        "frame_mask": (batch, request.video_shape[0]),
-        "sound_noise": (batch, config.transformer.sound_dim, request.sound_frames),
-    }
-    if request.neg_text_ids is not None:
-        expected["neg_text_ids"] = (batch, request.neg_text_ids.shape[-1])
-        expected["neg_text_mask"] = request.neg_text_ids.shape
-    for name, shape in expected.items():
-        value = getattr(request, name)
-        if value is not None and tuple(value.shape) != tuple(shape):
-            raise ValueError(
-                f"{name} has shape {tuple(value.shape)}, this request needs {tuple(shape)}"
-            )
-    for name in ("fps", "guidance_scale", "seed"):
-        shape = np.shape(getattr(request, name)) if getattr(request, name) is not None else ()
-        if shape not in ((), (batch,)):
-            raise ValueError(f"{name} has shape {shape}: give one for all, or {batch}")
-    if (request.neg_text_ids is None) != (request.neg_text_mask is None):
-        raise ValueError("neg_text_ids and neg_text_mask belong together: give both or neither")
-    if request.num_inference_steps < 1:
-        raise ValueError(f"num_inference_steps={request.num_inference_steps} must be at least 1")
-    if request.sampler is not None and len(request.sampler.timestep) != request.num_inference_steps:
-        raise ValueError(
-            f"num_inference_steps={request.num_inference_steps}, but the sampler has "
-            f"{len(request.sampler.timestep)} steps; make both agree"
-        )
-    if request.seed is None and request.noise is None:
-        raise ValueError("a request needs noise, or a seed to draw it from")
-    if request.seed is None and request.sound_frames and request.sound_noise is None:
-        raise ValueError("a request with sound needs sound_noise, or a seed to draw it from")
-    if request.sound_frames and not config.has_sound:
-        raise ValueError("sound_frames is not 0, but this checkpoint has no sound: leave sound out")
-    if (request.clean_latents is None) != (request.frame_mask is None):
-        raise ValueError("clean_latents and frame_mask belong together: give both or neither")
-
-
 def channels_first(latents: Latents) -> dict[str, Array]:
     """Latents as they leave the package: `video` [B, C, t, h, w] and, if there is sound, `sound`
     [B, C, s].
@@ -336,26 +244,12 @@ def _initial_latents(request: T2VRequest, config: Config) -> Latents:
     channels = (config.transformer.latent_channel, config.transformer.sound_dim)
     video, sound = request.noise, request.sound_noise
     if video is None:
-        video = _draw(request.seed, batch, (channels[0], *request.video_shape))
+        video = draw_noise(request.seed, batch, (channels[0], *request.video_shape))
     if not request.sound_frames:
         sound = None
     elif sound is None:
-        sound = _draw(request.seed, batch, (channels[1], request.sound_frames))
+        sound = draw_noise(request.seed, batch, (channels[1], request.sound_frames))
     return channels_last(video, sound)
-
-
-def _draw(seed: Array | int, batch: int, shape: tuple[int, ...]) -> Array:
-    """Noise of each example's own seed, drawn on the host even where the seed is traced."""
-    seeds = jnp.asarray(seed, jnp.uint32)
-    seeds = seeds + jnp.arange(batch, dtype=jnp.uint32) if seeds.ndim == 0 else seeds
-
-    def draw(
-        seeds,
-    ):  # as a numpy array: to iterate over a JAX array would run JAX inside of the callback
-        return np.stack([initial_noise(int(seed), shape) for seed in np.asarray(seeds)])
-
-    result = jax.ShapeDtypeStruct((batch, *shape), jnp.float32)
-    return jax.pure_callback(draw, result, seeds, vmap_method="sequential")
 
 
 def params_dtype(params: dict) -> jnp.dtype:

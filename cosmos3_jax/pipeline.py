@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from cosmos3_jax import memory
+from cosmos3_jax import device, memory, memory_limits
 from cosmos3_jax.checkpoint import load
 from cosmos3_jax.config import Config
 from cosmos3_jax.frontend import find_checkpoint, load_frontend
-from cosmos3_jax.generate import T2VRequest, params_dtype
+from cosmos3_jax.generate import params_dtype
+from cosmos3_jax.prepare import TEXT_BUCKET, prepare_request
 from cosmos3_jax.programs import (
     compile_for,
     decode_sound,
@@ -34,7 +35,7 @@ from cosmos3_jax.programs import (
 )
 from cosmos3_jax.progress import compile_with_bar, sample_with_bar
 from cosmos3_jax.prompt import Tokenizer, pad_token_ids
-from cosmos3_jax.request import TEXT_BUCKET, prepare_request
+from cosmos3_jax.request import T2VRequest
 from cosmos3_jax.weights import Weights
 
 
@@ -98,8 +99,8 @@ class Cosmos3:
         config, tokenizer = load_frontend(find_checkpoint(path_or_hub_id, False), load_sound)
         components = load.open_components(find_checkpoint(path_or_hub_id), config)
         if offload is None:
-            offload = memory.should_offload(
-                config, memory.device_limit(), **memory.recipe_sizes(config), dtype=dtype
+            offload = memory_limits.should_offload(
+                config, device.memory_limit(), **memory.recipe_sizes(config), dtype=dtype
             )
         return cls(config, Weights.of_checkpoint(components, jnp.dtype(dtype), offload), tokenizer)
 
@@ -137,7 +138,7 @@ class Cosmos3:
             progress: show a bar over the steps.
             decode_chunk_size: latent frames decoded at a time: memory against speed. None
                 chooses by size.
-            **settings: sizes, sampler, seeds and prompt style; see `request.prepare_request`.
+            **settings: sizes, sampler, seeds and prompt style; see `prepare.prepare_request`.
 
         Returns:
             `video`: float32 [B, 3, T, H, W] in [0, 1]; with sound also `sound`: float32
@@ -146,24 +147,18 @@ class Cosmos3:
 
         Raises:
             ValueError: on a value that cannot work.
-            OutOfDeviceMemory: (a ValueError) the device has too little memory; nothing was run.
+            OutOfDeviceMemory: (a ValueError) the device has too little memory. As a rule that is
+                known before anything is run.
         """
         _check_output(output)
         request = self.prepare(prompt, **settings)
-        memory.check_fits(
-            self.config,
-            memory.device_limit(),
-            offload=not self.weights.resident,
-            dtype=self.dtype,
-            decode=output == "media",
-            decode_chunk_size=decode_chunk_size,
-            trajectory_steps=request.num_inference_steps if return_trajectory else 0,
-            **memory.request_sizes(self.config, request),
-        )
-        latents, trajectory = self.denoise(
-            request, return_trajectory=return_trajectory, progress=progress
-        )
-        result = self.decode(latents, decode_chunk_size) if output == "media" else latents
+        job = self._job(request, output, return_trajectory, decode_chunk_size)
+        memory_limits.check_fits(**job)
+        with memory_limits.exhaustion_explained(**job):
+            latents, trajectory = self.denoise(
+                request, return_trajectory=return_trajectory, progress=progress
+            )
+            result = self.decode(latents, decode_chunk_size) if output == "media" else latents
         if trajectory is not None:
             result["trajectory"] = trajectory
         return result
@@ -191,12 +186,17 @@ class Cosmos3:
             output, return_trajectory, progress, decode_chunk_size: as in `generate`.
             **settings: as in `generate`. Of these the sizes, the number of steps, sound, the
                 negative prompt's length, and whether there is guidance count; the rest are arrays.
+
+        Raises:
+            ValueError, OutOfDeviceMemory: as `generate` would.
         """
         _check_output(output)
         request = self.prepare(prompt, **settings)
         if text_tokens is not None:
             ids, mask = pad_token_ids([[0] * text_tokens] * len(request.text_ids), TEXT_BUCKET)
             request = request.replace(text_ids=ids, text_mask=mask)
+        job = self._job(request, output, return_trajectory, decode_chunk_size)
+        memory_limits.check_fits(**job)
         request = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), request)
         structs, config = self.weights.structs, self.config
         conditions = compile_for(
@@ -225,7 +225,7 @@ class Cosmos3:
     @_settings_of(prepare_request)
     def prepare(self, prompt: str | Sequence[str], **settings) -> T2VRequest:
         """Check and tokenise everything that one generation needs (see
-        `request.prepare_request`).
+        `prepare.prepare_request`).
         """
         return prepare_request(self.config, self.tokenizer, prompt, **settings)
 
@@ -286,6 +286,20 @@ class Cosmos3:
         with self.weights.borrow("sound_vae") as params:
             latents = encode_sound(params, waveform, config=self.config.sound_vae)
             return jax.block_until_ready(latents)
+
+    def _job(
+        self, request: T2VRequest, output: str, trajectory: bool, chunk_size: int | None
+    ) -> dict:
+        """What `memory_limits` asks about a generation."""
+        return memory.request_sizes(self.config, request) | {
+            "config": self.config,
+            "limit_bytes": device.memory_limit(),
+            "offload": not self.weights.resident,
+            "dtype": self.dtype,
+            "decode": output == "media",
+            "decode_chunk_size": chunk_size,
+            "trajectory_steps": request.num_inference_steps if trajectory else 0,
+        }
 
     def _check_sound(self) -> None:
         if "sound_vae" not in self.weights.structs:

@@ -18,7 +18,6 @@ from jax import Array
 from cosmos3_jax import sound_vae, unipc, video_vae
 from cosmos3_jax.config import Config, SoundVAEConfig, VideoVAEConfig
 from cosmos3_jax.generate import (
-    T2VRequest,
     channels_first,
     channels_last,
     guided_velocity,
@@ -28,6 +27,7 @@ from cosmos3_jax.generate import (
 from cosmos3_jax.generate import encode_conditions as _encode_conditions
 from cosmos3_jax.generate import sample_latents as _sample_latents
 from cosmos3_jax.generate import start_sampling as _start_sampling
+from cosmos3_jax.request import T2VRequest
 from cosmos3_jax.transformer import Condition
 
 encode_conditions = jax.jit(_encode_conditions, static_argnames="config")

@@ -12,7 +12,7 @@ from jax import Array
 
 from cosmos3_jax import unipc
 from cosmos3_jax.config import Config
-from cosmos3_jax.generate import T2VRequest, sampler
+from cosmos3_jax.generate import sampler
 from cosmos3_jax.programs import (
     compile_for,
     sample_step,
@@ -20,6 +20,7 @@ from cosmos3_jax.programs import (
     start_request,
     start_sampling,
 )
+from cosmos3_jax.request import T2VRequest
 from cosmos3_jax.transformer import Condition
 
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
-from cosmos3_jax.config import SoundVAEConfig
+from cosmos3_jax.config import SoundVAEConfig, check_fps
 from cosmos3_jax.layers import precision
 
 
@@ -116,8 +116,7 @@ def sound_latent_length(config: SoundVAEConfig, num_frames: int, fps: float) -> 
     """
     if num_frames < 1:
         raise ValueError(f"num_frames={num_frames} must be at least 1")
-    if not 0 < fps < math.inf:
-        raise ValueError(f"fps={fps} must be positive and finite, for example 24.0")
+    check_fps(fps)
     samples = int(num_frames / fps * config.sampling_rate)
     return -(-samples // config.samples_per_latent)
 

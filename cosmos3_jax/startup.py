@@ -9,6 +9,8 @@ from pathlib import Path
 
 import jax
 
+from cosmos3_jax.device import default_device
+
 MEMORY_FRACTION = "0.92"  # JAX takes 0.75 of a card; the rest would be nobody's
 
 
@@ -62,3 +64,8 @@ def use_compilation_cache(enabled: bool = True) -> None:
     for name, value in settings.items():
         if name.upper() not in os.environ:
             jax.config.update(name, value)
+
+
+def default_dtype() -> str:
+    """Of weights and computation, where nothing says otherwise: bfloat16 is slow on a CPU."""
+    return "float32" if default_device().platform == "cpu" else "bfloat16"

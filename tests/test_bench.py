@@ -12,7 +12,16 @@ import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.extend.core import jaxprs_in_params
 
-from cosmos3_jax import bench, bench_inputs, bench_measure, cli, sound_vae, transformer, video_vae
+from cosmos3_jax import (
+    bench,
+    bench_inputs,
+    bench_measure,
+    cli,
+    device,
+    sound_vae,
+    transformer,
+    video_vae,
+)
 from cosmos3_jax.config import Config, SoundVAEConfig, TransformerConfig, VideoVAEConfig
 from cosmos3_jax.generate import encode_conditions, sample_latents
 from cosmos3_jax.pipeline import Cosmos3
@@ -296,6 +305,7 @@ def test_the_command_line_end_to_end(tmp_path, capsys, monkeypatch):
 
 def test_each_size_is_written_when_it_is_done(tmp_path, capsys, monkeypatch):
     """Random weights of Nano's sizes, in words: nothing is made of them here."""
+    monkeypatch.setattr("cosmos3_jax.attention.default_device", device.PlannedGPU)
     out, done = tmp_path / "a.json", []
 
     def stop_at_the_second(config, params, job):
@@ -361,6 +371,17 @@ def test_a_checkpoint_and_random_weights_exclude_each_other(capsys, no_weights):
     with pytest.raises(SystemExit) as stop:
         cli.main(["bench", "--checkpoint", "tiny", "--random", "nano"])
     assert stop.value.code == 2 and "not allowed with argument" in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_refused_before_weights_are_made(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "random_params", lambda *_: pytest.fail("weights were made"))
+    monkeypatch.setattr(device, "memory_limit", lambda: 20 * 2**30)
+    sizes = ["--num-frames", "5", "--height", "64", "--width", "96", "--dtype", "bfloat16"]
+    assert cli.main(["bench", *sizes]) == 2
+    assert "5 frames of 64x96 need" in capsys.readouterr().err
+    monkeypatch.setattr(device, "memory_limit", lambda: None)
+    assert cli.main(["bench", "--size", "720p"]) == 2  # on a CPU
+    assert "of logits (limit 16)" in capsys.readouterr().err
 
 
 def test_sound_is_refused_where_the_sizes_have_none():

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import cosmos3_jax
-from cosmos3_jax import Cosmos3, cli, media, memory, pipeline, unipc
+from cosmos3_jax import Cosmos3, cli, device, media, memory, pipeline, unipc
 from cosmos3_jax.generate import encode_conditions
 
 # The smallest video with sound of the embedded checkpoint that has an odd latent height and width.
@@ -400,19 +400,51 @@ def test_info_says_what_is_there(capsys, monkeypatch, unloaded, silent_checkpoin
     stages = [number_after(text, stage) for stage in memory.STAGES.values()]
     assert number_after(text, "peak") == max(stages) > 0
     assert "GiB here" not in text  # a CPU has no limit
-    monkeypatch.setattr(memory, "device_limit", lambda: 2**40)
+    monkeypatch.setattr(device, "memory_limit", lambda: 2**40)
     assert cli.main(["info", "--sound", *SHAPE]) == 0
     assert re.search(r"of 1024.000 GiB here +fits +fits\n", capsys.readouterr().out)
-    monkeypatch.setattr(memory, "device_limit", lambda: 2**20)
+    monkeypatch.setattr(device, "memory_limit", lambda: 2**20)
     assert cli.main(["info", "--sound", *SHAPE]) == 0
     assert re.search(r"of 0.001 GiB here +too large +too large\n", capsys.readouterr().out)
 
-    assert cli.main(["info", "--checkpoint", str(silent_checkpoint), "--sound"]) == 0
+    assert cli.main(["info", "--checkpoint", str(silent_checkpoint)]) == 0
     text = capsys.readouterr().out
     assert "sound: no" in text and "sound_tokenizer" not in text
-    assert "189 frames of 720x1280 in bfloat16" in text
-    assert cli.main(["info", "--checkpoint", "nowhere"]) == 2
-    assert "nowhere is not a folder" in capsys.readouterr().err
+    # For a GPU, though there is none here: its kernels need no logits.
+    assert "189 frames of 720x1280 in bfloat16" in text and number_after(text, "logits") == 0
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--checkpoint", "nowhere"], "nowhere is not a folder"),
+        (["--checkpoint", "{silent}", "--sound"], "has no sound"),
+        (["--num-frames", "190"], "num_frames=190"),
+        (["--sound", "--fps", "nan"], "fps=nan"),
+        (["--fps", "0"], "fps=0"),
+    ],
+    ids=str,
+)
+def test_info_refuses_before_it_says_anything(capsys, silent_checkpoint, options, message):
+    given = [option.format(silent=silent_checkpoint) for option in options]
+    assert cli.main(["info", *given]) == 2
+    said = capsys.readouterr()
+    assert message in said.err and not said.out
+
+
+def test_info_downloads_no_weights(capsys, monkeypatch, silent_checkpoint):
+    """Of a checkpoint on the Hub: what a shape needs can be known before 30 GB are fetched."""
+    asked = []
+
+    def find(path_or_hub_id, weights=True):
+        asked.append(weights)
+        return silent_checkpoint
+
+    monkeypatch.setattr(cli, "find_checkpoint", find)
+    assert cli.main(["info", "--checkpoint", "owner/name"]) == 0
+    text = capsys.readouterr().out
+    assert asked == [False] and "weights not looked at" in text
+    assert number_after(text, "peak") > 0 and number_after(text, "text tower") > 0
 
 
 def test_memory_is_what_the_arrays_take(model):
@@ -448,7 +480,7 @@ def test_memory_is_what_the_arrays_take(model):
 
 
 def test_what_does_not_fit_is_one_line_and_loads_nothing(tmp_path, capsys, monkeypatch, unloaded):
-    monkeypatch.setattr(memory, "device_limit", lambda: 2**20)
+    monkeypatch.setattr(device, "memory_limit", lambda: 2**20)
     assert cli.main([*SMALL, "--out", str(tmp_path / "a.mp4")]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "9 frames of 48x80 with sound need" in error
@@ -470,7 +502,7 @@ def test_offload(tmp_path, monkeypatch, model, latents, option, limit):
         )
         sizes = memory.request_sizes(model.config, request)
         needed = memory.generation_bytes(model.config, dtype="float32", **sizes)["peak"]
-        monkeypatch.setattr(memory, "device_limit", lambda: needed - 1)
+        monkeypatch.setattr(device, "memory_limit", lambda: needed - 1)
     monkeypatch.setattr(pipeline.load, "load_params", spy)
     arrays = tmp_path / "a.npz"
     noted = generate(

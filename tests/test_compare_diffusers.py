@@ -17,7 +17,7 @@ import compare_diffusers as compare  # noqa: E402
 import compare_report  # noqa: E402
 import oracle_model  # noqa: E402
 
-from cosmos3_jax import bench, cli, tiny, transformer, video_vae  # noqa: E402
+from cosmos3_jax import bench, cli, device, tiny, transformer, video_vae  # noqa: E402
 from cosmos3_jax.config import Config  # noqa: E402
 
 SIZE = compare.TINY
@@ -156,6 +156,7 @@ def test_a_file_of_anything_else_is_refused(bench_file, config, tmp_path, place,
 def test_the_command_that_makes_such_a_file(config, monkeypatch, tmp_path, size):
     """The options that a refusal names lead `cosmos3-jax bench` to the job that is wanted."""
     jobs = {SIZE: compare.TINY_JOB} if size == SIZE else bench.jobs(config, sizes=size)
+    monkeypatch.setattr("cosmos3_jax.attention.default_device", device.PlannedGPU)
     ran = []
 
     def run_bench(config, params, job):

@@ -13,7 +13,7 @@ import pytest
 from oracle import relative_l2
 
 from cosmos3_jax import Cosmos3, T2VRequest, generate, unipc
-from cosmos3_jax.generate import initial_noise
+from cosmos3_jax.request import initial_noise
 
 # The package's name `generate` is the function; the module has to be asked for.
 module = importlib.import_module("cosmos3_jax.generate")

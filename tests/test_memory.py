@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from cosmos3_jax import bench, bench_inputs, memory
+from cosmos3_jax import bench, bench_inputs, device, memory, memory_limits
 from cosmos3_jax.config import Config
 from cosmos3_jax.device import PlannedGPU
 from cosmos3_jax.generate import encode_conditions, sample_latents
@@ -108,20 +108,20 @@ def test_logits_count_where_no_kernel_does_without():
 def test_too_many_logits_are_refused_whatever_the_memory():
     sizes = job(720, 1280, dtype="float32")
     with pytest.raises(ValueError, match=r"234 GiB of logits \(limit 16\).*dtype is float32"):
-        memory.check_fits(NANO, None, offload=False, **sizes)
+        memory_limits.check_fits(NANO, None, offload=False, **sizes)
     # nor does it make a checkpoint offload, which would not help
-    assert not memory.should_offload(NANO, 100 * GIB, **sizes)
+    assert not memory_limits.should_offload(NANO, 100 * GIB, **sizes)
 
 
 def test_no_limit_refuses_nothing():
-    assert jax.default_backend() != "cpu" or memory.device_limit() is None
-    memory.check_fits(NANO, None, offload=False, **job(720, 1280))
-    assert not memory.should_offload(NANO, None, **job(720, 1280))
+    assert jax.default_backend() != "cpu" or device.memory_limit() is None
+    memory_limits.check_fits(NANO, None, offload=False, **job(720, 1280))
+    assert not memory_limits.should_offload(NANO, None, **job(720, 1280))
 
 
 def refusal(limit, *, offload, **sizes):
-    with pytest.raises(memory.OutOfDeviceMemory) as caught:
-        memory.check_fits(NANO, limit, offload=offload, **sizes)
+    with pytest.raises(memory_limits.OutOfDeviceMemory) as caught:
+        memory_limits.check_fits(NANO, limit, offload=offload, **sizes)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -130,14 +130,14 @@ def refusal(limit, *, offload, **sizes):
 def test_offload_is_the_way_out_where_it_is_enough():
     sizes = job(720, 1280)
     needed = memory.generation_bytes(NANO, **sizes)["peak"]
-    memory.check_fits(NANO, needed, offload=False, **sizes)
+    memory_limits.check_fits(NANO, needed, offload=False, **sizes)
     message = refusal(needed - 1, offload=False, **sizes)
     for said in (
         "189 frames of 720x1280 need 39.48 GiB", "video decoding stage", "JAX may use 39.48 GiB",
         "It fits with offload=True (--offload yes), which needs 17.84 GiB",
     ):  # fmt: skip
         assert said in message
-    assert memory.should_offload(NANO, needed - 1, **sizes)
+    assert memory_limits.should_offload(NANO, needed - 1, **sizes)
 
 
 @pytest.mark.parametrize("offload", [False, True])
@@ -189,11 +189,11 @@ def test_the_way_out_is_the_slightest_change(change, limit, way_out):
 def test_an_exhausted_device_is_explained():
     sizes = job(720, 1280)
     with pytest.raises(
-        memory.OutOfDeviceMemory, match="ran out of memory.*--offload yes"
+        memory_limits.OutOfDeviceMemory, match="ran out of memory.*--offload yes"
     ) as caught:
-        with memory.exhaustion_explained(NANO, None, offload=False, **sizes):
+        with memory_limits.exhaustion_explained(NANO, None, offload=False, **sizes):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nand more\nlines")
     assert "\n" not in str(caught.value)
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        with memory.exhaustion_explained(NANO, None, offload=False, **sizes):
+        with memory_limits.exhaustion_explained(NANO, None, offload=False, **sizes):
             raise jax.errors.JaxRuntimeError("INTERNAL: something else")

@@ -17,9 +17,10 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from oracle import load_pipeline, relative_l2
 from PIL import Image
 
-from cosmos3_jax import Cosmos3, generate, media, pipeline, progress, unipc
+from cosmos3_jax import Cosmos3, device, generate, media, pipeline, progress, unipc
+from cosmos3_jax.memory_limits import OutOfDeviceMemory
+from cosmos3_jax.prepare import prepare_request
 from cosmos3_jax.prompt import PROMPT_STYLES
-from cosmos3_jax.request import prepare_request
 
 # Odd latent height and width, (3, 3, 5); guidance; sound where a test asks for it.
 SETTINGS = dict(
@@ -384,6 +385,24 @@ def test_after_a_warmup_nothing_is_compiled(
     assert compiled  # another shape is not what was warmed
 
 
+def test_a_warmup_is_refused_where_its_generation_would_be(model, monkeypatch):
+    monkeypatch.setattr(device, "memory_limit", lambda: 2**20)
+    for method in (model.warmup, model.generate):
+        with pytest.raises(OutOfDeviceMemory, match="JAX may use 0.00 GiB"):
+            method(PROMPT, **SETTINGS)
+
+
+def test_a_device_that_runs_out_is_explained(model, monkeypatch):
+    """Where the limit is not known, or another process holds some of it."""
+
+    def exhausted(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying")
+
+    monkeypatch.setattr(pipeline, "sample_latents", exhausted)
+    with pytest.raises(OutOfDeviceMemory, match="the device ran out of memory"):
+        model.generate(PROMPT, **SETTINGS)
+
+
 def test_a_bad_warmup_is_refused(model):
     with pytest.raises(ValueError, match="num_frames=190 is not"):
         model.warmup(num_frames=190)
@@ -494,7 +513,7 @@ def test_offload_opens_the_files_first(public_checkpoint, tmp_path):
 
 @pytest.mark.parametrize(("limit", "offloads"), [(None, False), (2**20, True), (2**40, False)])
 def test_offload_by_the_devices_memory(public_checkpoint, monkeypatch, limit, offloads):
-    monkeypatch.setattr(pipeline.memory, "device_limit", lambda: limit)
+    monkeypatch.setattr(device, "memory_limit", lambda: limit)
     model = Cosmos3.from_pretrained(public_checkpoint, "float32")
     assert model.weights.resident is not offloads
 
@@ -507,14 +526,14 @@ def test_what_does_not_fit_is_refused_before_it_runs(model, monkeypatch):
         pipeline.memory.generation_bytes, model.config, dtype="float32", **sizes
     )
     limit = count()["peak"]
-    monkeypatch.setattr(pipeline.memory, "device_limit", lambda: limit)
+    monkeypatch.setattr(device, "memory_limit", lambda: limit)
     model.generate([PROMPT] * 2, **job)  # it just fits
-    monkeypatch.setattr(pipeline.memory, "device_limit", lambda: limit - 1)
+    monkeypatch.setattr(device, "memory_limit", lambda: limit - 1)
     with monkeypatch.context() as patch:
         for name in PROGRAMS:
             patch.setattr(pipeline, name, lambda *_, **__: pytest.fail("the model ran"))
         with pytest.raises(
-            pipeline.memory.OutOfDeviceMemory, match="2 videos of 9 frames of 48x80"
+            pipeline.memory_limits.OutOfDeviceMemory, match="2 videos of 9 frames of 48x80"
         ):
             model.generate([PROMPT] * 2, **job)
     model.generate(PROMPT, **job)  # one video fits

@@ -1,0 +1,184 @@
+"""`cosmos3-jax generate`: from the command line's options to an mp4 and the record beside it."""
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import cosmos3_jax
+from cosmos3_jax import device, media, memory, memory_limits, startup
+from cosmos3_jax.pipeline import Cosmos3, find_checkpoint, load_frontend
+from cosmos3_jax.prepare import prepare_request, resolve_batch, resolve_sigmas
+from cosmos3_jax.prompt import read_prompt
+from cosmos3_jax.request import T2VRequest
+
+
+def run_generate(options: argparse.Namespace) -> int:
+    record_path = options.out.with_suffix(".json")
+    outputs = {options.out: (".mp4",), record_path: None}
+    if options.save_latents:
+        outputs[options.save_latents] = (".npz",)
+    inputs = [options.prompt_file, options.negative_prompt_file, options.noise]
+    read = {path.resolve() for path in inputs if path is not None}
+    for path, suffixes in outputs.items():
+        if path.resolve() in read:
+            raise ValueError(f"{path} would be written and is also read; choose another --out")
+        media.check_writable(path, options.overwrite, suffixes)
+    settings = _settings(options)
+    prompt = read_prompt(options.prompt_file) if options.prompt_file else options.prompt
+    times: dict[str, float] = {}
+    with _timed(times, "preprocess"):
+        folder = find_checkpoint(options.checkpoint, weights=False)
+        config, tokenizer = load_frontend(folder, load_sound=options.sound)
+        request = prepare_request(config, tokenizer, prompt, **settings)
+        media.frame_rate(float(request.fps))  # raises on a rate that no mp4 can have
+    startup.use_compilation_cache(not options.no_compilation_cache)
+    dtype = options.dtype or startup.default_dtype()
+    limit = device.memory_limit()
+    job = memory.request_sizes(config, request) | {"dtype": dtype}
+    offload = options.offload == "yes"
+    if options.offload == "auto":
+        offload = memory_limits.should_offload(config, limit, **job)
+    memory_limits.check_fits(config, limit, offload=offload, **job)
+    with memory_limits.exhaustion_explained(config, limit, offload=offload, **job):
+        with _timed(times, "model_load"):
+            model = Cosmos3.from_pretrained(options.checkpoint, dtype, options.sound, offload)
+        with _timed(times, "denoise"):
+            latents, _ = model.denoise(request, progress=sys.stderr.isatty())
+        if options.save_latents:
+            _save_arrays(options.save_latents, latents)
+        with _timed(times, "decode"):
+            result = jax.block_until_ready(model.decode(latents))
+    with _timed(times, "to_cpu"):
+        result = {name: np.asarray(value) for name, value in result.items()}
+    fps = float(request.fps)
+    with _timed(times, "encode"):
+        media.save_mp4(result, options.out, fps=fps, overwrite=options.overwrite)
+    times["total"] = sum(times.values())
+    record = _record(options, model, request, prompt, settings, times)
+    media.write_text(record_path, json.dumps(record, indent=2) + "\n", overwrite=options.overwrite)
+    for stage, seconds in times.items():
+        print(f"{stage:>10}  {seconds:8.2f} s")
+    print(f"wrote {', '.join(map(str, outputs))}")
+    return 0
+
+
+def _settings(options: argparse.Namespace) -> dict:
+    """The arguments of `Cosmos3.prepare` that the command line names; the rest comes from the
+    recipe.
+    """
+    names = (
+        "num_frames", "height", "width", "fps", "num_inference_steps", "guidance_scale",
+        "flow_shift", "schedule", "seed", "sound", "prompt_style",
+        "system_prompt", "negative_prompt",
+    )  # fmt: skip
+    settings = {name: getattr(options, name) for name in names}
+    if options.negative_prompt_file:
+        settings["negative_prompt"] = read_prompt(options.negative_prompt_file)
+    if options.sigmas:
+        settings["sigmas"] = _numbers("--sigmas", options.sigmas)
+    if options.noise:
+        settings |= _load_noise(options.noise)
+    return settings
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"{option} {text!r} must be numbers with commas between them") from error
+
+
+def _load_noise(path: Path) -> dict[str, np.ndarray]:
+    """`noise` and, if it is there, `sound_noise` of an npz file."""
+    try:
+        with np.load(path) as arrays:
+            found = {name: arrays[name] for name in ("noise", "sound_noise") if name in arrays}
+    except Exception as error:  # numpy, zipfile and zlib raise half a dozen kinds
+        raise ValueError(f"--noise {path} cannot be read as an npz file: {error}") from error
+    if "noise" not in found:
+        raise ValueError(f"--noise {path} holds no array named noise")
+    return found
+
+
+def _save_arrays(path: Path, arrays: dict[str, jax.Array]) -> None:
+    temporary = path.with_name(f".{path.name}.partial.npz")
+    np.savez(temporary, **{name: np.asarray(value) for name, value in arrays.items()})
+    temporary.replace(path)
+
+
+def _record(
+    options: argparse.Namespace,
+    model: Cosmos3,
+    request: T2VRequest,
+    prompt: str,
+    settings: dict,
+    times: dict[str, float],
+) -> dict:
+    """Everything needed to make the same video again."""
+    frames = 1 + (request.video_shape[0] - 1) * model.config.video_vae.scale_factor_temporal
+    scale = model.config.video_vae.scale_factor_spatial
+    height, width = (size * scale for size in request.video_shape[1:])
+    fps = model.config.recipe.fps if settings["fps"] is None else settings["fps"]
+    [resolved] = resolve_batch(
+        [prompt], settings["negative_prompt"], style=options.prompt_style,
+        system_prompt=options.system_prompt, num_frames=frames, height=height, width=width, fps=fps,
+    )  # fmt: skip
+    # In float64: the request's are rounded, and 1000 sigma may then be truncated to another
+    # timestep.
+    sigmas = resolve_sigmas(
+        model.config, steps=settings["num_inference_steps"], flow_shift=settings["flow_shift"],
+        schedule=settings["schedule"], sigmas=settings.get("sigmas"),
+    )  # fmt: skip
+    return {
+        "checkpoint": str(options.checkpoint),
+        "prompt": prompt,
+        "negative_prompt": settings["negative_prompt"],
+        "system_prompt": options.system_prompt,
+        "resolved_prompt": resolved.prompt,
+        "resolved_negative_prompt": resolved.negative_prompt
+        if request.neg_text_ids is not None
+        else None,
+        "resolved_system_prompt": resolved.system_prompt,
+        "prompt_style": options.prompt_style,
+        "prompt_tokens": int(request.text_mask.sum()),
+        "negative_prompt_tokens": None
+        if request.neg_text_mask is None
+        else int(request.neg_text_mask.sum()),
+        "num_frames": frames,
+        "height": height,
+        "width": width,
+        "fps": float(fps),
+        "sound_frames": request.sound_frames,
+        "seed": options.seed,
+        "noise": str(options.noise) if options.noise else None,
+        "num_inference_steps": request.num_inference_steps,
+        "guidance_scale": float(request.guidance_scale),
+        "sigmas": sigmas.tolist(),
+        "timesteps": [*map(int, request.sampler.timestep)],
+        "dtype": model.dtype,
+        "offload": not model.weights.resident,
+        "device": device.default_device().device_kind,
+        "peak_memory_bytes": device.memory_peak(),
+        "versions": {
+            "cosmos3_jax": cosmos3_jax.__version__,
+            "jax": jax.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+        "seconds": {stage: round(seconds, 3) for stage, seconds in times.items()},
+    }
+
+
+@contextmanager
+def _timed(times: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    times[stage] = time.perf_counter() - start
