@@ -68,9 +68,13 @@ def flash_attention(query: Array, key: Array, value: Array, length: Array) -> Ar
     return _run(query, key, value, length)[:, :queries]
 
 
-@jax.jit  # one kernel in the program, however many layers call it
+@jax.jit
 def _run(query: Array, key: Array, value: Array, length: Array) -> Array:
-    """The kernel for whole tiles."""
+    """The kernel for whole tiles: one in a program, however many layers call it.
+
+    JAX 0.11 numbers the kernels that a process lowers, and the number is part of the compilation
+    cache's key. A program is found there by a process that lowered as many kernels before.
+    """
     batch, queries, heads, _ = query.shape
     kernel = plgpu.kernel(
         partial(_allocate, heads_per_key=heads // key.shape[2]),
@@ -80,8 +84,6 @@ def _run(query: Array, key: Array, value: Array, length: Array) -> Array:
         grid_names=("batch", "head", "tile"),
         num_threads=COMPUTE_WARPGROUPS + 1,
         thread_name="warpgroup",
-        # JAX numbers kernels of one name, and its compilation cache knows a program by the number:
-        # what differs has a name, so that it does not matter what a process compiled before.
         kernel_name="flash_attention_" + "x".join(map(str, (*query.shape, *key.shape[1:3]))),
         compiler_params=plgpu.CompilerParams(approx_math=True),  # exp2 of the GPU, 2 ulp
     )

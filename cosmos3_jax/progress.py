@@ -1,7 +1,7 @@
 """The loop over steps as one program a step, run from the host under a bar.
 
 `programs.sample_latents` is the same loop as one program. That one could move a bar only by calling
-back to the host, and JAX keeps no program that does in its compilation cache.
+back to the host, and JAX 0.10 keeps no program that does in its compilation cache.
 
 Axes: as in `pipeline`; K steps.
 """

@@ -35,8 +35,8 @@ def use_compilation_cache(enabled: bool = True) -> None:
     """Keep compiled programs on disk, for processes to come; or keep none.
 
     What JAX's own environment variables say goes before. A folder that cannot be written is said
-    on stderr, and costs no more than the cache. JAX keeps no program that calls back to the host;
-    none of the command line's does.
+    on stderr, and costs no more than the cache. JAX 0.10 keeps no program that calls back to the
+    host; none of the command line's does.
     """
     if not enabled or not jax.config.jax_enable_compilation_cache:
         jax.config.update("jax_enable_compilation_cache", False)

@@ -249,7 +249,7 @@ def sample(
         noise: the initial latents, a pytree of arrays; each leaf has its own history.
         table: see `tableau`; its length is the number of steps.
         on_step: called on the host with the index of each step once that step's result exists. JAX
-            keeps no program that calls back in its compilation cache.
+            0.10 keeps no program that calls back in its compilation cache.
         return_trajectory: whether to stack every step's latents and clean predictions.
 
     Returns:

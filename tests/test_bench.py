@@ -199,8 +199,9 @@ def test_a_program_is_compiled_cold_and_then_read_from_the_cache(tmp_path):
         reset_cache()
 
 
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="every program is kept")
 def test_a_program_that_cannot_be_cached_says_so():
-    """JAX keeps no program that calls back to the host."""
+    """JAX 0.10 keeps no program that calls back to the host."""
 
     def calls_back(x):
         return jax.pure_callback(np.sin, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
