@@ -6,6 +6,8 @@ cuDNN's; elsewhere, and in float32, in XLA's, which holds all logits at once.
 Axes: B batch, S query tokens, T key tokens, N query heads, K key/value heads, H head dimension.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -86,7 +88,15 @@ def check_logits(size: int, obstacle: str | None) -> None:
         )
 
 
-def _xla_attention(query: Array, key: Array, value: Array, length, causal: bool) -> Array:
+def _library_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    length: Array | None = None,
+    causal: bool = False,
+    *,
+    implementation: str,
+) -> Array:
     with jax.default_matmul_precision("highest" if query.dtype == jnp.float32 else None):
         return jax.nn.dot_product_attention(
             query,
@@ -94,21 +104,12 @@ def _xla_attention(query: Array, key: Array, value: Array, length, causal: bool)
             value,
             key_value_seq_lengths=length,
             is_causal=causal,
-            implementation="xla",
+            implementation=implementation,
         )
 
 
-def _cudnn_attention(
-    query: Array, key: Array, value: Array, length: Array | None = None, causal: bool = False
-) -> Array:
-    return jax.nn.dot_product_attention(
-        query,
-        key,
-        value,
-        key_value_seq_lengths=length,
-        is_causal=causal,
-        implementation="cudnn",
-    )
+_xla_attention = partial(_library_attention, implementation="xla")
+_cudnn_attention = partial(_library_attention, implementation="cudnn")
 
 
 @jax.custom_vjp

@@ -15,7 +15,7 @@ import numpy as np
 from cosmos3_jax import sound_vae, transformer, unipc, video_vae
 from cosmos3_jax.bench_measure import GIB
 from cosmos3_jax.config import Config, check_fps
-from cosmos3_jax.device import default_device
+from cosmos3_jax.device import default_device, memory_limit
 from cosmos3_jax.prepare import TEXT_BUCKET
 from cosmos3_jax.request import T2VRequest, initial_noise
 
@@ -161,7 +161,7 @@ def random_params(config: Config, dtype: jnp.dtype) -> dict:
 def check_fits(shapes: dict) -> None:
     """Raise ValueError if these leaves cannot be held, before the first of them is made."""
     device = default_device()
-    limit = (device.memory_stats() or {}).get("bytes_limit")
+    limit = memory_limit()
     if device.platform == "cpu":
         limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     needed = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes))

@@ -27,9 +27,8 @@ def should_offload(config: Config, limit_bytes: int | None, **job) -> bool:
     if limit_bytes is None:
         return False
     needed = memory.generation_bytes(config, **job, offload=False)
-    needed[memory.STAGES["gen"]] -= (
-        memory.LOGIT_COPIES * needed["logits"]
-    )  # which offloading does not lessen
+    # Logits are left out: offloading does not lessen them.
+    needed[memory.STAGES["gen"]] -= memory.LOGIT_COPIES * needed["logits"]
     return max(needed.get(stage, 0) for stage in memory.STAGES.values()) > limit_bytes
 
 

@@ -51,8 +51,8 @@ def use_compilation_cache(enabled: bool = True) -> None:
         # JAX itself would go on too, with a warning for every program.
         jax.config.update("jax_enable_compilation_cache", False)
         print(
-            f"cosmos3-jax: no compilation cache in {folder} ({error}); set XDG_CACHE_HOME to a "
-            "folder that can be written, or pass --no-compilation-cache",
+            f"cosmos3-jax: no compilation cache in {folder} ({error}); set "
+            "JAX_COMPILATION_CACHE_DIR to one that can be written, or pass --no-compilation-cache",
             file=sys.stderr,
         )
         return

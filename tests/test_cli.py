@@ -543,6 +543,33 @@ def test_compiled_programs_are_kept(made, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert "no compilation cache in /proc/cosmos3" in done.stderr
+    assert "set JAX_COMPILATION_CACHE_DIR to one that can be written" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ({}, "True {home}/cosmos3_jax/xla 0.5"),
+        ({"JAX_ENABLE_COMPILATION_CACHE": "0"}, "False None 1.0"),
+        ({"JAX_COMPILATION_CACHE_DIR": "gs://bucket/x"}, "True gs://bucket/x 0.5"),
+        ({"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "7"}, "True {home}/cosmos3_jax/xla 7.0"),
+    ],
+    ids=str,
+)
+def test_what_jax_is_told_goes_before_our_cache_settings(tmp_path, given, expected):
+    script = (
+        "import jax; from cosmos3_jax import startup; startup.use_compilation_cache(); "
+        "config = jax.config; print(config.jax_enable_compilation_cache, "
+        "config.jax_compilation_cache_dir, config.jax_persistent_cache_min_compile_time_secs)"
+    )
+    environment = {k: v for k, v in os.environ.items() if "CACHE" not in k}
+    environment |= {"XDG_CACHE_HOME": str(tmp_path / "home")} | given
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True,
+        text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == expected.format(home=tmp_path / "home")
+    assert not done.stderr and not (tmp_path / "gs:").exists()
 
 
 def test_a_terminals_programs_are_kept_too(tmp_path):

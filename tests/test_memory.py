@@ -55,6 +55,7 @@ PEAKS = [
 
 @pytest.mark.parametrize("change, gib", PEAKS, ids=str)
 def test_measured_peaks_of_a_process(change, gib):
+    """Within 10% is promised. These were predicted 0.8% to 3% too large, before they were run."""
     silent = bench.silent(NANO)
     found = memory.generation_bytes(silent, **job(**change))
     assert found["peak"] / GIB == pytest.approx(gib, rel=0.04)
@@ -100,6 +101,7 @@ def test_logits_count_where_no_kernel_does_without():
     found = memory.generation_bytes(config, **sizes)
     assert found["logits"] == 4 * 2 * 32 * 960 * (960 + 128)
     measured = program.memory_analysis().temp_size_in_bytes
+    # Three copies of the logits are counted where 2.0 to 2.7 were seen: rather too many than few.
     assert 0.9 * measured < found["denoising work"] < 1.5 * measured
     fused = memory.generation_bytes(config, **sizes | {"dtype": "bfloat16"}, device=PlannedGPU())
     assert fused["logits"] == 0
