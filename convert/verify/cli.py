@@ -203,8 +203,8 @@ def _check_same(checkpoint: Path, folder: Path, name: str, theirs: Any, ours: An
         one, other = getattr(theirs, field), getattr(ours, field, None)
         if one != other:
             raise ValueError(
-                f"{folder} belongs to another checkpoint: its {name} has {field}={other!r}, that of "
-                f"{checkpoint} {one!r}; convert {checkpoint} again"
+                f"{folder} belongs to another checkpoint: its {name} has {field}={other!r}, that "
+                f"of {checkpoint} {one!r}; convert {checkpoint} again"
             )
     raise ValueError(f"{folder} belongs to another checkpoint: {checkpoint} has no {name}")
 

@@ -6,7 +6,6 @@ Here both models are whole in memory, one after the other: where that does not f
 import gc
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -101,7 +100,6 @@ def compare(
             ]  # fmt: skip
         del theirs, params, ours
         gc.collect()
-        jax.clear_caches()
     return outcome
 
 

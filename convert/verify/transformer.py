@@ -18,7 +18,7 @@ import torch
 from convert.verify import reference
 from convert.verify import transformer_ours as ours
 from convert.verify.compare import FLOAT32, Outcome, Place, Pool
-from convert.verify.transformer_inputs import FEW, POOLED, Case, make_cases, one
+from convert.verify.transformer_inputs import Case, first, make_cases
 from convert.verify.transformer_layer import compare_tables, one_example, watch_layer
 from convert.verify.witness import Operation, Recording, Witness
 from cosmos3_jax.checkpoint.load import Component
@@ -77,7 +77,7 @@ def compare(
         say: called with a line after each layer.
     """
     count = config.num_hidden_layers if layers is None else layers
-    cases = make_cases(config, POOLED if "bfloat16" in dtypes else FEW)
+    cases = make_cases(config)
     weights = ours.Parameters(component)
     outcome = Outcome()
     if count < config.num_hidden_layers:
@@ -92,7 +92,7 @@ def compare(
         dtype: [ours.run_before(params[dtype], config, dtype, case) for case in cases]
         for dtype in dtypes
     }
-    around = _Around(sides["float32"], config, one(cases[0]), params["float32"], device)
+    around = _Around(sides["float32"], config, first(cases[0]), params["float32"], device)
     around.watch_before(outcome)
     for part in params.values():  # gigabytes at full width, not read again
         del part["und"]
@@ -264,8 +264,7 @@ class _Around:
 
     def _record(self) -> dict[str, np.ndarray]:
         """Run the reference; what its modules read and made is in the recording."""
-        self.recording.read.clear()
-        self.recording.made.clear()
+        self.recording = self.witness.recording = Recording()
         names = {operation.modules[0] for operation in (BEFORE | AFTER).values()}
         model = self.side.transformer.model
         modules = {name: module for name, module in model.named_modules() if name in names}

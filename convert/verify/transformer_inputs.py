@@ -1,4 +1,4 @@
-"""The transformer's inputs for both sides: random latents, real and padded prompts, given frames."""
+"""The transformer's inputs for both sides: random latents, padded prompts, given frames."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import numpy as np
 from cosmos3_jax.config import TransformerConfig
 
 TIMESTEPS = (967, 500, 999, 3)
-POOLED, FEW = 8, 2  # inputs a case: errors in bfloat16 scatter, those in float32 hardly
+INPUTS = 8  # of a case: errors in bfloat16 scatter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,14 +74,14 @@ CASES = (
 )
 
 
-def make_cases(config: TransformerConfig, inputs: int) -> list[Case]:
-    """The cases with `inputs` examples each, without sound if the model has none."""
+def make_cases(config: TransformerConfig) -> list[Case]:
+    """The cases with their examples, without sound if the model has none."""
     random = np.random.default_rng(0)
     cases = []
     for case in CASES:
         frames = case.sound_frames if config.sound_gen else 0
         examples = []
-        for i in range(inputs):
+        for i in range(INPUTS):
             text = case.texts[i % len(case.texts)]
             ids = random.integers(0, config.vocab_size, text).tolist()
             video = random.standard_normal((*case.grid, config.latent_channel), np.float32)
@@ -92,6 +92,6 @@ def make_cases(config: TransformerConfig, inputs: int) -> list[Case]:
     return cases
 
 
-def one(case: Case, index: int = 0) -> Case:
-    """A case of a single example."""
-    return dataclasses.replace(case, examples=case.examples[index : index + 1])
+def first(case: Case) -> Case:
+    """A case of its first example alone."""
+    return dataclasses.replace(case, examples=case.examples[:1])

@@ -25,7 +25,7 @@ ALIKE = 1e-2  # weights that differ by less, rounding to bfloat16 included, are 
 
 
 def operations(tower: str, last: bool) -> dict[str, Operation]:
-    """Our modules of one tower's layer, in the order of the computation, and what they stand for."""
+    """Our modules of one tower's layer and what they stand for."""
     names = {
         "und": ("to_q", "to_k", "to_v", "to_out", "norm_q", "norm_k", ""),
         "gen": (

@@ -40,7 +40,7 @@ class Parameters:
         return self._tree(chosen)
 
     def layer(self, index: int, last: bool) -> dict:
-        """`{"und", "gen"}`: the two towers' layer `index`, float32; the text's `last` is shorter."""
+        """`{"und", "gen"}`: both towers' layer `index`, float32; the text's `last` is shorter."""
         chosen = [
             (piece, piece.leaf.replace("/layers/", "/"))
             for piece in self._pieces

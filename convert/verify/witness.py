@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from jax import Array
 
 from convert.verify.compare import FLOAT32, Place, relative_l2
 
@@ -42,14 +43,20 @@ class Operation:
 class Recording:
     """What each module of the reference read and made, by public name, calls joined over T."""
 
-    def __init__(self):
-        self.read: dict[str, list[np.ndarray]] = defaultdict(list)
-        self.made: dict[str, list[np.ndarray]] = defaultdict(list)
+    def __init__(self, arrays: Mapping[str, Mapping[str, list]] | None = None):
+        """Empty, or with what `arrays` of another returned."""
+        empty: dict[str, Mapping] = {"read": {}, "made": {}}
+        self._calls = {way: defaultdict(list, names) for way, names in (arrays or empty).items()}
+        self._taken: dict[tuple[str, str], int] = defaultdict(int)
+
+    def arrays(self) -> dict[str, dict[str, list]]:
+        """Everything, as a tree of arrays."""
+        return {way: dict(names) for way, names in self._calls.items()}
 
     def add(self, name: str, read: torch.Tensor, made: torch.Tensor) -> None:
         """One call's input and output, channels last."""
-        self.read[name].append(read.detach().float().cpu().numpy())
-        self.made[name].append(made.detach().float().cpu().numpy())
+        for way, x in (("read", read), ("made", made)):
+            self._calls[way][name].append(x.detach().float().cpu().numpy())
 
     @contextlib.contextmanager
     def of(self, modules: Mapping[str, torch.nn.Module], arrange: Callable) -> Iterator[None]:
@@ -72,16 +79,16 @@ class Recording:
             for handle in handles:
                 handle.remove()
 
-    def take(self, name: str, read: bool, shape: tuple[int, ...]) -> np.ndarray:
+    def take(self, name: str, way: str, shape: tuple[int, ...]) -> Array:
         """The next `shape[1]` positions along T of what a module read or made, cut to `shape`.
 
         The reference pads some inputs at their ends first; ours does inside of the module.
         """
-        calls = (self.read if read else self.made)[name]
-        joined = np.concatenate(calls, axis=1) if len(calls) > 1 else calls[0]
-        now, rest = joined[:, : shape[1]], joined[:, shape[1] :]
-        calls[:] = [rest]
-        if now.ndim == len(shape) and read:
+        calls, start = self._calls[way][name], self._taken[name, way]
+        joined = calls[0] if len(calls) == 1 else jnp.concatenate(calls, axis=1)
+        self._taken[name, way] = start + shape[1]
+        now = joined[:, start : start + shape[1]]
+        if now.ndim == len(shape) and way == "read":
             now = now[tuple(slice(n) for n in shape)]
         return now
 
@@ -120,25 +127,48 @@ class Witness:
         self.leaf, self.tensors, self.hint, self.prefix = leaf, tensors, hint, prefix
         self.places: list[Place] = []
         self.operations: list[tuple[str, float]] = []
+        self._pending: list[tuple[dict, Array]] = []
         self.passing: Callable[[str, Any], bool] = lambda path, x: False
+
+    def run(self, function: Callable, *arguments: Any) -> Any:
+        """What `function` returns, compared on the way, as one compiled program."""
+        labels: list[dict] = []
+
+        def traced(arrays: dict, arguments: tuple) -> tuple[Any, list]:
+            self.recording, self._pending = Recording(arrays), []
+            with self.watching():
+                made = function(*arguments)
+            labels[:] = [label for label, _ in self._pending]
+            return made, [error for _, error in self._pending]
+
+        made, errors = jax.jit(traced)(self.recording.arrays(), arguments)
+        for label, error in zip(labels, errors, strict=True):
+            self._settle(float(error), **label)
+        return made
 
     def compare(self, operation: str, ours, exact, *, module: str = "", path: str = "") -> None:
         """Note how far two arrays are apart. With `module`, its weights are to blame."""
-        ours, bar = np.asarray(ours, np.float32), FLOAT32["operation"]
-        exact = np.asarray(exact, np.float32)
-        error = relative_l2(ours, exact) if ours.shape == exact.shape else np.inf
-        self.operations.append((self.prefix + operation, error))
+        label = {"operation": operation, "module": module, "path": path}
+        if np.shape(ours) != np.shape(exact):
+            self._settle(np.inf, **label)
+        elif isinstance(ours, jax.core.Tracer):
+            norm = jnp.linalg.norm(exact)
+            self._pending.append((label, jnp.linalg.norm(ours - exact) / norm))
+        else:
+            self._settle(relative_l2(ours, exact), **label)
+
+    def _settle(self, error: float, operation: str, module: str, path: str) -> None:
+        bar, name = FLOAT32["operation"], self.prefix + operation
+        self.operations.append((name, error))
         if error <= bar:
             return
         tensors = self.tensors(self.prefix + module) if module else ()
         leaf, hint = (self.leaf(path), self.hint(module, path)) if module else ("", "")
-        self.places.append(
-            Place(self.component, self.prefix + operation, tensors, leaf, error, bar, hint)
-        )
+        self.places.append(Place(self.component, name, tensors, leaf, error, bar, hint))
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Compare every module that runs meanwhile, outside of `jax.jit`."""
+        """Compare every module that runs meanwhile."""
         with nn.intercept_methods(self._intercept):
             yield
 
@@ -149,28 +179,31 @@ class Witness:
             return call(*arguments, **options)
         read, *others = arguments
         first = operation.modules[0]
-        exact = self.recording.take(first, True, read.shape).reshape(read.shape)
-        for other in operation.modules[1:]:
-            self.recording.take(other, True, read.shape)  # the same again
+        exact = self.recording.take(first, "read", read.shape)
+        exact = exact.reshape(read.shape) if exact.size == read.size else exact
         self.compare(f"{first}, its input{_because(operation.before)}", read, exact)
+        if exact.shape != read.shape:
+            return call(*arguments, **options)
         made = call(jnp.asarray(exact, read.dtype), *others, **options)
-        parts = self._parts(operation, made)
-        start = 0
-        for module, part in zip(operation.modules, parts, strict=True):
-            stop = start + (part.shape[-2] if len(parts) > 1 else 0)
-            ours = made[..., start:stop, :] if len(parts) > 1 else made
-            self.compare(module, ours, part, module=module, path=path)
-            start = stop
-        joined = np.concatenate(parts, axis=-2) if len(parts) > 1 else parts[0]
-        return jnp.asarray(joined, made.dtype)
-
-    def _parts(self, operation: Operation, made: jax.Array) -> list[np.ndarray]:
-        """What the reference's modules made, in the shape of ours."""
-        shape = made.shape
-        parts = [self.recording.take(name, False, shape) for name in operation.modules]
+        parts = [
+            self._in_our_shape(self.recording.take(name, "made", made.shape), made)
+            for name in operation.modules
+        ]
         if len(parts) == 1:
-            return [parts[0].reshape(shape)]
-        return [part.reshape(*shape[:-2], -1, shape[-1]) for part in parts]
+            self.compare(first, made, parts[0], module=first, path=path)
+            return jnp.asarray(parts[0], made.dtype)
+        ends = np.cumsum([part.shape[-2] for part in parts])
+        for name, part, end in zip(operation.modules, parts, ends, strict=True):
+            ours = made[..., end - part.shape[-2] : end, :]
+            self.compare(name, ours, part, module=name, path=path)
+        return jnp.concatenate(parts, axis=-2).astype(made.dtype)
+
+    @staticmethod
+    def _in_our_shape(part: Array, made: Array) -> Array:
+        """What one of the reference's modules made, heads apart where ours has them."""
+        if part.shape == made.shape or part.size % made.shape[-1]:
+            return part
+        return part.reshape(*made.shape[:-2], -1, made.shape[-1])
 
 
 def _because(before: str) -> str:

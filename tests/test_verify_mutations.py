@@ -1,0 +1,311 @@
+"""Every mistake that loads without an error is caught by `convert.verify`, and named where it is.
+
+Ours is spoilt, in the tensors of a converted checkpoint or in the code that reads and uses them;
+the reference is not. Each test asks for the first place that is named, and that nothing else is
+blamed: no error travels from one operation to the next.
+"""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checkpoint_files import CONVERTED, link_checkpoint, read_tensors, replace_file
+from safetensors.numpy import save
+
+from convert.verify import cli
+from cosmos3_jax import attention, rope, transformer, unipc, video_vae_modules
+from cosmos3_jax.checkpoint import rules, transformer_layout
+from cosmos3_jax.checkpoint.convert import convert_checkpoint
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Most of the time here is compilation, which takes a third as long without optimisations."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def converted(public_checkpoint, tmp_path_factory):
+    """The checkpoint in our layout, float32: a tensor a leaf and layer, in one shard."""
+    target = tmp_path_factory.mktemp("converted") / "checkpoint"
+    return convert_checkpoint(public_checkpoint, target, dtype="float32")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def clean(public_checkpoint, converted, quick_compilation, tmp_path_factory):
+    """A comparison without a mistake, first: the programs that it compiles are used again, and a
+    mistake in our code is not compiled into them. What is compared operation by operation is.
+    """
+    folder = tmp_path_factory.mktemp("clean")
+    return verify(folder, public_checkpoint, "all", "--converted", str(converted))
+
+
+def verify(tmp_path: Path, checkpoint: Path, component: str, *options: str) -> tuple[int, dict]:
+    """The exit status and the report."""
+    report = tmp_path / "report"
+    arguments = [checkpoint, "--component", component, "--dtype", "float32", "--report", report]
+    status = cli.main([str(argument) for argument in (*arguments, *options)])
+    return status, json.loads((report / "verify.json").read_text())
+
+
+def spoil(converted: Path, target: Path, component: str, change) -> Path:
+    """A copy of the converted checkpoint in which `change` has worked on a component's tensors."""
+    folder = link_checkpoint(converted, target) / component
+    tensors = read_tensors(folder)
+    change(tensors)
+    contiguous = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
+    [shard] = folder.glob(f"{CONVERTED}-*.safetensors")
+    replace_file(shard, save(contiguous, {"format": "pt"}))
+    return target
+
+
+def exchange(tensors: dict, one: str, other: str) -> None:
+    tensors[one], tensors[other] = tensors[other], tensors[one]
+
+
+def transpose_square(tensors: dict, key: str) -> None:
+    kernel = tensors[key]
+    square = kernel.reshape(kernel.shape[-1], -1)
+    assert square.shape[0] == square.shape[1]
+    tensors[key] = square.T.reshape(kernel.shape)
+
+
+GATE_UP, OUT = "layers/mlp/gate_up/kernel", "layers/attention/out/kernel"
+# What is done to the tensors; then of the first place the tensor and the hint; then the tensors
+# that all places together name.
+TENSORS = {
+    "text and media towers exchanged": (
+        lambda t: exchange(t, f"und/{GATE_UP}/1", f"gen/{GATE_UP}/1"),
+        "layers.1.mlp.gate_proj.weight",
+        "ours holds layers.1.mlp_moe_gen.gate_proj.weight",
+        ["layers.1.mlp.gate_proj", "layers.1.mlp.up_proj", "layers.1.mlp_moe_gen.gate_proj",
+         "layers.1.mlp_moe_gen.up_proj"],
+    ),
+    "norms of the towers exchanged": (
+        lambda t: exchange(t, *(f"{x}/layers/attention/k_norm/scale/0" for x in ("und", "gen"))),
+        "layers.0.self_attn.norm_k.weight",
+        "ours holds layers.0.self_attn.norm_added_k.weight",
+        ["layers.0.self_attn.norm_k", "layers.0.self_attn.norm_added_k"],
+    ),
+    "square kernel transposed": (
+        lambda t: transpose_square(t, f"gen/{OUT}/2"),
+        "layers.2.self_attn.to_add_out.weight",
+        "ours holds layers.2.self_attn.to_add_out.weight transposed",
+        ["layers.2.self_attn.to_add_out"],
+    ),
+    "gate and up exchanged": (
+        lambda t: t.update({f"gen/{GATE_UP}/0": t[f"gen/{GATE_UP}/0"][:, ::-1]}),
+        "layers.0.mlp_moe_gen.gate_proj.weight",
+        "ours holds layers.0.mlp_moe_gen.up_proj.weight",
+        ["layers.0.mlp_moe_gen.gate_proj", "layers.0.mlp_moe_gen.up_proj"],
+    ),
+    "a norm dropped": (
+        lambda t: t["und/layers/post_attention_norm/scale/1"].fill(1),
+        "layers.1.post_attention_layernorm.weight",
+        "our scale is all ones",
+        ["layers.1.post_attention_layernorm"],
+    ),
+    "two layers exchanged": (
+        lambda t: exchange(t, f"gen/{OUT}/0", f"gen/{OUT}/1"),
+        "layers.0.self_attn.to_add_out.weight",
+        "ours holds no tensor of this layer",
+        ["layers.0.self_attn.to_add_out", "layers.1.self_attn.to_add_out"],
+    ),
+    "the last text layer's keys for its values": (
+        lambda t: t.update({"und/last_layer/kv/kernel": t["und/last_layer/kv/kernel"][:, ::-1]}),
+        "layers.2.self_attn.to_k.weight",
+        "ours holds no tensor of this layer",  # heads come in the other order too
+        ["layers.2.self_attn.to_k", "layers.2.self_attn.to_v"],
+    ),
+    "an embedding off by one": (
+        lambda t: t.update({"und/embed/embedding": np.roll(t["und/embed/embedding"], 1, 0)}),
+        "embed_tokens.weight",
+        "",
+        ["embed_tokens"],
+    ),
+    "the final norm dropped": (
+        lambda t: t["gen/norm/scale"].fill(1),
+        "norm_moe_gen.weight",
+        "",
+        ["norm_moe_gen"],
+    ),
+}  # fmt: skip
+
+
+def blamed(report: dict) -> list[str]:
+    """The operations of all places, in order."""
+    return [place["operation"] for place in report["places"]]
+
+
+@pytest.mark.parametrize("mistake", TENSORS)
+def test_a_spoilt_transformer_tensor_is_named(public_checkpoint, converted, tmp_path, mistake):
+    change, tensor, hint, operations = TENSORS[mistake]
+    folder = spoil(converted, tmp_path / "spoilt", "transformer", change)
+    status, report = verify(tmp_path, public_checkpoint, "transformer", "--converted", str(folder))
+    first = report["places"][0]
+    assert status == 1 and not report["passed"]
+    assert first["tensors"][0] == tensor and first["hint"] == hint
+    assert blamed(report) == operations
+    assert not all(row["passed"] for row in report["rows"])  # the velocity shows it as well
+
+
+def test_nothing_is_blamed_without_a_mistake(clean):
+    """What the other tests would not notice if everything were blamed."""
+    status, report = clean
+    assert status == 0 and report["passed"] and report["places"] == []
+    components = {row["component"] for row in report["rows"]}
+    assert components == set(cli.COMPONENTS)
+    assert all(report["details"][name]["operations"] for name in cli.FOLDERS)
+
+
+# ---------------------------------------------------------------- mistakes in our code
+
+
+def test_a_wrong_rule_is_named(public_checkpoint, tmp_path, monkeypatch):
+    """The weights are then what the layout says they are, and still wrong."""
+    towers = dict(transformer_layout.TOWERS)
+    q, k, v, *others = towers["und"]
+    towers["und"] = (q, v, k, *others)
+    monkeypatch.setattr(transformer_layout, "TOWERS", towers)
+    status, report = verify(tmp_path, public_checkpoint, "transformer", "--layers", "1")
+    first = report["places"][0]
+    assert status == 1
+    assert first["tensors"] == ["layers.0.self_attn.to_k.weight"]
+    assert first["leaf"] == "und/layers/attention/qkv[0]"
+    assert first["hint"] == "ours holds layers.0.self_attn.to_v.weight"
+    assert blamed(report) == ["layers.0.self_attn.to_k", "layers.0.self_attn.to_v"]
+
+
+def test_shifted_rotary_sections_are_named(public_checkpoint, tmp_path, monkeypatch):
+    right = rope.axis_of_slot
+    monkeypatch.setattr(rope, "axis_of_slot", lambda config: np.roll(right(config), 1))
+    status, report = verify(tmp_path, public_checkpoint, "transformer", "--layers", "1")
+    assert status == 1
+    # Text counts alike on all axes: only media positions show it.
+    assert len(report["places"]) == 2
+    for place, which in zip(report["places"], ("cos", "sin"), strict=True):
+        assert place["operation"].startswith(f"rotary_emb: {which} of media positions, slots off")
+        assert "1 (time)" in place["operation"]
+
+
+@pytest.mark.parametrize(
+    ("change", "operation"),
+    [
+        (
+            lambda query, key, value, **options: (query, jnp.roll(key, 1, axis=2), value),
+            "layers.0.self_attn: softmax(q k) v",
+        ),
+        (
+            lambda query, key, value, **options: (query * 1.1, key, value),
+            "layers.0.self_attn: softmax(q k) v",
+        ),
+    ],
+    ids=["key heads", "scale"],
+)
+def test_wrong_attention_is_named(public_checkpoint, tmp_path, monkeypatch, change, operation):
+    def wrong(query, key, value, **options):
+        return attention.attention(*change(query, key, value), **options)
+
+    monkeypatch.setattr(transformer, "attention", wrong)
+    status, report = verify(tmp_path, public_checkpoint, "transformer", "--layers", "1")
+    assert status == 1 and blamed(report)[0] == operation
+    assert set(blamed(report)) == {operation, "layers.0.self_attn (media): softmax(q k) v"}
+
+
+def test_rotation_the_other_way_is_named(public_checkpoint, tmp_path, monkeypatch):
+    right = rope.apply_rope
+    monkeypatch.setattr(rope, "apply_rope", lambda x, table: right(x, (table[0], -table[1])))
+    status, report = verify(tmp_path, public_checkpoint, "transformer", "--layers", "1")
+    assert status == 1
+    assert blamed(report)[:2] == [
+        "layers.0.self_attn: query, rotated", "layers.0.self_attn: key, rotated"
+    ]  # fmt: skip
+
+
+def test_patches_in_the_wrong_order_are_named(public_checkpoint, tmp_path, monkeypatch):
+    right = transformer.patchify
+
+    def wrong(config, video):
+        shape = (2, 2, config.latent_channel)
+        patches = right(config, video)
+        apart = patches.reshape(*patches.shape[:2], *shape)
+        return apart.swapaxes(2, 3).reshape(patches.shape)
+
+    monkeypatch.setattr(transformer, "patchify", wrong)
+    status, report = verify(tmp_path, public_checkpoint, "transformer", "--layers", "1")
+    assert status == 1 and blamed(report) == ["proj_in, its input (patch order)"]
+
+
+def fold_over_the_first_axis(direction, gain):
+    """As if the first axis were not the one that is kept."""
+    norm = np.sqrt(np.sum(np.square(direction.swapaxes(0, 1)), (1, *range(2, direction.ndim))))
+    shape = (1, -1) + (1,) * (direction.ndim - 2)
+    return gain * direction / norm.reshape(shape)
+
+
+def test_weight_norm_over_the_wrong_axis_is_named(public_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(rules, "fold_weight_norm", fold_over_the_first_axis)
+    status, report = verify(tmp_path, public_checkpoint, "sound_vae")
+    first = report["places"][0]
+    assert status == 1 and first["operation"] == "decoder.conv1"
+    assert "decoder.conv1.weight_v" in first["tensors"] and first["leaf"].endswith("decoder/conv1")
+    assert "after weight norm" in first["hint"]
+    named = blamed(report)
+    assert "decoder.block.0.conv_t1" in named and "encoder.layers.0" in named
+    assert not any("snake" in name or "pwconv" in name for name in named)
+
+
+def test_a_turned_transposed_kernel_is_named(public_checkpoint, converted, tmp_path):
+    key = "decoder/block_1/conv_t1/kernel"
+    folder = spoil(
+        converted, tmp_path / "spoilt", "sound_tokenizer", lambda t: t.update({key: t[key][::-1]})
+    )
+    status, report = verify(tmp_path, public_checkpoint, "sound_vae", "--converted", str(folder))
+    assert status == 1 and blamed(report) == ["decoder.block.1.conv_t1"]
+    assert "reversed along axis 2" in report["places"][0]["hint"]
+
+
+def wrong_patch_order(array, pattern, **sizes):
+    """Height before width within a pixel's patch, in both directions."""
+    return RIGHT_REARRANGE(array, pattern.replace("(C w h)", "(C h w)"), **sizes)
+
+
+RIGHT_REARRANGE = video_vae_modules.rearrange
+
+
+def test_the_video_vaes_patch_order_is_named(public_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(video_vae_modules, "rearrange", wrong_patch_order)
+    status, report = verify(tmp_path, public_checkpoint, "video_vae")
+    assert status == 1
+    assert set(blamed(report)) == {
+        "decoder's last (patch order)", "encoder.conv_in, its input (patch order)"
+    }  # fmt: skip
+
+
+def test_a_transposed_convolution_kernel_is_named(public_checkpoint, converted, tmp_path):
+    key = "decoder/up_blocks_2/resnets_1/conv2/kernel"
+    folder = spoil(
+        converted, tmp_path / "spoilt", "vae", lambda t: t.update({key: t[key].swapaxes(-1, -2)})
+    )
+    status, report = verify(tmp_path, public_checkpoint, "video_vae", "--converted", str(folder))
+    assert status == 1
+    assert set(blamed(report)) == {"decoder.up_blocks.2.resnets.1.conv2"}
+    assert report["places"][0]["hint"] == "ours is transposed, inputs for outputs"
+    assert [row["passed"] for row in report["rows"]] == [False, True]  # decode, encode
+
+
+def test_a_wrong_timestep_is_named(public_checkpoint, tmp_path, monkeypatch):
+    right = unipc.tableau
+
+    def rounded(levels):
+        return right(levels).replace(timestep=np.rint(1000 * levels[:-1]).astype(np.int32))
+
+    monkeypatch.setattr(unipc, "tableau", rounded)
+    status, report = verify(tmp_path, public_checkpoint, "sampler")
+    assert status == 1
+    assert blamed(report)[0] == "native schedule, 1 steps: timesteps of step 0"
