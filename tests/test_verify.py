@@ -238,14 +238,14 @@ def test_the_report_has_everything_and_is_written_whole(
 
 def test_markdown_puts_dtypes_side_by_side():
     pool = Pool()
-    pool.add(np.ones(3), np.ones(3) + 1e-7, np.ones(3) + 1e-2)
+    pool.add(np.ones(3) + 1e-7, np.ones(3), np.ones(3) + 1e-2)
     rows = [pool.row("video_vae", "decode", "bfloat16", picture=True)]
     rows.insert(0, dataclasses.replace(rows[0], dtype="float32", relative_l2=2e-7, passed=False))
     outcome = Outcome(rows=rows)
     made = report.make({"video_vae": outcome}, "x")
     [line] = report.markdown(json.loads(json.dumps(made))).splitlines()[2:]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells[:4] == ["video vae: decode", "2.0e-07", "9.9e-08", "9.9e-03"]
+    assert cells[:4] == ["video vae: decode", "2.0e-07", "1.0e-07", "1.0e-02"]
     assert cells[-1] == "**FAIL**"
 
 
