@@ -202,6 +202,11 @@ def test_a_place_fails_an_outcome_and_says_what_to_look_at():
     assert Outcome().passed and not Outcome(places=[place]).passed
     for part in (*place.tensors, place.leaf, place.hint, "5.0e-01"):
         assert part in str(place)
+    assert Outcome(places=[place]).parting == str(place) and Outcome().parting == ""
+    pool = Pool()
+    pool.add(np.ones(2), np.zeros(2))
+    between = Outcome(rows=[pool.row("video_vae", "decode", "float32")])
+    assert between.parting.startswith("video_vae: decode in float32, with every operation in")
 
 
 # ---------------------------------------------------------------- what is written
@@ -220,7 +225,7 @@ def test_the_report_has_everything_and_is_written_whole(
     assert {"jax", "torch", "diffusers"} <= found["versions"].keys()
     assert found["options"]["component"] == "sampler" and found["converted"] is None
     assert found["peak_memory_gib"] > 0 and found["seconds"] > 0
-    assert found["bars"]["float32"] == FLOAT32
+    assert found["bars"]["float32"] == FLOAT32 and found["unfinished"] == []
     assert len(found["rows"]) == 3
     capsys.readouterr()
     assert cli.main(["--markdown", str(path)]) == 0
@@ -234,6 +239,22 @@ def test_the_report_has_everything_and_is_written_whole(
     monkeypatch.setattr(os, "replace", full)
     assert cli.main(arguments) == 2
     assert path.read_text() == before
+
+
+def test_what_was_compared_stays_when_the_rest_fails(public_checkpoint, tmp_path, monkeypatch):
+    compared = []
+
+    def compare(name, *_):
+        if compared:
+            raise MemoryError
+        compared.append(name)
+        return Outcome()
+
+    monkeypatch.setattr(cli, "_compare", compare)
+    with pytest.raises(MemoryError):
+        cli.main([str(public_checkpoint), "--report", str(tmp_path)])
+    found = json.loads((tmp_path / "verify.json").read_text())
+    assert found["unfinished"] == ["video_vae", "sound_vae", "sampler", "pipeline"]
 
 
 def test_markdown_puts_dtypes_side_by_side():

@@ -167,7 +167,7 @@ def _watch_video(witness: Witness, config: VideoVAEConfig, way: str, params, x):
         start += piece.shape[1]
         piece = video_vae.denormalize_latents(config, piece) if way == "decode" else 2 * piece - 1
         # Frame 0 passes the convolutions over time by; the reference does not call them.
-        witness.passing = lambda path, x, first=first: first and path.endswith("time_conv")
+        witness.passing = lambda path, first=first: first and path.endswith("time_conv")
         variables = {"params": tree, "cache": cache}
         made, state = module.apply(variables, piece, first, mutable=["cache"])
         cache = state["cache"]

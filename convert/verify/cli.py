@@ -71,28 +71,29 @@ def _verify(options: argparse.Namespace) -> int:
     folder = options.converted or checkpoint
     config, components, skipped = _open(checkpoint, folder)
     chosen = _choose(options, config, checkpoint)
-    _use_device(options.device)
-    dtypes = DTYPES[options.dtype]
+    device = _device(options.device)
     print(f"{checkpoint} in diffusers, {folder} here: {', '.join(chosen)}", flush=True)
     outcomes: dict[str, Outcome] = {}
     for name in chosen:
-        outcome = _compare(name, checkpoint, folder, config, components, dtypes, options)
+        with jax.default_device(device):
+            outcome = _compare(name, checkpoint, folder, config, components, options)
+        outcome.skipped[:0] = [] if outcomes else skipped
         outcomes[name] = outcome
         if outcome.rows:
             print(f"\n{reports.table(outcome.rows)}", flush=True)
-        if outcome.places:
-            print(f"\nThe two part first at {outcome.places[0]}")
+        if not outcome.passed:
+            print(f"\nThe two part first at {outcome.parting}")
             print(f"{len(outcome.places)} place(s) in all are off by themselves.", flush=True)
-    if outcomes:
-        outcomes[chosen[0]].skipped[:0] = skipped
-    report = reports.make(
-        outcomes,
-        str(checkpoint),
-        converted=None if options.converted is None else str(options.converted),
-        options={"component": options.component, "dtype": options.dtype, "layers": options.layers,
-                 "device": options.device},
-        seconds=time.perf_counter() - start,
-    )  # fmt: skip
+        report = reports.make(
+            outcomes,
+            str(checkpoint),
+            converted=None if options.converted is None else str(options.converted),
+            options={n: getattr(options, n) for n in ("component", "dtype", "layers", "device")},
+            seconds=time.perf_counter() - start,
+            unfinished=[other for other in chosen if other not in outcomes],
+        )
+        if options.report is not None:  # what is measured stays, should the next not fit
+            reports.write(report, options.report)
     for line in report["skipped"]:
         print(f"skipped: {line}")
     print(
@@ -100,7 +101,7 @@ def _verify(options: argparse.Namespace) -> int:
         f"{report['peak_memory_gib']:.1f} GiB of host memory at the most"
     )
     if options.report is not None:
-        print(f"wrote {reports.write(report, options.report)}")
+        print(f"wrote {options.report / reports.FILE}")
         try:
             reports.plot(report, options.report)
         except ImportError:
@@ -114,15 +115,17 @@ def _compare(
     folder: Path,
     config: Config,
     components: dict[str, Component],
-    dtypes: tuple[str, ...],
     options: argparse.Namespace,
 ) -> Outcome:
+    """One component's comparison; see its module."""
     # Only now: torch and diffusers take seconds to import, and errors above need neither.
     from diffusers.utils import logging
 
     from convert.verify import autoencoders, pipeline, reference, sampler, transformer
 
     logging.disable_progress_bar()
+
+    dtypes = DTYPES[options.dtype]
 
     def rounded(part: str) -> bool:
         component = components[FOLDERS[part]]
@@ -156,7 +159,8 @@ def _check_libraries() -> None:
     """Raise ValueError unless the reference can be imported."""
     from importlib.util import find_spec
 
-    missing = [name for name in ("torch", "diffusers", "transformers") if find_spec(name) is None]
+    needed = ("torch", "diffusers", "transformers", "accelerate")
+    missing = [name for name in needed if find_spec(name) is None]
     if missing:
         raise ValueError(f"{', '.join(missing)} not installed; the reference needs it: {EXTRA}")
 
@@ -223,17 +227,17 @@ def _choose(options: argparse.Namespace, config: Config, checkpoint: Path) -> li
     return [name for name in COMPONENTS if name != "sound_vae" or config.has_sound]
 
 
-def _use_device(name: str) -> None:
-    """Raise ValueError unless both libraries have the device; ours runs on it from now on."""
+def _device(name: str) -> jax.Device:
+    """JAX's device of this name. Raises ValueError unless both libraries have it."""
     import torch
 
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda, but torch sees no CUDA GPU: use --device cpu")
     try:
-        jax.config.update("jax_default_device", jax.devices(name)[0])
+        return jax.devices(name)[0]
     except RuntimeError as error:
         raise ValueError(
-            f"--device {name}, but JAX has none ({error}): use --device cpu"
+            f"--device {name}, but JAX has none ({error}); use --device cpu"
         ) from error
 
 
@@ -250,6 +254,7 @@ def _free_gib() -> float:
 def _read_report(path: Path) -> dict:
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        return report if report["rows"] is not None else report
+        reports.markdown(report)
+        return report
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no report of this command: {error!r}") from error

@@ -110,6 +110,20 @@ class Outcome:
     def passed(self) -> bool:
         return not self.places and all(row.passed for row in self.rows)
 
+    @property
+    def parting(self) -> str:
+        """Where the two part first, or "" where they do not."""
+        if self.places:
+            return str(self.places[0])
+        failed = [row for row in self.rows if not row.passed]
+        if not failed:
+            return ""
+        row = failed[0]
+        return (
+            f"{row.component}: {row.case} in {row.dtype}, with every operation in its bar by "
+            "itself: what is off is between them, under jit or in their rounding"
+        )
+
 
 def relative_l2(ours: np.ndarray, exact: np.ndarray) -> float:
     """|ours - exact| / |exact| in float64; against zeros 0 or infinity."""

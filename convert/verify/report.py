@@ -1,7 +1,8 @@
 """What was found: as a table, as JSON, as plots, and as the table of a README.
 
-The JSON holds `rows` (see `compare.Row`), `places` (see `compare.Place`), `skipped`, `details`,
-`bars`, `versions`, `checkpoint`, `converted`, `options`, `seconds`, `peak_memory_gib` and `passed`.
+The JSON holds `rows` (see `compare.Row`), `places` (see `compare.Place`), `parting` (the first of
+them by component, in words), `skipped`, `details`, `bars`, `versions`, `checkpoint`, `converted`,
+`options`, `seconds`, `peak_memory_gib`, `unfinished` (components to come) and `passed`.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from convert.verify.compare import FLOAT32, NONSENSE, RATIO, Outcome, Place, Row
+from convert.verify.compare import FLOAT32, NONSENSE, RATIO, Outcome, Row
 
 PACKAGES = ("cosmos3-jax", "jax", "jaxlib", "flax", "numpy", "torch", "diffusers", "transformers")
 FILE = "verify.json"
@@ -73,11 +74,6 @@ def _number(value: float | None) -> str:
     return "" if value is None else ("equal" if value == 0 else f"{value:.1e}")
 
 
-def first_place(places: list[Place]) -> Place | None:
-    """The first in the order of the computation."""
-    return places[0] if places else None
-
-
 def make(outcomes: dict[str, Outcome], checkpoint: str, **what: Any) -> dict[str, Any]:
     """Everything as one dictionary that JSON can hold; `what` is added as it is."""
     places = [place for outcome in outcomes.values() for place in outcome.places]
@@ -89,6 +85,7 @@ def make(outcomes: dict[str, Outcome], checkpoint: str, **what: Any) -> dict[str
         "bars": {"float32": FLOAT32, "bfloat16_ratio": RATIO, "bfloat16_nonsense": NONSENSE},
         "peak_memory_gib": peak_memory_gib(),
         "rows": [dataclasses.asdict(row) for o in outcomes.values() for row in o.rows],
+        "parting": {name: outcome.parting for name, outcome in outcomes.items()},
         "places": [dataclasses.asdict(place) for place in places],
         "skipped": [line for outcome in outcomes.values() for line in outcome.skipped],
         "details": {name: outcome.details for name, outcome in outcomes.items()},

@@ -17,7 +17,7 @@ import torch
 
 from convert.verify import reference
 from convert.verify import transformer_ours as ours
-from convert.verify.compare import FLOAT32, Outcome, Place, Pool
+from convert.verify.compare import FLOAT32, RATIO, Outcome, Place, Pool
 from convert.verify.transformer_inputs import Case, first, make_cases
 from convert.verify.transformer_layer import compare_tables, one_example, watch_layer
 from convert.verify.witness import Operation, Recording, Witness
@@ -108,10 +108,12 @@ def compare(
         outcome.places += places
         operations += found
         for name in dtypes:
+            own = ours.cast(tree, name)
             streams[name] = [
-                ours.run_layer(ours.cast(tree, name), stream, config=config, dtype=name, last=last)
+                ours.run_layer(own, stream, config=config, dtype=name, last=last)
                 for stream in streams[name]
             ]
+            del own
         del tree
         _reference_through(sides, layer)
         curves += _curves(index, cases, sides, streams, last)
@@ -119,7 +121,8 @@ def compare(
         say(f"layer {index}: worst operation {worst:.1e}" + "".join(f"; {p}" for p in places))
     around.watch_after(outcome)
     outcome.rows += _velocity_rows(cases, sides, streams, params, config, device)
-    outcome.details = {"layers": curves, "operations": operations}
+    names = [case.name for case in cases]
+    outcome.details = {"cases": names, "layers": curves, "operations": operations}
     if not outcome.places:
         outcome.places += _drift(outcome, curves)
     return outcome
@@ -284,7 +287,7 @@ def _drift(outcome: Outcome, curves: list[dict]) -> list[Place]:
     for dtype in {row.dtype for row in outcome.rows if not row.passed}:
         for entry in curves:
             exact = entry["reference_error"]
-            bar = FLOAT32["transformer"] if exact is None else 1.2 * exact
+            bar = FLOAT32["transformer"] if exact is None else RATIO * exact
             if entry["dtype"] == dtype and not entry["relative_l2"] <= bar:
                 name = f"layers.{entry['layer']}, {entry['tower']} tower, {dtype}: errors add up"
                 places.append(Place("transformer", name, (), "", entry["relative_l2"], bar))
