@@ -28,8 +28,10 @@ from cosmos3_jax.programs import (
     decode_sound,
     decode_video,
     encode_conditions,
+    encode_given,
     encode_sound,
     encode_video,
+    loop_request,
     sample_latents,
     text_request,
 )
@@ -128,7 +130,8 @@ class Cosmos3:
         decode_chunk_size: int | None = None,
         **settings,
     ) -> dict:
-        """Turn prompts into videos, with sound on the same time line if asked for.
+        """Turn prompts into images (`num_frames=1`) or videos, with sound on the same time line if
+        asked for, from text alone or going on from an image or a video.
 
         Args:
             prompt: one prompt or a list of them; a list is a batch.
@@ -138,7 +141,8 @@ class Cosmos3:
             progress: show a bar over the steps.
             decode_chunk_size: latent frames decoded at a time: memory against speed. None
                 chooses by size.
-            **settings: sizes, sampler, seeds and prompt style; see `prepare.prepare_request`.
+            **settings: image or video to start from, sizes, sampler, seeds and prompt style; see
+                `prepare.prepare_request`.
 
         Returns:
             `video`: float32 [B, 3, T, H, W] in [0, 1]; with sound also `sound`: float32
@@ -146,7 +150,8 @@ class Cosmos3:
             [B, C, t, h, w] and [B, C_sound, s].
 
         Raises:
-            ValueError: on a value that cannot work.
+            ValueError: on a value that cannot work, or media that cannot be read.
+            FileNotFoundError: on an image or a video that is not there.
             OutOfDeviceMemory: (a ValueError) the device has too little memory. As a rule that is
                 known before anything is run.
         """
@@ -185,7 +190,8 @@ class Cosmos3:
                 `prompt`'s own length.
             output, return_trajectory, progress, decode_chunk_size: as in `generate`.
             **settings: as in `generate`. Of these the sizes, the number of steps, sound, the
-                negative prompt's length, and whether there is guidance count; the rest are arrays.
+                negative prompt's length, the frames read of an image or a video, and whether there
+                is guidance count; the rest are arrays.
 
         Raises:
             ValueError, OutOfDeviceMemory: as `generate` would.
@@ -199,13 +205,20 @@ class Cosmos3:
         memory_limits.check_fits(**job)
         request = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), request)
         structs, config = self.weights.structs, self.config
+        if request.clean_video is not None:
+            clean = compile_for(
+                encode_given, structs["video_vae"], request.clean_video,
+                latent_frames=request.video_shape[0], config=config,
+            )  # fmt: skip
+            request = request.replace(clean_video=None, clean_latents=clean)
         conditions = compile_for(
             encode_conditions, structs["und"], text_request(request), config=config
         )
         compile_sampling = compile_with_bar if progress else partial(compile_for, sample_latents)
         latents, _ = compile_sampling(
-            structs["gen"], conditions, request, config=config, return_trajectory=return_trajectory
-        )
+            structs["gen"], conditions, loop_request(request),
+            config=config, return_trajectory=return_trajectory,
+        )  # fmt: skip
         if output == "media":
             compile_for(
                 decode_video, structs["video_vae"], latents["video"], config=config.video_vae,
@@ -224,8 +237,8 @@ class Cosmos3:
 
     @_settings_of(prepare_request)
     def prepare(self, prompt: str | Sequence[str], **settings) -> T2VRequest:
-        """Check and tokenise everything that one generation needs (see
-        `prepare.prepare_request`).
+        """Check, read and tokenise everything that one generation needs (see
+        `prepare.prepare_request`). Nothing is encoded or compiled yet.
         """
         return prepare_request(self.config, self.tokenizer, prompt, **settings)
 
@@ -235,6 +248,15 @@ class Cosmos3:
         """A request -> final latents `{"video"[, "sound"]}`, channels first, and the trajectory or
         None.
         """
+        if request.clean_video is not None:
+            with self.weights.borrow("video_vae") as vae:
+                clean = encode_given(
+                    vae, request.clean_video,
+                    latent_frames=request.video_shape[0], config=self.config,
+                )  # fmt: skip
+                request = request.replace(
+                    clean_video=None, clean_latents=jax.block_until_ready(clean)
+                )
         with self.weights.borrow("und") as und:
             conditions = encode_conditions(und, text_request(request), config=self.config)
             jax.block_until_ready(conditions)
@@ -243,7 +265,7 @@ class Cosmos3:
             result = sample(
                 gen,
                 conditions,
-                request,
+                loop_request(request),
                 config=self.config,
                 return_trajectory=return_trajectory,
             )

@@ -1,7 +1,7 @@
 """The arrays that one generation needs, whether they fit one another, and the noise to start from.
 
-Axes: B batch, C channels, S text tokens; latents t frames, h rows, w columns; s sound latents; K
-steps.
+Axes: B batch, C channels, S text tokens; T pixel frames, H rows, W columns; latents t frames, h
+rows, w columns; s sound latents; K steps.
 """
 
 import jax
@@ -33,8 +33,11 @@ class T2VRequest:
             `sound_latent_length`.
         sound_noise: [B, C_sound, s], or None.
         sampler: the UniPC tableau; None is the native schedule with shift 10.
-        clean_latents: [B, C, t, h, w] normalised latents of given frames, or None.
-        frame_mask: bool [B, t], the given frames: they come out bit for bit as they went in.
+        frame_mask: bool [B, t], the given frames, any of them: their latents come out bit for bit
+            as they went in. None: all frames are generated.
+        clean_latents: [B, C, t, h, w] normalised latents, read at the given frames, or None.
+        clean_video: [B, 3, T, H, W] pixels in [0, 1] to be encoded for that instead, T = 4k + 1,
+            or None: what a video begins with, up to the last given frame.
     """
 
     text_ids: Array
@@ -50,8 +53,9 @@ class T2VRequest:
     sound_frames: int = struct.field(pytree_node=False, default=0)
     sound_noise: Array | None = None
     sampler: unipc.Tableau | None = None
-    clean_latents: Array | None = None
     frame_mask: Array | None = None
+    clean_latents: Array | None = None
+    clean_video: Array | None = None
 
 
 def check_request(request: T2VRequest, config: Config) -> None:
@@ -62,6 +66,7 @@ def check_request(request: T2VRequest, config: Config) -> None:
         "noise": (batch, config.transformer.latent_channel, *request.video_shape),
         "clean_latents": (batch, config.transformer.latent_channel, *request.video_shape),
         "frame_mask": (batch, request.video_shape[0]),
+        "clean_video": (batch, 3, *_clean_video_size(request, config)),
         "sound_noise": (batch, config.transformer.sound_dim, request.sound_frames),
     }
     if request.neg_text_ids is not None:
@@ -92,8 +97,20 @@ def check_request(request: T2VRequest, config: Config) -> None:
         raise ValueError("a request with sound needs sound_noise, or a seed to draw it from")
     if request.sound_frames and not config.has_sound:
         raise ValueError("sound_frames is not 0, but this checkpoint has no sound: leave sound out")
-    if (request.clean_latents is None) != (request.frame_mask is None):
-        raise ValueError("clean_latents and frame_mask belong together: give both or neither")
+    given = [x for x in (request.clean_latents, request.clean_video) if x is not None]
+    if len(given) != (request.frame_mask is not None):
+        raise ValueError("frame_mask goes with one of clean_latents and clean_video, or is None")
+
+
+def _clean_video_size(request: T2VRequest, config: Config) -> tuple[int, int, int]:
+    """The (T, H, W) that `clean_video` should have: its own T, if that is 4k + 1 and no longer than
+    the video.
+    """
+    frames, *size = request.video_shape
+    time, space = config.video_vae.scale_factor_temporal, config.video_vae.scale_factor_spatial
+    given = request.clean_video.shape[2:3] if request.clean_video is not None else ()
+    latent_frames = min((given[0] - 1) // time + 1, frames) if given else frames
+    return time * (latent_frames - 1) + 1, *(space * side for side in size)
 
 
 def initial_noise(seed: int, shape: tuple[int, ...]) -> np.ndarray:
