@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _show_warning(message: Warning, *_, **__) -> None:
-    print(f"cosmos3-jax: warning: {message}", file=sys.stderr)
+    print(f"cosmos3-jax: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -106,7 +106,7 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
         "--condition-frames",
         metavar="I,J",
         help="latent frames that the clip gives, its frame 0 and four for each later one; -1 is "
-        "the video's last (default: 0,1, which is five frames)",
+        "the video's last, as in --condition-frames=-1 (default: 0,1, which is five frames)",
     )
     command.add_argument(
         "--keep", choices=("first", "last"), help="the end of the clip to take (default: first)"

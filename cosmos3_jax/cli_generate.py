@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import av
 import jax
 import numpy as np
+import PIL
 
 import cosmos3_jax
 from cosmos3_jax import device, media, memory, memory_limits, startup
@@ -36,6 +38,7 @@ def run_generate(options: argparse.Namespace) -> int:
         if path.resolve() in read:
             raise ValueError(f"{path} would be written and is also read; choose another --out")
         media.check_writable(path, options.overwrite, suffixes)
+    given = {name: _file(getattr(options, name)) for name in ("image", "video")}
     settings = _settings(options)
     prompt = read_prompt(options.prompt_file) if options.prompt_file else options.prompt
     times: dict[str, float] = {}
@@ -74,7 +77,7 @@ def run_generate(options: argparse.Namespace) -> int:
         else:
             media.save_mp4(result, out, fps=fps, overwrite=options.overwrite)
     times["total"] = sum(times.values())
-    record = _record(options, model, request, prompt, settings, times)
+    record = _record(options, model, request, prompt, settings, times) | given
     media.write_text(record_path, json.dumps(record, indent=2) + "\n", overwrite=options.overwrite)
     for stage, seconds in times.items():
         print(f"{stage:>10}  {seconds:8.2f} s")
@@ -96,7 +99,7 @@ def _settings(options: argparse.Namespace) -> dict:
         settings["negative_prompt"] = read_prompt(options.negative_prompt_file)
     if options.sigmas:
         settings["sigmas"] = _numbers("--sigmas", options.sigmas)
-    if options.condition_frames:
+    if options.condition_frames is not None:
         settings["condition_frames"] = _numbers(
             "--condition-frames", options.condition_frames, int, "whole numbers"
         )
@@ -175,8 +178,6 @@ def _record(
         "sound_frames": request.sound_frames,
         "seed": options.seed,
         "noise": str(options.noise) if options.noise else None,
-        "image": _file(options.image),
-        "video": _file(options.video),
         "condition_frames": np.flatnonzero(request.frame_mask[0]).tolist()
         if request.frame_mask is not None
         else [],
@@ -193,6 +194,8 @@ def _record(
             "cosmos3_jax": cosmos3_jax.__version__,
             "jax": jax.__version__,
             "numpy": np.__version__,
+            "pillow": PIL.__version__,
+            "av": av.__version__,
             "python": platform.python_version(),
         },
         "seconds": {stage: round(seconds, 3) for stage, seconds in times.items()},
@@ -200,10 +203,11 @@ def _record(
 
 
 def _file(path: Path | None) -> dict[str, str] | None:
-    """A file that was read, and what was in it."""
-    if path is None:
+    """A file that will be read, and what is in it."""
+    if path is None or not path.is_file():
         return None
-    return {"path": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    with path.open("rb") as file:
+        return {"path": str(path), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 @contextmanager

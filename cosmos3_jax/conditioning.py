@@ -7,6 +7,7 @@ Axes: B batch, C channels, T pixel frames, H rows, W columns; latents t frames, 
 """
 
 import math
+import os
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
@@ -37,17 +38,18 @@ def resize_and_crop(frames: np.ndarray, height: int, width: int) -> np.ndarray:
     scale = max(width / columns, height / rows)
     resized = math.ceil(scale * rows), math.ceil(scale * columns)
     top, left = round((resized[0] - height) / 2), round((resized[1] - width) / 2)
-    frames = frames.astype(np.float32)
-    if resized != (rows, columns):
-        frames = np.stack([_resize(frame, *resized) for frame in frames])
-    return frames[:, top : top + height, left : left + width]
+    crop = slice(top, top + height), slice(left, left + width)
+    result = np.empty((len(frames), height, width, 3), np.float32)
+    for frame, made in zip(frames, result, strict=True):  # one at a time, and small when it is kept
+        made[...] = _resize(frame, *resized)[crop]
+    return result
 
 
 def _resize(frame: np.ndarray, height: int, width: int) -> np.ndarray:
     """[H, W, 3] -> [height, width, 3]. In float32: Pillow would round 8-bit pixels twice."""
     planes = [
         Image.fromarray(plane).resize((width, height), Image.Resampling.BILINEAR)
-        for plane in np.ascontiguousarray(np.moveaxis(frame, -1, 0))
+        for plane in np.moveaxis(frame, -1, 0).astype(np.float32, order="C")
     ]
     return np.stack(planes, axis=-1)
 
@@ -56,7 +58,8 @@ def image_pixels(image: ImageSource, height: int, width: int) -> np.ndarray:
     """An image as the pixels of one frame: float32 [3, 1, height, width] in [0, 1].
 
     Resized by `resize_and_crop`, then rounded to 8 bits, as in diffusers and cosmos-framework.
-    An EXIF rotation is applied, which diffusers does not do.
+    An EXIF rotation is applied, which diffusers does not do; alpha is dropped, not blended, as
+    there.
 
     Args:
         image: see `media.read_image`.
@@ -92,8 +95,9 @@ def clip_pixels(
     """
     frames, fps = read_video(video, max_frames=num_frames, keep=keep)
     if len(frames) < num_frames:
+        name = video if isinstance(video, str | os.PathLike) else "the video"
         raise ValueError(
-            f"the video has {len(frames)} frames and {num_frames} are needed: give a longer one, "
+            f"{name} has {len(frames)} frames and {num_frames} are needed: give a longer one, "
             "or fewer condition_frames (latent frame i needs 4i + 1)"
         )
     pixels = resize_and_crop(frames, height, width)
@@ -141,7 +145,11 @@ def resolve_given(
         ("frame_mask", frame_mask, "clean_latents"),
     ):
         if value is not None and named != [owner]:
-            raise ValueError(f"{name} is given without {owner}, which it belongs to: give both")
+            instead = f" instead of {named[0]}" if named else " too"
+            raise ValueError(
+                f"{name} belongs to {owner}, which is not given: leave it out, or give "
+                f"{owner}{instead}"
+            )
     if not named:
         return {}
     frames, *latent_size = video_shape
@@ -160,17 +168,14 @@ def resolve_given(
         }
     given = resolve_condition_frames(condition_frames, frames)
     needed = config.video_vae.scale_factor_temporal * max(given) + 1
-    pixels, source_fps = clip_pixels(video, needed, height, width, keep or "first")
+    pixels, source_fps = _clips(video, batch, needed, height, width, keep or "first")
     if source_fps is not None and abs(source_fps - fps) > 0.01 * fps:
         warnings.warn(
             f"the clip has {source_fps:g} frames per second, the video {fps:g}: what moves in it "
             f"will change its speed; pass fps={source_fps:g} (--fps) to keep it",
             stacklevel=3,
         )
-    return {
-        "clean_video": np.repeat(pixels[None], batch, axis=0),
-        "frame_mask": _mask(given, batch, frames),
-    }
+    return {"clean_video": pixels, "frame_mask": _mask(given, batch, frames)}
 
 
 def resolve_condition_frames(condition_frames: Iterable[int] | None, frames: int) -> list[int]:
@@ -185,8 +190,13 @@ def resolve_condition_frames(condition_frames: Iterable[int] | None, frames: int
     """
     if condition_frames is None:
         condition_frames = CONDITION_FRAMES
-    numbers = [condition_frames] if np.isscalar(condition_frames) else list(condition_frames)
-    if not numbers or not all(isinstance(i, int | np.integer) for i in numbers):
+    if not isinstance(condition_frames, str):
+        try:
+            condition_frames = list(condition_frames)
+        except TypeError:  # one number
+            condition_frames = [condition_frames]
+    numbers = np.asarray(condition_frames)
+    if numbers.ndim != 1 or not numbers.size or numbers.dtype.kind not in "iu":
         raise ValueError(
             f"condition_frames={condition_frames!r} must be whole numbers, at least one, such as "
             f"{CONDITION_FRAMES}"
@@ -198,6 +208,24 @@ def resolve_condition_frames(condition_frames: Iterable[int] | None, frames: int
                 "choose among these, or ask for more num_frames"
             )
     return sorted({int(i) % frames for i in numbers})
+
+
+def _clips(
+    video: VideoSource, batch: int, num_frames: int, height: int, width: int, keep: str
+) -> tuple[np.ndarray, float | None]:
+    """[B, 3, num_frames, height, width] of one clip for all or, of a generation's result
+    [B, 3, T, H, W], of one for each; and the fps of a file.
+    """
+    clips = [video]
+    if getattr(video, "ndim", 0) == 5:
+        clips = np.moveaxis(np.asarray(video), 1, -1)
+    if len(clips) not in (1, batch):
+        raise ValueError(
+            f"{len(clips)} clips for {batch} prompts: give one for all, or one for each"
+        )
+    read = [clip_pixels(clip, num_frames, height, width, keep) for clip in clips]
+    pixels = np.stack([pixels for pixels, _ in read])
+    return np.repeat(pixels, batch // len(clips), axis=0), read[0][1]
 
 
 def _images(
@@ -219,7 +247,7 @@ def _given_latents(clean_latents: ArrayLike, frame_mask: ArrayLike | None) -> di
     latents = np.asarray(clean_latents, np.float32)
     if not np.isfinite(latents).all():
         raise ValueError("clean_latents holds NaN or infinity; encode_video makes finite latents")
-    return {"clean_latents": latents, "frame_mask": np.asarray(frame_mask, bool)}
+    return {"clean_latents": latents, "frame_mask": np.asarray(frame_mask)}
 
 
 def _mask(given: Sequence[int], batch: int, frames: int) -> np.ndarray:

@@ -80,9 +80,8 @@ def denoise(
 ) -> tuple[Latents, dict[str, Latents] | None]:
     """Initial noise -> final latents, channels last, and the trajectory if asked for."""
     if request.clean_video is not None:
-        frames = request.video_shape[0]
-        clean = encode_given(params["video_vae"], request.clean_video, frames, config)
-        request = request.replace(clean_video=None, clean_latents=clean)
+        given = encode_given(params["video_vae"], request.clean_video, request.frame_mask, config)
+        request = request.replace(**given)
     conditions = encode_conditions(params["und"], request, config)
     return sample_latents(params["gen"], conditions, request, config, on_step, return_trajectory)
 
@@ -196,15 +195,29 @@ def channels_last(video: Array, sound: Array | None = None) -> Latents:
     return Latents(video, None if sound is None else einops.rearrange(sound, "b c s -> b s c"))
 
 
-def encode_given(params: dict, clean_video: Array, latent_frames: int, config: Config) -> Array:
-    """Pixels [B, 3, T, H, W] that a video begins with -> its `clean_latents` [B, C, t, h, w] in
-    float32, zero behind what the pixels reach; `params` are the video VAE's.
+def encode_given(
+    params: dict, clean_video: Array, frame_mask: Array, config: Config
+) -> dict[str, Array | None]:
+    """The fields of a request that gives pixels -> those of one that gives latents.
+
+    Args:
+        params: the video VAE's.
+        clean_video, frame_mask: see `T2VRequest`.
+        config: the checkpoint's.
+
+    Returns:
+        `clean_latents` [B, C, t, h, w] in float32, zero behind what the pixels reach; `frame_mask`
+        [B, t], False there; `clean_video` None.
     """
     dtype = params_dtype(params)
     latents = video_vae.encode(params, config.video_vae, clean_video, dtype=dtype)
     latents = einops.rearrange(latents.astype(jnp.float32), "b t h w c -> b c t h w")
-    behind = latent_frames - latents.shape[2]
-    return jnp.pad(latents, [(0, 0), (0, 0), (0, behind), (0, 0), (0, 0)])
+    reach, frames = latents.shape[2], frame_mask.shape[1]
+    return {
+        "clean_latents": jnp.pad(latents, [(0, 0), (0, 0), (0, frames - reach), (0, 0), (0, 0)]),
+        "frame_mask": frame_mask & (jnp.arange(frames) < reach),
+        "clean_video": None,
+    }
 
 
 def encode_conditions(params: dict, request: T2VRequest, config: Config) -> list[Condition]:

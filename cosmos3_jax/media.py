@@ -242,7 +242,8 @@ def save_image(image: ArrayLike, path: PathLike, overwrite: bool = False) -> Pat
             f"the image is {list(shape)}: {video.shape[1]} frames; use save_frames or save_mp4"
         )
     with _replacing(path, overwrite, IMAGE_SUFFIXES) as temporary:
-        Image.fromarray(_frame(video, 0)).save(temporary, quality=95)
+        # Both are jpg's: full resolution of colours too.
+        Image.fromarray(_frame(video, 0)).save(temporary, quality=95, subsampling=0)
     return Path(path)
 
 

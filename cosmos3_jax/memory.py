@@ -37,7 +37,7 @@ _NAMES = {
 }
 # Where attention is XLA's: logits, their exponentials, and most of a third. Measured, 2.0 to 2.7.
 LOGIT_COPIES = 3
-ENCODER_TENSORS = 8  # measured, 7.8 to 8.0
+ENCODER_TENSORS = 8  # of the encoder's first stage; measured, 7.8 to 8.0, for one video at a time
 
 
 def parameter_counts(config: Config) -> dict[str, int]:

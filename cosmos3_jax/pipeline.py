@@ -206,11 +206,9 @@ class Cosmos3:
         request = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), request)
         structs, config = self.weights.structs, self.config
         if request.clean_video is not None:
-            clean = compile_for(
-                encode_given, structs["video_vae"], request.clean_video,
-                latent_frames=request.video_shape[0], config=config,
-            )  # fmt: skip
-            request = request.replace(clean_video=None, clean_latents=clean)
+            pixels = request.clean_video, request.frame_mask
+            given = compile_for(encode_given, structs["video_vae"], *pixels, config=config)
+            request = request.replace(**given)
         conditions = compile_for(
             encode_conditions, structs["und"], text_request(request), config=config
         )
@@ -249,14 +247,10 @@ class Cosmos3:
         None.
         """
         if request.clean_video is not None:
+            pixels = request.clean_video, request.frame_mask
             with self.weights.borrow("video_vae") as vae:
-                clean = encode_given(
-                    vae, request.clean_video,
-                    latent_frames=request.video_shape[0], config=self.config,
-                )  # fmt: skip
-                request = request.replace(
-                    clean_video=None, clean_latents=jax.block_until_ready(clean)
-                )
+                given = jax.block_until_ready(encode_given(vae, *pixels, config=self.config))
+            request = request.replace(**given)
         with self.weights.borrow("und") as und:
             conditions = encode_conditions(und, text_request(request), config=self.config)
             jax.block_until_ready(conditions)
@@ -280,22 +274,36 @@ class Cosmos3:
         return result
 
     def decode_video(self, latents: Array, chunk_size: int | None = None) -> Array:
-        """Normalised latents [B, C, t, h, w] -> video [B, 3, T, H, W] in [0, 1]."""
+        """Normalised latents [B, C, t, h, w] -> video [B, 3, T, H, W] in [0, 1], T = 4 (t - 1) + 1.
+
+        Raises ValueError on another number of axes or channels.
+        """
+        _check_axes("latents", latents, "[B, C, t, h, w]", self.config.video_vae.z_dim)
         config = self.config.video_vae
         with self.weights.borrow("video_vae") as params:
             video = decode_video(params, latents, config=config, chunk_size=chunk_size)
             return jax.block_until_ready(video)
 
     def encode_video(self, video: Array, chunk_size: int = 1) -> Array:
-        """Video [B, 3, T, H, W] in [0, 1], T = 4k + 1 -> normalised latents [B, C, t, h, w]."""
+        """Video [B, 3, T, H, W] in [0, 1], T = 4k + 1 -> normalised latents [B, C, t, h, w]: the
+        posterior's mean.
+
+        Raises ValueError on another shape, and on integers.
+        """
+        _check_axes("video", video, "[B, 3, T, H, W]", 3)
         config = self.config.video_vae
         with self.weights.borrow("video_vae") as params:
             latents = encode_video(params, video, config=config, chunk_size=chunk_size)
             return jax.block_until_ready(latents)
 
     def decode_sound(self, latents: Array) -> Array:
-        """Latents [B, C_sound, s] -> waveform [B, channels, samples] in [-1, 1]."""
+        """Latents [B, C_sound, s] -> waveform [B, channels, samples] in [-1, 1].
+
+        Raises ValueError on another number of axes or channels, and on a model without sound.
+        """
         self._check_sound()
+        channels = self.config.transformer.sound_dim
+        _check_axes("sound latents", latents, "[B, C_sound, s]", channels)
         with self.weights.borrow("sound_vae") as params:
             sound = decode_sound(params, latents, config=self.config.sound_vae)
             return jax.block_until_ready(sound)
@@ -303,8 +311,13 @@ class Cosmos3:
     def encode_sound(self, waveform: Array) -> Array:
         """Waveform [B, channels, samples] in [-1, 1] -> latents [B, C_sound, s]; the last frame is
         padded.
+
+        Raises ValueError on another number of axes or channels, on integers, and on a model without
+        sound.
         """
         self._check_sound()
+        channels = self.config.sound_vae.dec_out_channels
+        _check_axes("waveform", waveform, "[B, channels, samples]", channels)
         with self.weights.borrow("sound_vae") as params:
             latents = encode_sound(params, waveform, config=self.config.sound_vae)
             return jax.block_until_ready(latents)
@@ -326,6 +339,15 @@ class Cosmos3:
     def _check_sound(self) -> None:
         if "sound_vae" not in self.weights.structs:
             raise ValueError("this checkpoint was loaded without sound, or has none")
+
+
+def _check_axes(name: str, array: Array, axes: str, channels: int) -> None:
+    """Raise unless these are floats with as many axes, and as many channels on the second."""
+    shape, dtype = np.shape(array), jnp.result_type(array)
+    if len(shape) != len(axes.split()) or shape[1] != channels:
+        raise ValueError(f"{name} of shape {shape}: expected {axes}, with {channels} channels")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"{name} of {dtype}: give floats; pixels are divided by 255")
 
 
 def _check_output(output: str) -> None:

@@ -68,7 +68,8 @@ def prepare_request(
             `media.read_image`), one for all or a list of one for each. Resized to fill the picture
             and cropped in its middle.
         video: a clip to go on from, for all: a path, an array or a list of frames (see
-            `media.read_video`). Resized likewise.
+            `media.read_video`); or [B, 3, T, H, W], as `generate` returns it, one for each.
+            Resized likewise.
         condition_frames: the latent frames that the clip gives: 0 is its first frame, i > 0 its
             frames 4i - 3 to 4i, and -1 the last of the video to be made. Only frames 0 to 4i of
             the clip are needed, with i the largest. None means 0 and 1: five frames.
@@ -152,6 +153,11 @@ def prepare_request(
         **given,
     )
     check_request(request, config)
+    if not sound_frames and request.frame_mask is not None and request.frame_mask.all(axis=1).any():
+        raise ValueError(
+            f"all {video_shape[0]} latent frames are given, and nothing is left to make: ask for "
+            "more num_frames, for fewer condition_frames, or for sound"
+        )
     for name in ("noise", "sound_noise"):
         if getattr(request, name) is not None and not np.isfinite(getattr(request, name)).all():
             raise ValueError(f"{name} holds NaN or infinity; it should be standard normal")

@@ -31,7 +31,7 @@ from cosmos3_jax.generate import start_sampling as _start_sampling
 from cosmos3_jax.request import T2VRequest
 from cosmos3_jax.transformer import Condition
 
-encode_given = jax.jit(_encode_given, static_argnames=("latent_frames", "config"))
+encode_given = jax.jit(_encode_given, static_argnames="config")
 encode_conditions = jax.jit(_encode_conditions, static_argnames="config")
 
 

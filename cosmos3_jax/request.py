@@ -36,8 +36,9 @@ class T2VRequest:
         frame_mask: bool [B, t], the given frames, any of them: their latents come out bit for bit
             as they went in. None: all frames are generated.
         clean_latents: [B, C, t, h, w] normalised latents, read at the given frames, or None.
-        clean_video: [B, 3, T, H, W] pixels in [0, 1] to be encoded for that instead, T = 4k + 1,
-            or None: what a video begins with, up to the last given frame.
+        clean_video: [B, 3, T, H, W] pixels in [0, 1] to be encoded for that instead, or None: what
+            the video begins with, T = 4k + 1. Latent frames from k + 1 on are generated whatever
+            `frame_mask` says of them.
     """
 
     text_ids: Array
@@ -66,7 +67,6 @@ def check_request(request: T2VRequest, config: Config) -> None:
         "noise": (batch, config.transformer.latent_channel, *request.video_shape),
         "clean_latents": (batch, config.transformer.latent_channel, *request.video_shape),
         "frame_mask": (batch, request.video_shape[0]),
-        "clean_video": (batch, 3, *_clean_video_size(request, config)),
         "sound_noise": (batch, config.transformer.sound_dim, request.sound_frames),
     }
     if request.neg_text_ids is not None:
@@ -100,17 +100,30 @@ def check_request(request: T2VRequest, config: Config) -> None:
     given = [x for x in (request.clean_latents, request.clean_video) if x is not None]
     if len(given) != (request.frame_mask is not None):
         raise ValueError("frame_mask goes with one of clean_latents and clean_video, or is None")
+    if request.frame_mask is not None and request.frame_mask.dtype != bool:
+        raise ValueError(
+            f"frame_mask holds {request.frame_mask.dtype}: give bool, True where given"
+        )
+    if request.clean_video is not None:
+        _check_clean_video(request, batch, config)
 
 
-def _clean_video_size(request: T2VRequest, config: Config) -> tuple[int, int, int]:
-    """The (T, H, W) that `clean_video` should have: its own T, if that is 4k + 1 and no longer than
-    the video.
-    """
+def _check_clean_video(request: T2VRequest, batch: int, config: Config) -> None:
     frames, *size = request.video_shape
     time, space = config.video_vae.scale_factor_temporal, config.video_vae.scale_factor_spatial
-    given = request.clean_video.shape[2:3] if request.clean_video is not None else ()
-    latent_frames = min((given[0] - 1) // time + 1, frames) if given else frames
-    return time * (latent_frames - 1) + 1, *(space * side for side in size)
+    expected, shape = (batch, 3, "T", *(space * side for side in size)), request.clean_video.shape
+    if len(shape) != 5 or (*shape[:2], "T", *shape[3:]) != expected:
+        raise ValueError(f"clean_video has shape {shape}, this request needs {expected}")
+    longest = time * (frames - 1) + 1
+    if shape[2] > longest or (shape[2] - 1) % time:
+        raise ValueError(
+            f"clean_video has {shape[2]} frames; give {time}k + 1 of them, at most the video's "
+            f"{longest}"
+        )
+    if not jnp.issubdtype(request.clean_video.dtype, jnp.floating):
+        raise ValueError(
+            f"clean_video holds {request.clean_video.dtype}: give floats in [0, 1], divide by 255"
+        )
 
 
 def initial_noise(seed: int, shape: tuple[int, ...]) -> np.ndarray:

@@ -245,18 +245,23 @@ def test_other_prompts_compile_nothing(model, compiled):
 
 
 @pytest.mark.parametrize(
-    ("offload", "progress", "trajectory"),
-    [(False, False, True), (True, True, True), (False, True, False)],
-)
+    ("offload", "progress", "trajectory", "image"),
+    [
+        (False, False, True, None), (True, True, True, np.zeros((9, 9, 3), np.uint8)),
+        (False, True, False, None),
+    ],
+    ids=["", "offload, bar, image", "bar"],
+)  # fmt: skip
 def test_after_a_warmup_nothing_is_compiled(
-    public_checkpoint, compiled, offload, progress, trajectory
+    public_checkpoint, compiled, offload, progress, trajectory, image
 ):
     """Neither programs nor the loading of what is offloaded, whatever the prompt."""
     jax.clear_caches()
     warm = Cosmos3.from_pretrained(public_checkpoint, "float32", offload=offload)
     settings = dict(
-        SETTINGS, sound=True, num_inference_steps=2, progress=progress, return_trajectory=trajectory
-    )
+        SETTINGS, sound=True, num_inference_steps=2, progress=progress,
+        return_trajectory=trajectory, image=image,
+    )  # fmt: skip
     read = []
     warm.weights._read = lambda parts, original=warm.weights._read: (
         read.append(parts) or original(parts)
