@@ -1,7 +1,8 @@
-"""Cosmos3 generation in JAX/Flax: a prompt becomes a video, or a video with sound."""
+"""Cosmos3 generation in JAX/Flax: a prompt becomes an image or a video, also with sound, also from
+an image or a video."""
 
 from cosmos3_jax.generate import generate
-from cosmos3_jax.media import save_mp4
+from cosmos3_jax.media import save_image, save_mp4
 from cosmos3_jax.pipeline import Cosmos3
 from cosmos3_jax.request import T2VRequest
 from cosmos3_jax.sound_vae import sound_latent_length
@@ -14,6 +15,7 @@ __all__ = [
     "T2VRequest",
     "generate",
     "pixel_to_latent_shape",
+    "save_image",
     "save_mp4",
     "sound_latent_length",
 ]

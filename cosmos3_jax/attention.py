@@ -43,10 +43,10 @@ def attention(
         length = key.shape[1] + text[2]
         key, value = (jnp.concatenate(pair, axis=1) for pair in ((key, text[0]), (value, text[1])))
         if obstacle is None:
-            return _flash_attention(query, key, value, length)
+            return _fused_attention(True, False, query, key, value, length)
     obstacle = fused_obstacle(query.dtype, query.shape[-1])
     if obstacle is None:
-        return _cudnn_attention(query, key, value, length, causal)
+        return _fused_attention(False, causal, query, key, value, length)
     batch, queries, heads, _ = query.shape
     check_logits(logit_bytes(batch, heads, queries, key.shape[1]), obstacle)
     return _xla_attention(query, key, value, length, causal)
@@ -112,20 +112,38 @@ _xla_attention = partial(_library_attention, implementation="xla")
 _cudnn_attention = partial(_library_attention, implementation="cudnn")
 
 
-@jax.custom_vjp
-def _flash_attention(query: Array, key: Array, value: Array, length: Array) -> Array:
-    return flash_attention.flash_attention(query, key, value, length)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _fused_attention(
+    flash: bool, causal: bool, query: Array, key: Array, value: Array, length: Array | None
+) -> Array:
+    """By a kernel that holds few logits at a time: our own, or cuDNN's."""
+    if flash:
+        return flash_attention.flash_attention(query, key, value, length)
+    return _cudnn_attention(query, key, value, length, causal)
 
 
-def _flash_forward(*arrays: Array) -> tuple[Array, tuple[Array, ...]]:
-    return _flash_attention(*arrays), arrays
+def _fused_forward(flash: bool, causal: bool, *arrays: Array) -> tuple[Array, tuple]:
+    return _fused_attention(flash, causal, *arrays), arrays
 
 
-def _flash_backward(arrays: tuple[Array, ...], gradient: Array) -> tuple[Array | None, ...]:
-    """cuDNN's: it runs its own forward pass again."""
+def _fused_backward(flash: bool, causal: bool, arrays: tuple, gradient: Array) -> tuple:
+    """cuDNN's: it runs its own forward pass again. JAX lets it have even numbers of tokens alone
+    (it takes a bias that is not there for one), so a padding token is added to odd ones.
+    """
     query, key, value, length = arrays
-    _, transpose = jax.vjp(lambda *qkv: _cudnn_attention(*qkv, length), query, key, value)
+    if length is None and key.shape[1] % 2:
+        length = jnp.full(key.shape[0], key.shape[1], jnp.int32)
+
+    def padded(query: Array, key: Array, value: Array) -> Array:
+        mixed = _cudnn_attention(_even(query), _even(key), _even(value), length, causal)
+        return mixed[:, : query.shape[1]]
+
+    _, transpose = jax.vjp(padded, query, key, value)
     return *transpose(gradient), None
 
 
-_flash_attention.defvjp(_flash_forward, _flash_backward)
+def _even(tokens: Array) -> Array:
+    return jnp.pad(tokens, [(0, 0), (0, tokens.shape[1] % 2), (0, 0), (0, 0)])
+
+
+_fused_attention.defvjp(_fused_forward, _fused_backward)

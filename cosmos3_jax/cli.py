@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,7 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     startup.use_whole_device()
     try:
-        return options.run(options)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return options.run(options)
     except (ValueError, OSError) as error:
         print(f"cosmos3-jax: error: {error}", file=sys.stderr)
         return 2
@@ -46,12 +49,16 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
+def _show_warning(message: Warning, *_, **__) -> None:
+    print(f"cosmos3-jax: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="cosmos3-jax", description="Cosmos3 video and sound generation in JAX."
     )
     commands = top.add_subparsers(required=True, metavar="COMMAND")
-    _add_generate(commands.add_parser("generate", help="turn a prompt into a video"))
+    _add_generate(commands.add_parser("generate", help="turn a prompt into a video or an image"))
     _add_convert(commands.add_parser("convert", help="write a checkpoint in the converted layout"))
     _add_info(commands.add_parser("info", help="what a checkpoint holds and what a shape needs"))
     _add_bench(commands.add_parser("bench", help="time and memory of each stage of a generation"))
@@ -69,7 +76,7 @@ def _add_checkpoint(command: argparse.ArgumentParser) -> None:
 def _add_shape(
     command: argparse.ArgumentParser, dtype: str = "default: bfloat16, on a CPU float32"
 ) -> None:
-    command.add_argument("--num-frames", type=int, help="4k + 1")
+    command.add_argument("--num-frames", type=int, help="4k + 1; 1 is an image")
     command.add_argument("--height", type=int, help="pixels, a multiple of 16")
     command.add_argument("--width", type=int, help="pixels, a multiple of 16")
     command.add_argument("--fps", type=float, help="frames per second")
@@ -92,6 +99,18 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
     negative.add_argument("--negative-prompt-file", type=Path)
     command.add_argument("--prompt-style", choices=PROMPT_STYLES, default="native")
     command.add_argument("--system-prompt", help="default: the style's; an empty text turns it off")
+    given = command.add_mutually_exclusive_group()
+    given.add_argument("--image", type=Path, help="an image that the video begins with")
+    given.add_argument("--video", type=Path, help="a clip that the video goes on from")
+    command.add_argument(
+        "--condition-frames",
+        metavar="I,J",
+        help="latent frames that the clip gives, its frame 0 and four for each later one; -1 is "
+        "the video's last, as in --condition-frames=-1 (default: 0,1, which is five frames)",
+    )
+    command.add_argument(
+        "--keep", choices=("first", "last"), help="the end of the clip to take (default: first)"
+    )
     _add_shape(command)
     command.add_argument("--steps", type=int, dest="num_inference_steps", help="denoising steps")
     command.add_argument("--guidance-scale", type=float, help="1 skips the negative prompt")
@@ -111,7 +130,7 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
         help="write final `video` and `sound` latents",
     )
     command.add_argument(
-        "--out", type=Path, default=Path("output.mp4"), help="mp4 file (%(default)s)"
+        "--out", type=Path, help="mp4 file; png or jpg for one frame (default: output.mp4, .png)"
     )
     command.add_argument("--overwrite", action="store_true", help="replace existing outputs")
     command.add_argument(

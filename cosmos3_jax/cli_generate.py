@@ -1,6 +1,7 @@
-"""`cosmos3-jax generate`: from the command line's options to an mp4 and the record beside it."""
+"""`cosmos3-jax generate`: from the command line's options to a file and the record beside it."""
 
 import argparse
+import hashlib
 import json
 import platform
 import sys
@@ -9,8 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import av
 import jax
 import numpy as np
+import PIL
 
 import cosmos3_jax
 from cosmos3_jax import device, media, memory, memory_limits, startup
@@ -21,16 +24,21 @@ from cosmos3_jax.request import T2VRequest
 
 
 def run_generate(options: argparse.Namespace) -> int:
-    record_path = options.out.with_suffix(".json")
-    outputs = {options.out: (".mp4",), record_path: None}
+    out = options.out or Path("output.png" if options.num_frames == 1 else "output.mp4")
+    record_path = out.with_suffix(".json")
+    outputs = {out: (".mp4", *media.IMAGE_SUFFIXES), record_path: None}
     if options.save_latents:
         outputs[options.save_latents] = (".npz",)
-    inputs = [options.prompt_file, options.negative_prompt_file, options.noise]
+    inputs = [
+        options.prompt_file, options.negative_prompt_file, options.noise, options.image,
+        options.video,
+    ]  # fmt: skip
     read = {path.resolve() for path in inputs if path is not None}
     for path, suffixes in outputs.items():
         if path.resolve() in read:
             raise ValueError(f"{path} would be written and is also read; choose another --out")
         media.check_writable(path, options.overwrite, suffixes)
+    given = {name: _file(getattr(options, name)) for name in ("image", "video")}
     settings = _settings(options)
     prompt = read_prompt(options.prompt_file) if options.prompt_file else options.prompt
     times: dict[str, float] = {}
@@ -38,6 +46,10 @@ def run_generate(options: argparse.Namespace) -> int:
         folder = find_checkpoint(options.checkpoint, weights=False)
         config, tokenizer = load_frontend(folder, load_sound=options.sound)
         request = prepare_request(config, tokenizer, prompt, **settings)
+        one_frame = request.video_shape[0] == 1
+        if one_frame != (out.suffix.lower() in media.IMAGE_SUFFIXES):
+            kind = "one frame is an image: .png or .jpg" if one_frame else "a video is an .mp4"
+            raise ValueError(f"--out {out}: {kind}; name such a file, or change --num-frames")
         media.frame_rate(float(request.fps))  # raises on a rate that no mp4 can have
     startup.use_compilation_cache(not options.no_compilation_cache)
     dtype = options.dtype or startup.default_dtype()
@@ -60,9 +72,12 @@ def run_generate(options: argparse.Namespace) -> int:
         result = {name: np.asarray(value) for name, value in result.items()}
     fps = float(request.fps)
     with _timed(times, "encode"):
-        media.save_mp4(result, options.out, fps=fps, overwrite=options.overwrite)
+        if one_frame:
+            media.save_image(result["video"][0], out, overwrite=options.overwrite)
+        else:
+            media.save_mp4(result, out, fps=fps, overwrite=options.overwrite)
     times["total"] = sum(times.values())
-    record = _record(options, model, request, prompt, settings, times)
+    record = _record(options, model, request, prompt, settings, times) | given
     media.write_text(record_path, json.dumps(record, indent=2) + "\n", overwrite=options.overwrite)
     for stage, seconds in times.items():
         print(f"{stage:>10}  {seconds:8.2f} s")
@@ -77,23 +92,27 @@ def _settings(options: argparse.Namespace) -> dict:
     names = (
         "num_frames", "height", "width", "fps", "num_inference_steps", "guidance_scale",
         "flow_shift", "schedule", "seed", "sound", "prompt_style",
-        "system_prompt", "negative_prompt",
+        "system_prompt", "negative_prompt", "image", "video", "keep",
     )  # fmt: skip
     settings = {name: getattr(options, name) for name in names}
     if options.negative_prompt_file:
         settings["negative_prompt"] = read_prompt(options.negative_prompt_file)
     if options.sigmas:
         settings["sigmas"] = _numbers("--sigmas", options.sigmas)
+    if options.condition_frames is not None:
+        settings["condition_frames"] = _numbers(
+            "--condition-frames", options.condition_frames, int, "whole numbers"
+        )
     if options.noise:
         settings |= _load_noise(options.noise)
     return settings
 
 
-def _numbers(option: str, text: str) -> list[float]:
+def _numbers(option: str, text: str, kind: type = float, kinds: str = "numbers") -> list:
     try:
-        return [float(number) for number in text.split(",")]
+        return [kind(number) for number in text.split(",")]
     except ValueError as error:
-        raise ValueError(f"{option} {text!r} must be numbers with commas between them") from error
+        raise ValueError(f"{option} {text!r} must be {kinds} with commas between them") from error
 
 
 def _load_noise(path: Path) -> dict[str, np.ndarray]:
@@ -159,6 +178,10 @@ def _record(
         "sound_frames": request.sound_frames,
         "seed": options.seed,
         "noise": str(options.noise) if options.noise else None,
+        "condition_frames": np.flatnonzero(request.frame_mask[0]).tolist()
+        if request.frame_mask is not None
+        else [],
+        "keep": (options.keep or "first") if options.video else None,
         "num_inference_steps": request.num_inference_steps,
         "guidance_scale": float(request.guidance_scale),
         "sigmas": sigmas.tolist(),
@@ -171,10 +194,20 @@ def _record(
             "cosmos3_jax": cosmos3_jax.__version__,
             "jax": jax.__version__,
             "numpy": np.__version__,
+            "pillow": PIL.__version__,
+            "av": av.__version__,
             "python": platform.python_version(),
         },
         "seconds": {stage: round(seconds, 3) for stage, seconds in times.items()},
     }
+
+
+def _file(path: Path | None) -> dict[str, str] | None:
+    """A file that will be read, and what is in it."""
+    if path is None or not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return {"path": str(path), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The pure generate function: text condition -> scan over steps -> latents -> pixels, waveform.
+"""The pure generate function: conditions -> scan over steps -> latents -> pixels, waveform.
 
 It composes with `jax.jit`, `jax.grad`, `jax.vmap` and sharding. Only shapes and the number of steps
 are static: prompts (of one padded length), noise, guidance scale, fps and sigmas are arrays, and
@@ -36,11 +36,11 @@ def generate(
     on_step: Callable[[int], None] | None = None,
     decode_chunk_size: int | None = None,
 ) -> dict:
-    """Generate a video, or a video with sound, from noise.
+    """Generate a video, or a video with sound, from noise and from what is given.
 
     Args:
         params: `{"und", "gen", "video_vae", "sound_vae"}`; the autoencoders are read only for
-            media.
+            media, and the video's encoder for `clean_video`.
         request: see `T2VRequest`.
         config: the checkpoint's.
         output: `media` (pixels and waveform) or `latents` (final normalised latents).
@@ -79,6 +79,9 @@ def denoise(
     return_trajectory: bool = False,
 ) -> tuple[Latents, dict[str, Latents] | None]:
     """Initial noise -> final latents, channels last, and the trajectory if asked for."""
+    if request.clean_video is not None:
+        given = encode_given(params["video_vae"], request.clean_video, request.frame_mask, config)
+        request = request.replace(**given)
     conditions = encode_conditions(params["und"], request, config)
     return sample_latents(params["gen"], conditions, request, config, on_step, return_trajectory)
 
@@ -190,6 +193,31 @@ def channels_last(video: Array, sound: Array | None = None) -> Latents:
     """The inverse of `channels_first`."""
     video = einops.rearrange(video, "b c t h w -> b t h w c")
     return Latents(video, None if sound is None else einops.rearrange(sound, "b c s -> b s c"))
+
+
+def encode_given(
+    params: dict, clean_video: Array, frame_mask: Array, config: Config
+) -> dict[str, Array | None]:
+    """The fields of a request that gives pixels -> those of one that gives latents.
+
+    Args:
+        params: the video VAE's.
+        clean_video, frame_mask: see `T2VRequest`.
+        config: the checkpoint's.
+
+    Returns:
+        `clean_latents` [B, C, t, h, w] in float32, zero behind what the pixels reach; `frame_mask`
+        [B, t], False there; `clean_video` None.
+    """
+    dtype = params_dtype(params)
+    latents = video_vae.encode(params, config.video_vae, clean_video, dtype=dtype)
+    latents = einops.rearrange(latents.astype(jnp.float32), "b t h w c -> b c t h w")
+    reach, frames = latents.shape[2], frame_mask.shape[1]
+    return {
+        "clean_latents": jnp.pad(latents, [(0, 0), (0, 0), (0, frames - reach), (0, 0), (0, 0)]),
+        "frame_mask": frame_mask & (jnp.arange(frames) < reach),
+        "clean_video": None,
+    }
 
 
 def encode_conditions(params: dict, request: T2VRequest, config: Config) -> list[Condition]:

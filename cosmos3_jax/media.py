@@ -38,7 +38,7 @@ from cosmos3_jax.media_read import (
 
 __all__ = [
     "MediaInfo", "check_writable", "frame_rate", "probe", "read_image", "read_sound", "read_video",
-    "save_frames", "save_mp4", "save_png", "save_wav", "to_uint8", "write_text",
+    "save_frames", "save_image", "save_mp4", "save_wav", "to_uint8", "write_text",
 ]  # fmt: skip
 
 IMAGE_SUFFIXES = (".png", ".jpg")
@@ -233,7 +233,7 @@ def save_wav(
     return Path(path)
 
 
-def save_png(image: ArrayLike, path: PathLike, overwrite: bool = False) -> Path:
+def save_image(image: ArrayLike, path: PathLike, overwrite: bool = False) -> Path:
     """Write `image` [3, H, W] or [3, 1, H, W] in [0, 1] as png, or as jpg if the suffix says so."""
     shape = np.shape(image)
     video = _check_video(image if len(shape) == 4 else np.asarray(image)[:, None])
@@ -242,7 +242,8 @@ def save_png(image: ArrayLike, path: PathLike, overwrite: bool = False) -> Path:
             f"the image is {list(shape)}: {video.shape[1]} frames; use save_frames or save_mp4"
         )
     with _replacing(path, overwrite, IMAGE_SUFFIXES) as temporary:
-        Image.fromarray(_frame(video, 0)).save(temporary, quality=95)
+        # Both are jpg's: full resolution of colours too.
+        Image.fromarray(_frame(video, 0)).save(temporary, quality=95, subsampling=0)
     return Path(path)
 
 

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import itertools
 import os
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from fractions import Fraction
@@ -78,8 +79,10 @@ def read_image(source: ImageSource) -> np.ndarray:
     try:
         with Image.open(source) as image:
             return _rgb_from_pil(image)
-    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for some broken png files
-        raise ValueError(f"{source} is not an image that Pillow can read ({error})") from error
+    # Pillow raises SyntaxError for some broken png files, and an error of its own for sizes that
+    # would fill the memory, be they real or damage.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{source} is not an image that can be read ({error})") from error
 
 
 def read_video(
@@ -197,11 +200,19 @@ def _read_video_file(
             raise ValueError(f"{path} has no video stream")
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
-        decoded = container.decode(stream)
+        decoded = enumerate(container.decode(stream), 1)
         frames = (
             itertools.islice(decoded, max_frames) if keep == "first" else deque(decoded, max_frames)
         )
-        video = _stack([_rgb_from_frame(frame) for frame in frames], path)
+        frames = list(frames)
+        video = _stack([_rgb_from_frame(frame) for _, frame in frames], path)
+        # What the file says may be more than it shows (an edit list hides frames): no error.
+        if keep == "last" and frames[-1][0] < 0.95 * stream.frames:
+            warnings.warn(
+                f"{path} should have {stream.frames} frames and {frames[-1][0]} can be read: if it "
+                "is cut off, this is not its end",
+                stacklevel=2,
+            )
         return video, float(stream.average_rate) if stream.average_rate else None
 
 

@@ -1,9 +1,10 @@
 """What a checkpoint weighs, and what a generation of a given shape needs, by arithmetic.
 
-A generation runs in stages, each a compiled program of its own: the text tower, the loop over
-steps, the video decoder, the sound decoder. Weights, inputs and outputs of a stage are exact; what
-its program needs beside them was measured on a GPU (benchmarks/NOTES.md) and is explained here in
-terms of the model's sizes, within 5% at the three sizes measured.
+A generation runs in stages, each a compiled program of its own: the video encoder if pixels are
+given, the text tower, the loop over steps, the video decoder, the sound decoder. Weights, inputs
+and outputs of a stage are exact; what its program needs beside them was measured on a GPU
+(benchmarks/NOTES.md) and is explained here in terms of the model's sizes, within 5% at the three
+sizes measured.
 """
 
 import functools
@@ -20,12 +21,14 @@ from cosmos3_jax.device import AnyDevice
 from cosmos3_jax.generate import ONE_BATCH_TOKENS
 from cosmos3_jax.request import T2VRequest
 
-STAGES = {
+STAGES = {  # by the part of the weights that they read
     "und": "text stage",
     "gen": "denoising stage",
     "video_vae": "video decoding stage",
     "sound_vae": "sound decoding stage",
 }
+ENCODING = "video encoding stage"  # before them, of what is given as pixels
+STAGE_NAMES = (ENCODING, *STAGES.values())
 _NAMES = {
     "und": "text tower",
     "gen": "media tower",
@@ -34,6 +37,7 @@ _NAMES = {
 }
 # Where attention is XLA's: logits, their exponentials, and most of a third. Measured, 2.0 to 2.7.
 LOGIT_COPIES = 3
+ENCODER_TENSORS = 8  # of the encoder's first stage; measured, 7.8 to 8.0, for one video at a time
 
 
 def parameter_counts(config: Config) -> dict[str, int]:
@@ -77,6 +81,7 @@ def generation_bytes(
     guidance: bool = True,
     text_tokens: int = 2048,
     batch: int = 1,
+    clean_frames: int = 0,
     trajectory_steps: int = 0,
     decode_chunk_size: int | None = None,
     decode: bool = True,
@@ -94,6 +99,7 @@ def generation_bytes(
         guidance: whether there is a second branch, with the negative prompt.
         text_tokens: of the longer of the two prompts, padding included.
         batch: videos at a time.
+        clean_frames: pixel frames that are given, to be encoded.
         trajectory_steps: steps whose latents and clean predictions are kept; 0 keeps none.
         decode_chunk_size: see `video_vae.decode`.
         decode: whether the latents are decoded in the end.
@@ -103,9 +109,9 @@ def generation_bytes(
 
     Returns:
         `und`, `gen`, `video_vae`[, `sound_vae`]: weights. `condition`, `latents`, `trajectory`,
-        `pixels`, `waveform`: arrays that go from stage to stage. `logits`: of one attention, where
-        no kernel does without. `... work`: what a stage's program needs for itself. `... stage`:
-        all that is on the device in it. `peak`: of the stages.
+        `pixels`, `waveform`, `clean pixels`: arrays that go from stage to stage. `logits`: of one
+        attention, where no kernel does without. `... work`: what a stage's program needs for
+        itself. `... stage`: all that is on the device in it. `peak`: of the stages.
 
     Raises:
         ValueError: on a size that no video can have.
@@ -132,6 +138,7 @@ def generation_bytes(
         "trajectory": 2 * trajectory_steps * latents,
         "pixels": 4 * 3 * batch * num_frames * height * width,
         "waveform": 4 * (config.sound_vae.dec_out_channels if sound else 0) * samples,
+        "clean pixels": 4 * 3 * batch * clean_frames * height * width,
         "logits": logits,
     }
 
@@ -141,8 +148,12 @@ def generation_bytes(
     decoder = _tree_bytes(_trees(config)["video_vae"]["decoder"], itemsize)
     chunk = decode_chunk_size or video_vae.decode_chunk_size(*shape[1:], device)
     frames, chunk = min(vae.scale_factor_temporal, num_frames), min(chunk, shape[0])
-    last_stage = itemsize * frames * height * width // vae.patch_size**2 * vae.decoder_base_dim
+    pixel_features = itemsize * batch * height * width // vae.patch_size**2  # of one frame
+    last_stage = pixel_features * frames * vae.decoder_base_dim
+    first_stage = pixel_features * min(vae.scale_factor_temporal, clean_frames) * vae.base_dim
     work = {
+        # Tensors of the first stage, one frame or four at a time.
+        "video encoding work": ENCODER_TENSORS * first_stage,
         # One layer's weights, and both prompts in it.
         "text work": layer // model.num_hidden_layers + branches * batch * text_tokens * token,
         # Beside the SwiGLU two more residuals, and one for a branch that waits for the other. Six
@@ -155,7 +166,7 @@ def generation_bytes(
         + LOGIT_COPIES * logits
         + arrays["trajectory"],
         # The kernels with time folded into their channels, and tensors of the last stage.
-        "video decoding work": decoder + (7 + 10 * chunk) * batch * last_stage,
+        "video decoding work": decoder + (7 + 10 * chunk) * last_stage,
         # Not measured, never the largest: four tensors of the waveform's length.
         "sound decoding work": 4 * itemsize * samples * config.sound_vae.dec_dim if sound else 0,
     }
@@ -169,10 +180,14 @@ def generation_bytes(
         beside["video_vae"] = kept + work["video decoding work"]
     if decode and sound:
         beside["sound_vae"] = kept + arrays["waveform"] + work["sound decoding work"]
-    stages = {
-        STAGES[part]: size + (weights[part] if offload else sum(weights.values()))
-        for part, size in beside.items()
-    }
+
+    def held(part: str) -> int:
+        return weights[part] if offload else sum(weights.values())
+
+    stages = {STAGES[part]: size + held(part) for part, size in beside.items()}
+    if clean_frames:
+        encoding = arrays["clean pixels"] + video_latents + work["video encoding work"]
+        stages[ENCODING] = held("video_vae") + encoding
     return weights | arrays | work | stages | {"peak": max(stages.values())}
 
 
@@ -190,6 +205,7 @@ def request_sizes(config: Config, request: T2VRequest) -> dict:
         "guidance": request.neg_text_ids is not None,
         "text_tokens": longest,
         "batch": request.text_ids.shape[0],
+        "clean_frames": 0 if request.clean_video is None else request.clean_video.shape[2],
     }
 
 

@@ -29,7 +29,7 @@ def should_offload(config: Config, limit_bytes: int | None, **job) -> bool:
     needed = memory.generation_bytes(config, **job, offload=False)
     # Logits are left out: offloading does not lessen them.
     needed[memory.STAGES["gen"]] -= memory.LOGIT_COPIES * needed["logits"]
-    return max(needed.get(stage, 0) for stage in memory.STAGES.values()) > limit_bytes
+    return max(needed.get(stage, 0) for stage in memory.STAGE_NAMES) > limit_bytes
 
 
 def check_fits(config: Config, limit_bytes: int | None, *, offload: bool, **job) -> None:
@@ -54,7 +54,7 @@ def check_fits(config: Config, limit_bytes: int | None, *, offload: bool, **job)
         )
     if limit_bytes is None or needed["peak"] <= limit_bytes:
         return
-    stage = max(memory.STAGES.values(), key=lambda name: needed.get(name, 0))
+    stage = max(memory.STAGE_NAMES, key=lambda name: needed.get(name, 0))
     weights = "one part of the weights at a time" if offload else "all weights on the device"
     raise OutOfDeviceMemory(
         f"{_describe(job)} need {_gib(needed['peak'])} of device memory ({stage}, {weights}), and "

@@ -28,8 +28,10 @@ from cosmos3_jax.programs import (
     decode_sound,
     decode_video,
     encode_conditions,
+    encode_given,
     encode_sound,
     encode_video,
+    loop_request,
     sample_latents,
     text_request,
 )
@@ -128,7 +130,8 @@ class Cosmos3:
         decode_chunk_size: int | None = None,
         **settings,
     ) -> dict:
-        """Turn prompts into videos, with sound on the same time line if asked for.
+        """Turn prompts into images (`num_frames=1`) or videos, with sound on the same time line if
+        asked for, from text alone or going on from an image or a video.
 
         Args:
             prompt: one prompt or a list of them; a list is a batch.
@@ -138,7 +141,8 @@ class Cosmos3:
             progress: show a bar over the steps.
             decode_chunk_size: latent frames decoded at a time: memory against speed. None
                 chooses by size.
-            **settings: sizes, sampler, seeds and prompt style; see `prepare.prepare_request`.
+            **settings: image or video to start from, sizes, sampler, seeds and prompt style; see
+                `prepare.prepare_request`.
 
         Returns:
             `video`: float32 [B, 3, T, H, W] in [0, 1]; with sound also `sound`: float32
@@ -146,7 +150,8 @@ class Cosmos3:
             [B, C, t, h, w] and [B, C_sound, s].
 
         Raises:
-            ValueError: on a value that cannot work.
+            ValueError: on a value that cannot work, or media that cannot be read.
+            FileNotFoundError: on an image or a video that is not there.
             OutOfDeviceMemory: (a ValueError) the device has too little memory. As a rule that is
                 known before anything is run.
         """
@@ -185,7 +190,8 @@ class Cosmos3:
                 `prompt`'s own length.
             output, return_trajectory, progress, decode_chunk_size: as in `generate`.
             **settings: as in `generate`. Of these the sizes, the number of steps, sound, the
-                negative prompt's length, and whether there is guidance count; the rest are arrays.
+                negative prompt's length, the frames read of an image or a video, and whether there
+                is guidance count; the rest are arrays.
 
         Raises:
             ValueError, OutOfDeviceMemory: as `generate` would.
@@ -199,13 +205,18 @@ class Cosmos3:
         memory_limits.check_fits(**job)
         request = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), request)
         structs, config = self.weights.structs, self.config
+        if request.clean_video is not None:
+            pixels = request.clean_video, request.frame_mask
+            given = compile_for(encode_given, structs["video_vae"], *pixels, config=config)
+            request = request.replace(**given)
         conditions = compile_for(
             encode_conditions, structs["und"], text_request(request), config=config
         )
         compile_sampling = compile_with_bar if progress else partial(compile_for, sample_latents)
         latents, _ = compile_sampling(
-            structs["gen"], conditions, request, config=config, return_trajectory=return_trajectory
-        )
+            structs["gen"], conditions, loop_request(request),
+            config=config, return_trajectory=return_trajectory,
+        )  # fmt: skip
         if output == "media":
             compile_for(
                 decode_video, structs["video_vae"], latents["video"], config=config.video_vae,
@@ -224,8 +235,8 @@ class Cosmos3:
 
     @_settings_of(prepare_request)
     def prepare(self, prompt: str | Sequence[str], **settings) -> T2VRequest:
-        """Check and tokenise everything that one generation needs (see
-        `prepare.prepare_request`).
+        """Check, read and tokenise everything that one generation needs (see
+        `prepare.prepare_request`). Nothing is encoded or compiled yet.
         """
         return prepare_request(self.config, self.tokenizer, prompt, **settings)
 
@@ -235,6 +246,11 @@ class Cosmos3:
         """A request -> final latents `{"video"[, "sound"]}`, channels first, and the trajectory or
         None.
         """
+        if request.clean_video is not None:
+            pixels = request.clean_video, request.frame_mask
+            with self.weights.borrow("video_vae") as vae:
+                given = jax.block_until_ready(encode_given(vae, *pixels, config=self.config))
+            request = request.replace(**given)
         with self.weights.borrow("und") as und:
             conditions = encode_conditions(und, text_request(request), config=self.config)
             jax.block_until_ready(conditions)
@@ -243,7 +259,7 @@ class Cosmos3:
             result = sample(
                 gen,
                 conditions,
-                request,
+                loop_request(request),
                 config=self.config,
                 return_trajectory=return_trajectory,
             )
@@ -258,22 +274,36 @@ class Cosmos3:
         return result
 
     def decode_video(self, latents: Array, chunk_size: int | None = None) -> Array:
-        """Normalised latents [B, C, t, h, w] -> video [B, 3, T, H, W] in [0, 1]."""
+        """Normalised latents [B, C, t, h, w] -> video [B, 3, T, H, W] in [0, 1], T = 4 (t - 1) + 1.
+
+        Raises ValueError on another number of axes or channels.
+        """
+        _check_axes("latents", latents, "[B, C, t, h, w]", self.config.video_vae.z_dim)
         config = self.config.video_vae
         with self.weights.borrow("video_vae") as params:
             video = decode_video(params, latents, config=config, chunk_size=chunk_size)
             return jax.block_until_ready(video)
 
     def encode_video(self, video: Array, chunk_size: int = 1) -> Array:
-        """Video [B, 3, T, H, W] in [0, 1], T = 4k + 1 -> normalised latents [B, C, t, h, w]."""
+        """Video [B, 3, T, H, W] in [0, 1], T = 4k + 1 -> normalised latents [B, C, t, h, w]: the
+        posterior's mean.
+
+        Raises ValueError on another shape, and on integers.
+        """
+        _check_axes("video", video, "[B, 3, T, H, W]", 3)
         config = self.config.video_vae
         with self.weights.borrow("video_vae") as params:
             latents = encode_video(params, video, config=config, chunk_size=chunk_size)
             return jax.block_until_ready(latents)
 
     def decode_sound(self, latents: Array) -> Array:
-        """Latents [B, C_sound, s] -> waveform [B, channels, samples] in [-1, 1]."""
+        """Latents [B, C_sound, s] -> waveform [B, channels, samples] in [-1, 1].
+
+        Raises ValueError on another number of axes or channels, and on a model without sound.
+        """
         self._check_sound()
+        channels = self.config.transformer.sound_dim
+        _check_axes("sound latents", latents, "[B, C_sound, s]", channels)
         with self.weights.borrow("sound_vae") as params:
             sound = decode_sound(params, latents, config=self.config.sound_vae)
             return jax.block_until_ready(sound)
@@ -281,8 +311,13 @@ class Cosmos3:
     def encode_sound(self, waveform: Array) -> Array:
         """Waveform [B, channels, samples] in [-1, 1] -> latents [B, C_sound, s]; the last frame is
         padded.
+
+        Raises ValueError on another number of axes or channels, on integers, and on a model without
+        sound.
         """
         self._check_sound()
+        channels = self.config.sound_vae.dec_out_channels
+        _check_axes("waveform", waveform, "[B, channels, samples]", channels)
         with self.weights.borrow("sound_vae") as params:
             latents = encode_sound(params, waveform, config=self.config.sound_vae)
             return jax.block_until_ready(latents)
@@ -304,6 +339,15 @@ class Cosmos3:
     def _check_sound(self) -> None:
         if "sound_vae" not in self.weights.structs:
             raise ValueError("this checkpoint was loaded without sound, or has none")
+
+
+def _check_axes(name: str, array: Array, axes: str, channels: int) -> None:
+    """Raise unless these are floats with as many axes, and as many channels on the second."""
+    shape, dtype = np.shape(array), jnp.result_type(array)
+    if len(shape) != len(axes.split()) or shape[1] != channels:
+        raise ValueError(f"{name} of shape {shape}: expected {axes}, with {channels} channels")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"{name} of {dtype}: give floats; pixels are divided by 255")
 
 
 def _check_output(output: str) -> None:

@@ -6,13 +6,16 @@ loaded.
 Axes: B batch, C channels; latents t frames, h rows, w columns; s sound latents; K steps.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import numpy as np
 from jax.typing import ArrayLike
 
 from cosmos3_jax import sound_vae, unipc, video_vae
+from cosmos3_jax.conditioning import resolve_given
 from cosmos3_jax.config import Config
+from cosmos3_jax.media_read import ImageSource, VideoSource
 from cosmos3_jax.prompt import (
     ResolvedPrompt,
     Tokenizer,
@@ -31,6 +34,12 @@ def prepare_request(
     prompt: str | Sequence[str],
     *,
     negative_prompt: str | Sequence[str] | None = None,
+    image: ImageSource | Sequence[ImageSource] | None = None,
+    video: VideoSource | None = None,
+    condition_frames: Iterable[int] | None = None,
+    keep: Literal["first", "last"] | None = None,
+    clean_latents: ArrayLike | None = None,
+    frame_mask: ArrayLike | None = None,
     num_frames: int | None = None,
     height: int | None = None,
     width: int | None = None,
@@ -55,6 +64,20 @@ def prepare_request(
         tokenizer: the checkpoint's.
         prompt: text, or a structured caption as JSON; a list is a batch.
         negative_prompt: one for all or one for each; None is the style's default.
+        image: what the video begins with: a path, a PIL image or an array (see
+            `media.read_image`), one for all or a list of one for each. Resized to fill the picture
+            and cropped in its middle.
+        video: a clip to go on from, for all: a path, an array or a list of frames (see
+            `media.read_video`); or [B, 3, T, H, W], as `generate` returns it, one for each.
+            Resized likewise.
+        condition_frames: the latent frames that the clip gives: 0 is its first frame, i > 0 its
+            frames 4i - 3 to 4i, and -1 the last of the video to be made. Only frames 0 to 4i of
+            the clip are needed, with i the largest. None means 0 and 1: five frames.
+        keep: `first` or `last`, the end of the clip that those frames are taken from. None means
+            `first`.
+        clean_latents: [B, C, t, h, w] normalised latents (see `Cosmos3.encode_video`), instead of
+            image or video: any frames of the video to be made, wherever they stand.
+        frame_mask: bool [B, t], which of `clean_latents` are given.
         num_frames: 4k + 1; 1 makes an image.
         height: pixels, a multiple of 16.
         width: pixels, a multiple of 16.
@@ -74,6 +97,7 @@ def prepare_request(
     Raises:
         ValueError: on any value that cannot work.
         TypeError: on a prompt that is not text.
+        FileNotFoundError: on an image or a clip that is not there.
     """
     recipe = config.recipe
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -108,6 +132,11 @@ def prepare_request(
         sound_noise = _draw(seeds, (sound_channels, sound_frames))
     if sound_noise is not None and not sound_frames:
         raise ValueError("sound_noise is given, but no sound is asked for: pass sound=True too")
+    given = resolve_given(
+        config, len(prompts), video_shape, fps, image=image, video=video,
+        condition_frames=condition_frames, keep=keep, clean_latents=clean_latents,
+        frame_mask=frame_mask,
+    )  # fmt: skip
     request = T2VRequest(
         text_ids=text_ids,
         text_mask=text_mask,
@@ -121,8 +150,14 @@ def prepare_request(
         sound_frames=sound_frames,
         sound_noise=np.asarray(sound_noise, np.float32) if sound_frames else None,
         sampler=table,
+        **given,
     )
     check_request(request, config)
+    if not sound_frames and request.frame_mask is not None and request.frame_mask.all(axis=1).any():
+        raise ValueError(
+            f"all {video_shape[0]} latent frames are given, and nothing is left to make: ask for "
+            "more num_frames, for fewer condition_frames, or for sound"
+        )
     for name in ("noise", "sound_noise"):
         if getattr(request, name) is not None and not np.isfinite(getattr(request, name)).all():
             raise ValueError(f"{name} holds NaN or infinity; it should be standard normal")

@@ -25,11 +25,13 @@ from cosmos3_jax.generate import (
     params_dtype,
 )
 from cosmos3_jax.generate import encode_conditions as _encode_conditions
+from cosmos3_jax.generate import encode_given as _encode_given
 from cosmos3_jax.generate import sample_latents as _sample_latents
 from cosmos3_jax.generate import start_sampling as _start_sampling
 from cosmos3_jax.request import T2VRequest
 from cosmos3_jax.transformer import Condition
 
+encode_given = jax.jit(_encode_given, static_argnames="config")
 encode_conditions = jax.jit(_encode_conditions, static_argnames="config")
 
 
@@ -38,6 +40,13 @@ def text_request(request: T2VRequest) -> T2VRequest:
     return request.replace(
         noise=None, sound_noise=None, sampler=None, seed=None, num_inference_steps=1
     )
+
+
+def loop_request(request: T2VRequest) -> T2VRequest:
+    """What `sample_latents` reads of a request: given frames are in the conditions already, so that
+    one program serves with and without.
+    """
+    return request.replace(frame_mask=None, clean_latents=None, clean_video=None)
 
 
 @partial(jax.jit, static_argnames=("config", "return_trajectory"))

@@ -1,7 +1,7 @@
 """The arrays that one generation needs, whether they fit one another, and the noise to start from.
 
-Axes: B batch, C channels, S text tokens; latents t frames, h rows, w columns; s sound latents; K
-steps.
+Axes: B batch, C channels, S text tokens; T pixel frames, H rows, W columns; latents t frames, h
+rows, w columns; s sound latents; K steps.
 """
 
 import jax
@@ -33,8 +33,12 @@ class T2VRequest:
             `sound_latent_length`.
         sound_noise: [B, C_sound, s], or None.
         sampler: the UniPC tableau; None is the native schedule with shift 10.
-        clean_latents: [B, C, t, h, w] normalised latents of given frames, or None.
-        frame_mask: bool [B, t], the given frames: they come out bit for bit as they went in.
+        frame_mask: bool [B, t], the given frames, any of them: their latents come out bit for bit
+            as they went in. None: all frames are generated.
+        clean_latents: [B, C, t, h, w] normalised latents, read at the given frames, or None.
+        clean_video: [B, 3, T, H, W] pixels in [0, 1] to be encoded for that instead, or None: what
+            the video begins with, T = 4k + 1. Latent frames from k + 1 on are generated whatever
+            `frame_mask` says of them.
     """
 
     text_ids: Array
@@ -50,8 +54,9 @@ class T2VRequest:
     sound_frames: int = struct.field(pytree_node=False, default=0)
     sound_noise: Array | None = None
     sampler: unipc.Tableau | None = None
-    clean_latents: Array | None = None
     frame_mask: Array | None = None
+    clean_latents: Array | None = None
+    clean_video: Array | None = None
 
 
 def check_request(request: T2VRequest, config: Config) -> None:
@@ -92,8 +97,33 @@ def check_request(request: T2VRequest, config: Config) -> None:
         raise ValueError("a request with sound needs sound_noise, or a seed to draw it from")
     if request.sound_frames and not config.has_sound:
         raise ValueError("sound_frames is not 0, but this checkpoint has no sound: leave sound out")
-    if (request.clean_latents is None) != (request.frame_mask is None):
-        raise ValueError("clean_latents and frame_mask belong together: give both or neither")
+    given = [x for x in (request.clean_latents, request.clean_video) if x is not None]
+    if len(given) != (request.frame_mask is not None):
+        raise ValueError("frame_mask goes with one of clean_latents and clean_video, or is None")
+    if request.frame_mask is not None and request.frame_mask.dtype != bool:
+        raise ValueError(
+            f"frame_mask holds {request.frame_mask.dtype}: give bool, True where given"
+        )
+    if request.clean_video is not None:
+        _check_clean_video(request, batch, config)
+
+
+def _check_clean_video(request: T2VRequest, batch: int, config: Config) -> None:
+    frames, *size = request.video_shape
+    time, space = config.video_vae.scale_factor_temporal, config.video_vae.scale_factor_spatial
+    expected, shape = (batch, 3, "T", *(space * side for side in size)), request.clean_video.shape
+    if len(shape) != 5 or (*shape[:2], "T", *shape[3:]) != expected:
+        raise ValueError(f"clean_video has shape {shape}, this request needs {expected}")
+    longest = time * (frames - 1) + 1
+    if shape[2] > longest or (shape[2] - 1) % time:
+        raise ValueError(
+            f"clean_video has {shape[2]} frames; give {time}k + 1 of them, at most the video's "
+            f"{longest}"
+        )
+    if not jnp.issubdtype(request.clean_video.dtype, jnp.floating):
+        raise ValueError(
+            f"clean_video holds {request.clean_video.dtype}: give floats in [0, 1], divide by 255"
+        )
 
 
 def initial_noise(seed: int, shape: tuple[int, ...]) -> np.ndarray:

@@ -1,7 +1,9 @@
 """Fixtures that several test files share."""
 
+import functools
+
 import pytest
-from oracle import save_pipeline
+from oracle import load_pipeline, save_pipeline
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +20,9 @@ def silent_checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("silent") / "checkpoint"
     save_pipeline(folder, sound_gen=False)
     return folder
+
+
+@pytest.fixture(scope="module")
+def oracle(public_checkpoint):
+    """(schedule, dtype) -> the oracle's pipeline on that checkpoint, loaded once."""
+    return functools.cache(functools.partial(load_pipeline, public_checkpoint))

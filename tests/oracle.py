@@ -2,6 +2,7 @@
 1.
 """
 
+import dataclasses
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -77,6 +78,13 @@ VIDEO_VAE = dict(
     latents_mean=[-0.2, 0.1, 0.3, 0.0, -0.4, 0.2], latents_std=[0.5, 1.1, 0.8, 0.4, 1.3, 0.9],
 )  # fmt: skip
 SOUND_VAE = dict(dec_dim=4, enc_dim=4, vocoder_input_dim=5, enc_latent_dim=10)
+
+
+# One generation with odd latent height and width, (3, 3, 5), and guidance.
+SETTINGS = dict(
+    num_frames=9, height=48, width=80, num_inference_steps=5, guidance_scale=6.0, fps=24.0
+)
+PROMPT, NEGATIVE = "A red ball rolls down a hill", "blurry"
 
 
 def save_pipeline(folder, seed: int = 0, **transformer) -> None:
@@ -161,3 +169,64 @@ def oracle_velocity(model, *args, **kwargs) -> dict:
     out = model(**pack(model, *args, **kwargs))
     velocity = {"video": out.sample[0][0]} | ({"sound": out.sound[0]} if out.sound else {})
     return {name: x.movedim(0, -1).float().numpy() for name, x in velocity.items()}
+
+
+@dataclasses.dataclass
+class OracleRun:
+    """What the oracle made, in our shapes: latents and media by name, every step of the video."""
+
+    latents: dict
+    media: dict
+    steps: dict
+
+
+def run_oracle(
+    pipe, request, prompt=PROMPT, negative_prompt=NEGATIVE, latents_only=False, **settings
+):
+    """Run the oracle on a prepared request's noise.
+
+    It keeps its sound latents to itself, so they are caught on their way to the decoder. The clean
+    predictions are its scheduler's history.
+    """
+    sound, video, clean = [], [], []
+
+    def catch_sound(latents):
+        sound.append(latents.float().numpy()[None])
+        return decode_sound(latents)
+
+    def catch_step(pipe, step, timestep, values):
+        video.append(values["latents"].float().numpy())
+        clean.append(pipe.scheduler.model_outputs[-1].float().numpy()[0])
+        return {}
+
+    decode_sound, pipe.decode_sound = pipe.decode_sound, catch_sound
+    try:
+        result = pipe(
+            prompt,
+            negative_prompt=negative_prompt,
+            enable_sound=bool(request.sound_frames),
+            latents=torch.from_numpy(request.noise),
+            sound_latents=torch.from_numpy(request.sound_noise[0])
+            if request.sound_frames
+            else None,
+            output_type="latent" if latents_only else "np",
+            callback_on_step_end=catch_step,
+            **SETTINGS | settings,
+        )
+    finally:
+        pipe.decode_sound = decode_sound
+    media = {}
+    if not latents_only:
+        media["video"] = result.video.transpose(3, 0, 1, 2)[None]
+    if sound:
+        media["sound"] = result.sound.float().numpy()[None]
+    latents = {"video": video[-1]} | ({"sound": sound[0]} if sound else {})
+    return OracleRun(latents, media, {"latents": np.stack(video), "clean": np.stack(clean)})
+
+
+def prepare(model, prompt=PROMPT, **settings):
+    """A request as the oracle understands it."""
+    defaults = SETTINGS | dict(
+        prompt_style="diffusers", schedule="native", negative_prompt=NEGATIVE
+    )
+    return model.prepare(prompt, **defaults | settings)

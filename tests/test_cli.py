@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import hashlib
 import json
 import os
 import pty
@@ -14,6 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 import cosmos3_jax
 from cosmos3_jax import Cosmos3, cli, device, media, memory, pipeline, unipc
@@ -188,8 +190,11 @@ def replay(record: dict, model: Cosmos3) -> dict:
         "prompt", "negative_prompt", "system_prompt", "prompt_style", "num_frames", "height",
         "width", "fps", "guidance_scale", "sigmas", "seed",
     )  # fmt: skip
-    sound = record["sound_frames"] > 0
-    return model.generate(**{name: record[name] for name in names}, sound=sound, output="latents")
+    settings = {name: record[name] for name in names} | {"sound": record["sound_frames"] > 0}
+    settings |= {name: record[name]["path"] for name in ("image", "video") if record[name]}
+    if record["video"]:
+        settings |= {name: record[name] for name in ("condition_frames", "keep")}
+    return model.generate(**settings, output="latents")
 
 
 def test_the_record_makes_the_same_latents(record, latents, model):
@@ -254,6 +259,67 @@ def test_a_silent_video_without_guidance(tmp_path, model):
     assert noted["resolved_negative_prompt"] is noted["negative_prompt_tokens"] is None
     assert noted["prompt"] == cli.DEFAULT_PROMPT
     assert_equal(replay(noted, model), load(arrays))
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_an_image(tmp_path, model, suffix):
+    """One frame: the caption speaks of an image, and the file is one."""
+    out, arrays = tmp_path / f"a{suffix}", tmp_path / "a.npz"
+    command = [
+        "generate", "--num-frames", "1", "--height", "48", "--width", "80", "--steps", "1", *TEXTS,
+        "--out", str(out), "--save-latents", str(arrays),
+    ]  # fmt: skip
+    assert cli.main(command) == 0
+    noted = json.loads(out.with_suffix(".json").read_text())
+    assert noted["resolved_prompt"] == f"{PROMPT}. This image is of 48x80 resolution."
+    assert noted["num_frames"] == 1 and noted["condition_frames"] == []
+    expected = media.to_uint8(np.asarray(model.decode_video(load(arrays)["video"])[0, :, 0]))
+    difference = np.abs(media.read_image(out).transpose(2, 0, 1).astype(int) - expected)
+    assert difference.max() == 0 if suffix == ".png" else difference.mean() < 10
+    with Image.open(out) as image:
+        assert image.format == {".png": "PNG", ".jpg": "JPEG"}[suffix]
+
+
+def test_an_image_is_named_as_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    image = ["generate", "--num-frames", "1", "--height", "48", "--width", "80", "--steps", "1"]
+    assert cli.main([*image, *TEXTS]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["output.json", "output.png"]
+    assert cli.main([*image, "--out", "a.mp4"]) == 2
+    assert "a.mp4: one frame is an image: .png or .jpg; name such" in capsys.readouterr().err
+
+
+def test_image_and_video_to_video(tmp_path, model, capsys):
+    """A picture begins a video; the end of that video begins the next one; each with sound."""
+    pixels = np.random.RandomState(0).randint(0, 256, (60, 90, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    settings = dict(
+        num_frames=9, height=48, width=80, sound=True, num_inference_steps=2, output="latents",
+        negative_prompt="blurry", seed=42, fps=12.0,
+    )  # fmt: skip
+    image, latents = tmp_path / "a.png", tmp_path / "a.npz"
+    noted = generate(tmp_path / "b.mp4", "--image", image, "--save-latents", latents, "--fps", "12")
+    assert noted["image"]["path"] == str(image) and noted["condition_frames"] == [0]
+    assert noted["image"]["sha256"] == hashlib.sha256(image.read_bytes()).hexdigest()
+    assert (noted["video"], noted["keep"]) == (None, None)
+    assert_equal(load(latents), model.generate(PROMPT, image=pixels, **settings))
+    assert_equal(load(latents), replay(noted, model))
+
+    clip, latents = tmp_path / "b.mp4", tmp_path / "b.npz"
+    arguments = ["--video", clip, "--condition-frames", "0,1", "--keep", "last"]
+    noted = generate(tmp_path / "c.mp4", *arguments, "--save-latents", latents, "--fps", "12")
+    assert noted["video"]["path"] == str(clip) and noted["condition_frames"] == [0, 1]
+    assert (noted["image"], noted["keep"]) == (None, "last")
+    frames = media.read_video(clip)[0][-5:]
+    assert_equal(load(latents), model.generate(PROMPT, video=frames, **settings))
+    assert_equal(load(latents), replay(noted, model))
+    assert media.probe(tmp_path / "c.mp4").audio_codec == "aac"
+    assert "warning" not in capsys.readouterr().err
+
+    assert cli.main([*SMALL, "--out", str(tmp_path / "d.mp4"), "--video", str(clip)]) == 0
+    said = capsys.readouterr().err  # one line, of which a script can make something
+    assert said.startswith("cosmos3-jax: warning: the clip has 12 frames per second, the video 24")
+    assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -339,6 +405,15 @@ BAD_ARGUMENTS = [
     ("--out {tmp}/file/a.mp4", "cannot write files in {tmp}/file"),
     ("--out /proc/cosmos3/a.mp4", "/proc/cosmos3/a.mp4: cannot write files in /proc/cosmos3"),
     ("--out {tmp}/a.avi", "the suffix '.avi' is not supported here; use .mp4"),
+    ("--out {tmp}/a.png", "a.png: a video is an .mp4; name such a file, or change --num-frames"),
+    ("--image {tmp}/none.png", "none.png does not exist"),
+    ("--image {tmp}/file", "file is not an image that can be read"),
+    ("--video {tmp}/file", "file is not a media file"),
+    ("--video {tmp}", "is a folder; give a file"),
+    ("--condition-frames 0,1", "condition_frames belongs to video"),
+    ("--condition-frames=", "--condition-frames '' must be whole numbers"),
+    ("--condition-frames 0,x", "--condition-frames '0,x' must be whole numbers with commas"),
+    ("--keep last", "keep belongs to video"),
     ("--save-latents {tmp}/file/a.npz", "cannot write files in {tmp}/file"),
     ("--save-latents {tmp}/a.txt", "the suffix '.txt' is not supported here; use .npz"),
 ]  # fmt: skip
@@ -365,6 +440,8 @@ def test_bad_arguments_are_one_line_and_load_nothing(
         (["--steps", "2.5"], "invalid int value: '2.5'"),
         (["--prompt", "a", "--prompt-file", "b"], "not allowed with argument --prompt"),
         (["--frames", "9"], "unrecognized arguments: --frames"),
+        (["--image", "a.png", "--video", "b.mp4"], "not allowed with argument --image"),
+        (["--keep", "middle"], "invalid choice: 'middle'"),
     ],
 )
 def test_what_the_parser_refuses(capsys, unloaded, arguments, message):
@@ -602,3 +679,9 @@ def test_inputs_are_never_overwritten(tmp_path, capsys, unloaded):
     assert cli.main(["generate", *arguments]) == 2
     assert "would be written and is also read" in capsys.readouterr().err
     assert prompt.read_text(encoding="utf-8") == '{"subjects": []}'
+    clip = tmp_path / "car.mp4"
+    clip.write_bytes(b"mine")
+    command = ["generate", "--video", str(clip), "--out", str(clip), "--overwrite"]
+    assert cli.main(command) == 2
+    assert "would be written and is also read" in capsys.readouterr().err
+    assert clip.read_bytes() == b"mine"

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cosmos3_jax import attention as attention_module
 from cosmos3_jax import bench, bench_inputs, flash_attention
 from cosmos3_jax.attention import attention
 from cosmos3_jax.config import Config
@@ -96,6 +97,33 @@ def test_padding_makes_no_keys(monkeypatch, media, taken):
     text = (*(jax.ShapeDtypeStruct((2, 128, 2, 128), jnp.bfloat16) for _ in range(2)), length)
     jax.eval_shape(lambda *x: attention(*x[:3], text=x[3:]), query, key, value, *text)
     assert seen == [media + 128] * taken
+
+
+@pytest.mark.parametrize("queries, causal", [(5, False), (6, False), (5, True), (6, True)])
+def test_gradients_ask_the_library_for_even_numbers_of_tokens(monkeypatch, queries, causal):
+    """What stands for cuDNN here is XLA's; the padding changes no gradient."""
+    seen, library = [], attention_module._xla_attention
+
+    def even_alone(query, key, *others):
+        seen.append((query.shape[1], key.shape[1]))
+        return library(query, key, *others)
+
+    monkeypatch.setattr(attention_module, "_cudnn_attention", even_alone)
+    monkeypatch.setattr(attention_module, "fused_obstacle", lambda *_: None)
+    keys = queries if causal else 9
+    query, key, value, weights = (
+        jax.random.normal(jax.random.key(i), (2, tokens, 4 if i in (0, 3) else 2, 16))
+        for i, tokens in enumerate((queries, keys, keys, queries))
+    )
+    settings = (
+        {"causal": True} if causal else {"text": (key[:, :4], value[:, :4], np.array([1, 3]))}
+    )
+    gradients = jax.grad(lambda *x: jnp.sum(weights * attention(*x, **settings)), range(3))
+    ours = gradients(query, key, value)
+    assert seen[-1] == (queries + queries % 2, (keys + (0 if causal else 4) + 1) // 2 * 2)
+    monkeypatch.undo()
+    for found, expected in zip(ours, gradients(query, key, value), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 LOWER_A_LOOP = """

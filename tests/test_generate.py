@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from oracle import relative_l2
 
 from cosmos3_jax import Cosmos3, T2VRequest, generate, unipc
@@ -366,6 +368,29 @@ def test_given_frames_come_out_as_they_went_in(request_, run, given):
     assert_equal(run(hidden), result)
 
 
+@pytest.fixture(scope="module")
+def pair(model):
+    """A batch of two requests."""
+    return model.prepare([PROMPT, OTHER_PROMPT], **SETTINGS)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    frames=st.lists(st.booleans(), min_size=6, max_size=6),
+    seed=st.integers(0, 2**32 - 1),
+    scale=st.sampled_from([0.0, 1e-30, 1.0, 3.14, 1e4]),
+)
+def test_any_given_frames_come_out_bit_for_bit(pair, run, frames, seed, scale):
+    """Any set of frames, another one in each example of the batch, and latents of any size."""
+    clean = np.float32(scale) * initial_noise(seed, pair.noise.shape)
+    mask = np.reshape(frames, (2, 3))
+    video = np.asarray(run(pair.replace(clean_latents=clean, frame_mask=mask))["video"])
+    for b, t in zip(*np.nonzero(mask), strict=True):
+        assert video[b, :, t].tobytes() == clean[b, :, t].tobytes()
+    for b, t in zip(*np.nonzero(~mask), strict=True):
+        assert np.isfinite(video[b, :, t]).all() and (video[b, :, t] != clean[b, :, t]).any()
+
+
 def test_given_frames_stand_still_in_the_trajectory(model, request_):
     clean = initial_noise(7, request_.noise.shape)
     request = request_.replace(clean_latents=clean, frame_mask=np.array([[False, True, False]]))
@@ -421,7 +446,7 @@ BAD_REQUESTS = {
     ),
     "mask alone": (
         dict(frame_mask=np.ones((1, 3), bool)),
-        "clean_latents and frame_mask belong together: give both or neither",
+        "frame_mask goes with one of clean_latents and clean_video, or is None",
     ),
     "no steps": (dict(num_inference_steps=0), "num_inference_steps=0 must be at least 1"),
     "steps": (dict(num_inference_steps=4), "num_inference_steps=4, but the sampler has 3 steps"),

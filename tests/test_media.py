@@ -270,8 +270,8 @@ def test_crf_sets_the_quality(tmp_path):
 WRITERS = {
     "a.mp4": lambda path, **options: media.save_mp4({"video": smooth_video(2)}, path, **options),
     "a.wav": lambda path, **options: media.save_wav(path, tones(100), RATE, **options),
-    "a.png": lambda path, **options: media.save_png(smooth_video(1), path, **options),
-    "a.jpg": lambda path, **options: media.save_png(smooth_video(1)[:, 0], path, **options),
+    "a.png": lambda path, **options: media.save_image(smooth_video(1), path, **options),
+    "a.jpg": lambda path, **options: media.save_image(smooth_video(1)[:, 0], path, **options),
     "a.txt": lambda path, **options: media.write_text(path, "text", **options),
 }
 
@@ -415,12 +415,12 @@ def test_png_is_exact(tmp_path):
         "frame": image[:, None],
         "jax": jnp.asarray(image),
     }.items():
-        path = media.save_png(source, tmp_path / f"{name}.png")
+        path = media.save_image(source, tmp_path / f"{name}.png")
         np.testing.assert_array_equal(media.read_image(path), image.transpose(1, 2, 0))
     with pytest.raises(ValueError, match="2 frames; use save_frames"):
-        media.save_png(smooth_video(2), tmp_path / "a.png")
+        media.save_image(smooth_video(2), tmp_path / "a.png")
     with pytest.raises(ValueError, match="expected"):
-        media.save_png(image[:2], tmp_path / "a.png")
+        media.save_image(image[:2], tmp_path / "a.png")
 
 
 def test_frames(tmp_path):

@@ -44,6 +44,20 @@ def test_each_stage_is_within_a_tenth_of_what_was_measured(size):
     assert found["pixels"] / GIB == pytest.approx(pixels, abs=1e-4)
 
 
+# GiB that the encoder needs beside its arguments and result (results/image_to_video_h200.json).
+ENCODING = [((192, 320), 1, 0.0366), ((192, 320), 5, 0.1419), ((720, 1280), 1, 0.5493)]
+
+
+@pytest.mark.parametrize("size, clean_frames, gib", ENCODING, ids=str)
+def test_encoding_is_within_a_tenth_of_what_was_measured(size, clean_frames, gib):
+    found = memory.generation_bytes(NANO, **job(*size, clean_frames=clean_frames))
+    assert found["video encoding work"] / GIB == pytest.approx(gib, rel=0.1)
+    assert found["clean pixels"] == 4 * 3 * clean_frames * size[0] * size[1]
+    without = memory.generation_bytes(NANO, **job(*size))
+    assert memory.ENCODING not in without
+    assert without["peak"] == found["peak"]  # encoding is not the largest stage
+
+
 # Without sound, everything resident and of the autoencoder the decoder alone (the same file); and
 # with offload, the largest clip of `results/offload_22gib_h200.json`, whose prompts fill 4,224.
 PEAKS = [
@@ -105,6 +119,18 @@ def test_logits_count_where_no_kernel_does_without():
     assert 0.9 * measured < found["denoising work"] < 1.5 * measured
     fused = memory.generation_bytes(config, **sizes | {"dtype": "bfloat16"}, device=PlannedGPU())
     assert fused["logits"] == 0
+
+
+def test_given_pixels_are_counted():
+    """A clip that is encoded whole, four times over."""
+    sizes = job(720, 1280, clean_frames=189, offload=True, batch=4)
+    needed = memory.generation_bytes(NANO, **sizes)
+    assert needed[memory.ENCODING] == needed["video_vae"] + sum(
+        needed[name] for name in ("clean pixels", "latents", "video encoding work")
+    )
+    resident = memory.generation_bytes(NANO, **sizes | {"offload": False})
+    weights = sum(resident[part] for part in memory.STAGES)
+    assert resident[memory.ENCODING] - needed[memory.ENCODING] == weights - needed["video_vae"]
 
 
 def test_too_many_logits_are_refused_whatever_the_memory():

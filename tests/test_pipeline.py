@@ -1,6 +1,5 @@
 """Cosmos3 against the oracle: diffusers' whole pipeline on the same weights, noise and prompts."""
 
-import dataclasses
 import functools
 import gc
 import importlib
@@ -14,19 +13,12 @@ import torch
 import tqdm
 from checkpoint_files import link_checkpoint, replace_file
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
-from oracle import load_pipeline, relative_l2
-from PIL import Image
+from oracle import NEGATIVE, PROMPT, SETTINGS, load_pipeline, prepare, relative_l2, run_oracle
 
 from cosmos3_jax import Cosmos3, device, generate, media, pipeline, progress, unipc
 from cosmos3_jax.memory_limits import OutOfDeviceMemory
 from cosmos3_jax.prepare import prepare_request
 from cosmos3_jax.prompt import PROMPT_STYLES
-
-# Odd latent height and width, (3, 3, 5); guidance; sound where a test asks for it.
-SETTINGS = dict(
-    num_frames=9, height=48, width=80, num_inference_steps=5, guidance_scale=6.0, fps=24.0
-)
-PROMPT, NEGATIVE = "A red ball rolls down a hill", "blurry"
 
 # Relative L2 distance from the oracle. Measured: at most 2e-6 in latents, 1.2e-6 in pixels, 3e-7
 # in waveforms.
@@ -49,73 +41,6 @@ def one_torch_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def oracle(public_checkpoint):
-    """(schedule, dtype) -> the oracle's pipeline, loaded once."""
-    return functools.cache(functools.partial(load_pipeline, public_checkpoint))
-
-
-@dataclasses.dataclass
-class OracleRun:
-    """What the oracle made, in our shapes: latents and media by name, every step of the video."""
-
-    latents: dict
-    media: dict
-    steps: dict
-
-
-def run_oracle(
-    pipe, request, prompt=PROMPT, negative_prompt=NEGATIVE, latents_only=False, **settings
-):
-    """Run the oracle on a prepared request's noise.
-
-    It keeps its sound latents to itself, so they are caught on their way to the decoder. The clean
-    predictions are its scheduler's history.
-    """
-    sound, video, clean = [], [], []
-
-    def catch_sound(latents):
-        sound.append(latents.float().numpy()[None])
-        return decode_sound(latents)
-
-    def catch_step(pipe, step, timestep, values):
-        video.append(values["latents"].float().numpy())
-        clean.append(pipe.scheduler.model_outputs[-1].float().numpy()[0])
-        return {}
-
-    decode_sound, pipe.decode_sound = pipe.decode_sound, catch_sound
-    try:
-        result = pipe(
-            prompt,
-            negative_prompt=negative_prompt,
-            enable_sound=bool(request.sound_frames),
-            latents=torch.from_numpy(request.noise),
-            sound_latents=torch.from_numpy(request.sound_noise[0])
-            if request.sound_frames
-            else None,
-            output_type="latent" if latents_only else "np",
-            callback_on_step_end=catch_step,
-            **SETTINGS | settings,
-        )
-    finally:
-        pipe.decode_sound = decode_sound
-    media = {}
-    if not latents_only:
-        media["video"] = result.video.transpose(3, 0, 1, 2)[None]
-    if sound:
-        media["sound"] = result.sound.float().numpy()[None]
-    latents = {"video": video[-1]} | ({"sound": sound[0]} if sound else {})
-    return OracleRun(latents, media, {"latents": np.stack(video), "clean": np.stack(clean)})
-
-
-def prepare(model, prompt=PROMPT, **settings):
-    """A request as the oracle understands it."""
-    defaults = SETTINGS | dict(
-        prompt_style="diffusers", schedule="native", negative_prompt=NEGATIVE
-    )
-    return model.prepare(prompt, **defaults | settings)
 
 
 def assert_latents_agree(ours, reference):
@@ -270,42 +195,6 @@ def test_bfloat16_is_as_good_as_the_oracles(public_checkpoint, model, oracle):
         assert np.sqrt(ours[name] / theirs[name]) <= 1.2, name
 
 
-# Given latent frames of a video; None is the oracle's image, which stands for frame 0.
-@pytest.mark.parametrize("given", [None, (0, 1), (1,), (0, 2)], ids=str)
-def test_given_frames_agree_with_the_oracle(model, oracle, given):
-    """The oracle encodes what is given and hands it to us: this is the sampler, not the encoder."""
-    rng = np.random.RandomState(5)
-    frames = [Image.fromarray(rng.randint(0, 256, (48, 80, 3), np.uint8)) for _ in range(9)]
-    settings = dict(image=frames[0]) if given is None else dict(video=frames)
-    if given:
-        settings["condition_frame_indexes_vision"] = given
-    pipe, encoded = oracle("native"), []
-
-    def catch(video):
-        encoded.append(encode(video))
-        return encoded[-1]
-
-    request = prepare(model, sound=True)
-    mask = np.isin(np.arange(3), given or (0,))[None]
-    encode, pipe._encode_video = pipe._encode_video, catch
-    try:
-        run_oracle(pipe, request, latents_only=True, **settings | dict(num_inference_steps=1))
-        clean = encoded[0].numpy()
-        # The oracle takes its latents= for the mixture of what is given and noise.
-        mixture = request.replace(
-            noise=np.where(mask[:, None, :, None, None], clean, request.noise)
-        )
-        reference = run_oracle(pipe, mixture, latents_only=True, **settings)
-    finally:
-        pipe._encode_video = encode
-    latents, _ = model.denoise(request.replace(clean_latents=clean, frame_mask=mask))
-    assert_latents_agree(latents, reference)
-    ours = np.asarray(latents["video"])
-    np.testing.assert_array_equal(ours[:, :, mask[0]], clean[:, :, mask[0]])
-    free, _ = model.denoise(request)
-    assert relative_l2(free["video"][:, :, ~mask[0]], ours[:, :, ~mask[0]]) > MISTAKE
-
-
 def test_generate_is_the_pure_function(model):
     """prepare, denoise and decode in one, and twice the same (pitfall 4)."""
     settings = SETTINGS | dict(negative_prompt=NEGATIVE, prompt_style="diffusers")
@@ -356,18 +245,23 @@ def test_other_prompts_compile_nothing(model, compiled):
 
 
 @pytest.mark.parametrize(
-    ("offload", "progress", "trajectory"),
-    [(False, False, True), (True, True, True), (False, True, False)],
-)
+    ("offload", "progress", "trajectory", "image"),
+    [
+        (False, False, True, None), (True, True, True, np.zeros((9, 9, 3), np.uint8)),
+        (False, True, False, None),
+    ],
+    ids=["", "offload, bar, image", "bar"],
+)  # fmt: skip
 def test_after_a_warmup_nothing_is_compiled(
-    public_checkpoint, compiled, offload, progress, trajectory
+    public_checkpoint, compiled, offload, progress, trajectory, image
 ):
     """Neither programs nor the loading of what is offloaded, whatever the prompt."""
     jax.clear_caches()
     warm = Cosmos3.from_pretrained(public_checkpoint, "float32", offload=offload)
     settings = dict(
-        SETTINGS, sound=True, num_inference_steps=2, progress=progress, return_trajectory=trajectory
-    )
+        SETTINGS, sound=True, num_inference_steps=2, progress=progress,
+        return_trajectory=trajectory, image=image,
+    )  # fmt: skip
     read = []
     warm.weights._read = lambda parts, original=warm.weights._read: (
         read.append(parts) or original(parts)

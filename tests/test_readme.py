@@ -1,20 +1,77 @@
-"""The README's research example runs as it stands, and does what its comments say."""
+"""The README's examples run as they stand, and do what is said of them."""
 
 import re
+import shlex
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
+import pytest
 
-README = Path(__file__).parent.parent / "README.md"
+from cosmos3_jax import cli, media
+
+README = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def run(*containing: str) -> dict:
+    """Run the one example that has each of these words in it, one after the other; its names."""
+    names: dict = {}
+    for word in containing:
+        [code] = (block for block in PYTHON if word in block)
+        exec(compile(code, "README.md", "exec"), names)
+    return names
 
 
 def test_the_pure_function_example():
-    [code] = (
-        block
-        for block in re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
-        if "jax.grad" in block
-    )
-    names: dict = {}
-    exec(compile(code, str(README), "exec"), names)
+    names = run("jax.grad")
     assert float(jnp.abs(names["stronger"] - names["latents"]).max()) > 0
     assert jnp.isfinite(names["gradient"]).all() and jnp.abs(names["gradient"]).max() > 0
+
+
+def test_the_examples_of_given_frames_and_autoencoders():
+    names = run("condition_frames=(0, -1)", "encode_sound")
+    assert names["video"].shape == names["again"].shape == (1, 3, 9, 96, 160)
+    assert names["heard"].shape == names["waveform"].shape
+    # A video between two images: both ends are what the encoder makes of the clip.
+    model, clip = names["model"], [names["first"], *[names["last"]] * 8]
+    settings = dict(num_frames=9, num_inference_steps=1, condition_frames=(0, -1))
+    between = model.generate("Dusk.", video=clip, output="latents", **settings)["video"]
+    colours = np.asarray([[255, 0, 0], [0, 0, 255]], np.float32) / 255
+    pixels = np.repeat(colours, [1, 8], axis=0).T[None, :, :, None, None]
+    given = model.encode_video(np.broadcast_to(pixels, (1, 3, 9, 96, 160)))
+    for t in (0, 2):
+        np.testing.assert_allclose(between[:, :, t], given[:, :, t], atol=1e-5)
+    assert np.abs(between[:, :, 1] - given[:, :, 1]).max() > 0.1
+    kept, latents = np.asarray(names["kept"]["video"]), np.asarray(names["latents"])
+    np.testing.assert_array_equal(kept[:, :, 1], latents[:, :, 1])
+    assert (kept[:, :, 2] != latents[:, :, 2]).mean() > 0.99
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """Run a command of the README on the embedded checkpoint, small, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(cli.startup, "use_compilation_cache", lambda *_: None)
+
+    def run(command: str) -> Path:
+        arguments = shlex.split(command)[1:]
+        at = arguments.index("--checkpoint") + 1
+        arguments[at] = "tiny"
+        frames = [] if "--num-frames" in arguments else ["--num-frames", "9"]
+        size = ["--height", "48", "--width", "80", "--steps", "1"]
+        assert cli.main([*arguments, *frames, *size]) == 0
+        return Path(arguments[arguments.index("--out") + 1])
+
+    return run
+
+
+def test_the_commands_of_each_mode(small):
+    commands = re.findall(r"^# (\w+),.*\n(cosmos3-jax generate .*)$", README, re.MULTILINE)
+    made = {mode: small(command) for mode, command in commands}
+    assert made.keys() == {"T2I", "T2V", "T2AV", "I2V", "V2V"}
+    assert media.read_image(made.pop("T2I")).shape == (48, 80, 3)
+    for mode, path in made.items():
+        info = media.probe(path)
+        assert (info.frames, bool(info.audio_codec)) == (9, mode == "T2AV")

@@ -174,11 +174,14 @@ def test_chunk_size_changes_nothing(oracle, params, way, chunk_size):
     assert relative_l2(run(params, CONFIG, inputs, chunk_size=chunk_size), streamed) < TOLERANCE
 
 
-def test_prefix_encodes_to_the_prefix(params):
-    """Conditioning frames may be encoded alone. Tolerance as above."""
-    video = random_video(4)
-    whole = encode(params, CONFIG, video)
-    assert relative_l2(encode(params, CONFIG, video[:, :, :1]), whole[:, :1]) < TOLERANCE
+@pytest.mark.parametrize("latent_frames", [1, 2, 3])
+def test_prefix_encodes_to_the_prefix(oracle, params, latent_frames):
+    """Given frames may be encoded alone: as in our whole clip, and in the oracle's."""
+    video, theirs = reference(oracle, "encode", 4)
+    prefix = encode(params, CONFIG, video[:, :, : 4 * latent_frames - 3])
+    for whole in (encode(params, CONFIG, video), theirs):
+        assert relative_l2(prefix, whole[:, :latent_frames]) < TOLERANCE
+    assert relative_l2(prefix, encode(params, CONFIG, video[:, :, ::-1])[:, :latent_frames]) > 0.1
 
 
 @each_way
