@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -275,3 +276,13 @@ def test_what_json_cannot_hold_becomes_text(tmp_path):
     path = report.write(report.make({"sampler": outcome}, "x"), tmp_path)
     assert json.loads(path.read_text())["places"][0]["relative_l2"] == "inf"
     assert [entry.name for entry in tmp_path.iterdir()] == ["verify.json"]
+
+
+def test_the_readmes_table_is_the_reports():
+    """Made by the script, not by hand."""
+    root = Path(__file__).parents[1]
+    made = json.loads((root / "benchmarks/results/verify_tiny.json").read_text("utf-8"))
+    assert made["passed"] and made["checkpoint"] == "tiny" and not made["unfinished"]
+    assert {row["component"] for row in made["rows"]} == set(cli.COMPONENTS)
+    assert {row["dtype"] for row in made["rows"]} >= {"float32", "bfloat16"}
+    assert report.markdown(made) in (root / "README.md").read_text("utf-8")

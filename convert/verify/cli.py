@@ -86,7 +86,7 @@ def _verify(options: argparse.Namespace) -> int:
             print(f"{len(outcome.places)} place(s) in all are off by themselves.", flush=True)
         report = reports.make(
             outcomes,
-            str(checkpoint),
+            options.checkpoint,
             converted=None if options.converted is None else str(options.converted),
             options={n: getattr(options, n) for n in ("component", "dtype", "layers", "device")},
             seconds=time.perf_counter() - start,
@@ -124,6 +124,7 @@ def _compare(
     from convert.verify import autoencoders, pipeline, reference, sampler, transformer
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
     dtypes = DTYPES[options.dtype]
 
