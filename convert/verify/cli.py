@@ -1,0 +1,255 @@
+"""python -m convert.verify CHECKPOINT: the options, what is refused, and the order of the work.
+
+Exit status: 0 if all agrees, 1 if a verdict failed, 2 if nothing could be compared.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from convert.verify import report as reports
+from convert.verify.compare import Outcome
+from cosmos3_jax import frontend
+from cosmos3_jax.checkpoint import load
+from cosmos3_jax.checkpoint.load import Component
+from cosmos3_jax.config import Config
+
+COMPONENTS = ("transformer", "video_vae", "sound_vae", "sampler", "pipeline")
+FOLDERS = {"transformer": "transformer", "video_vae": "vae", "sound_vae": "sound_tokenizer"}
+DTYPES = {"float32": ("float32",), "bfloat16": ("bfloat16",), "both": ("float32", "bfloat16")}
+EXTRA = 'pip install ".[convert]"'
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command. Returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        if options.markdown:
+            print(reports.markdown(_read_report(options.markdown)))
+            return 0
+        return _verify(options)
+    except (ValueError, OSError) as error:
+        print(f"convert.verify: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m convert.verify",
+        description="Compare a checkpoint's numbers here with those of diffusers, part by part.",
+    )
+    parser.add_argument("checkpoint", nargs="?", help="folder in the public layout, or a Hub id")
+    parser.add_argument("--converted", type=Path, metavar="DIR", help="read our weights from here")
+    parser.add_argument("--component", choices=(*COMPONENTS, "all"), default="all")
+    parser.add_argument("--dtype", choices=DTYPES, default="both")
+    parser.add_argument("--layers", type=int, metavar="N", help="the transformer's first N alone")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--report", type=Path, metavar="DIR", help="write JSON and plots there")
+    parser.add_argument(
+        "--markdown", type=Path, metavar="FILE.json", help="print a report's table and stop"
+    )
+    return parser
+
+
+def _verify(options: argparse.Namespace) -> int:
+    start = time.perf_counter()
+    if options.checkpoint is None:
+        raise ValueError("no checkpoint: give a folder in the public layout, or a Hub id")
+    _check_libraries()
+    if options.report is not None:
+        _check_writable(options.report)
+    checkpoint = frontend.find_checkpoint(options.checkpoint)
+    folder = options.converted or checkpoint
+    config, components, skipped = _open(checkpoint, folder)
+    chosen = _choose(options, config, checkpoint)
+    _use_device(options.device)
+    dtypes = DTYPES[options.dtype]
+    print(f"{checkpoint} in diffusers, {folder} here: {', '.join(chosen)}", flush=True)
+    outcomes: dict[str, Outcome] = {}
+    for name in chosen:
+        outcome = _compare(name, checkpoint, folder, config, components, dtypes, options)
+        outcomes[name] = outcome
+        if outcome.rows:
+            print(f"\n{reports.table(outcome.rows)}", flush=True)
+        if outcome.places:
+            print(f"\nThe two part first at {outcome.places[0]}")
+            print(f"{len(outcome.places)} place(s) in all are off by themselves.", flush=True)
+    if outcomes:
+        outcomes[chosen[0]].skipped[:0] = skipped
+    report = reports.make(
+        outcomes,
+        str(checkpoint),
+        converted=None if options.converted is None else str(options.converted),
+        options={"component": options.component, "dtype": options.dtype, "layers": options.layers,
+                 "device": options.device},
+        seconds=time.perf_counter() - start,
+    )  # fmt: skip
+    for line in report["skipped"]:
+        print(f"skipped: {line}")
+    print(
+        f"\n{'passed' if report['passed'] else 'FAILED'} in {report['seconds']:.0f} s, "
+        f"{report['peak_memory_gib']:.1f} GiB of host memory at the most"
+    )
+    if options.report is not None:
+        print(f"wrote {reports.write(report, options.report)}")
+        try:
+            reports.plot(report, options.report)
+        except ImportError:
+            print("no plots: matplotlib is not installed (pip install matplotlib)")
+    return 0 if report["passed"] else 1
+
+
+def _compare(
+    name: str,
+    checkpoint: Path,
+    folder: Path,
+    config: Config,
+    components: dict[str, Component],
+    dtypes: tuple[str, ...],
+    options: argparse.Namespace,
+) -> Outcome:
+    # Only now: torch and diffusers take seconds to import, and errors above need neither.
+    from diffusers.utils import logging
+
+    from convert.verify import autoencoders, pipeline, reference, sampler, transformer
+
+    logging.disable_progress_bar()
+
+    def rounded(part: str) -> bool:
+        component = components[FOLDERS[part]]
+        return (
+            load.is_converted(component.files.folder) and "BF16" in component.files.dtypes.values()
+        )
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")  # of libraries about each other
+        stack.enter_context(reference.exact_arithmetic())
+        if name == "sampler":
+            return sampler.compare(checkpoint, config)
+        if name == "pipeline":
+            return pipeline.compare(
+                checkpoint, folder, config, dtypes, rounded=rounded("transformer"),
+                device=options.device, free_gib=_free_gib(),
+            )  # fmt: skip
+        shared: dict[str, Any] = {"rounded": rounded(name), "device": options.device}
+        component = components[FOLDERS[name]]
+        if name == "transformer":
+            return transformer.compare(
+                checkpoint, component, config.transformer, dtypes, layers=options.layers,
+                say=lambda line: print(line, flush=True), **shared,
+            )  # fmt: skip
+        part = getattr(config, name)
+        return autoencoders.compare(name, checkpoint, component, part, dtypes, **shared)
+
+
+def _check_libraries() -> None:
+    """Raise ValueError unless the reference can be imported."""
+    from importlib.util import find_spec
+
+    missing = [name for name in ("torch", "diffusers", "transformers") if find_spec(name) is None]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} not installed; the reference needs it: {EXTRA}")
+
+
+def _check_writable(folder: Path) -> None:
+    """Raise OSError unless a file can be made in the folder, which is made if needed."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"--report {folder} cannot be written to ({error}); choose another"
+        ) from error
+
+
+def _open(checkpoint: Path, folder: Path) -> tuple[Config, dict[str, Component], list[str]]:
+    """The configuration, our components by folder name, and what is left out.
+
+    Raises ValueError if the reference cannot read `checkpoint`, or `folder` is another's.
+    """
+    config, skipped = load.load_config(checkpoint), []
+    for name in ("transformer", "vae"):
+        if load.is_converted(checkpoint / name):
+            raise ValueError(
+                f"{checkpoint} is in the converted layout, which diffusers does not read: give the "
+                f"public checkpoint, and this one as --converted {checkpoint}"
+            )
+    if folder != checkpoint:
+        ours = load.load_config(folder)
+        if config.has_sound and not ours.has_sound:
+            skipped.append(f"sound: {folder} has none")
+            config = load.load_config(checkpoint, load_sound=False)
+        for name in ("transformer", "video_vae", "sound_vae"):
+            _check_same(checkpoint, folder, name, getattr(config, name), getattr(ours, name))
+    components = {c.name: c for c in load.open_components(folder, config)}
+    return config, components, skipped
+
+
+def _check_same(checkpoint: Path, folder: Path, name: str, theirs: Any, ours: Any) -> None:
+    if theirs == ours:
+        return
+    for field in vars(theirs) if theirs is not None else ():
+        one, other = getattr(theirs, field), getattr(ours, field, None)
+        if one != other:
+            raise ValueError(
+                f"{folder} belongs to another checkpoint: its {name} has {field}={other!r}, that of "
+                f"{checkpoint} {one!r}; convert {checkpoint} again"
+            )
+    raise ValueError(f"{folder} belongs to another checkpoint: {checkpoint} has no {name}")
+
+
+def _choose(options: argparse.Namespace, config: Config, checkpoint: Path) -> list[str]:
+    count = config.transformer.num_hidden_layers
+    if options.layers is not None and not 1 <= options.layers <= count:
+        raise ValueError(f"--layers {options.layers} is not between 1 and {count}, the model's")
+    if options.component == "sound_vae" and not config.has_sound:
+        raise ValueError(
+            f"--component sound_vae, but {options.converted or checkpoint} has no sound: choose "
+            "another component, or all"
+        )
+    if options.component != "all":
+        return [options.component]
+    return [name for name in COMPONENTS if name != "sound_vae" or config.has_sound]
+
+
+def _use_device(name: str) -> None:
+    """Raise ValueError unless both libraries have the device; ours runs on it from now on."""
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda, but torch sees no CUDA GPU: use --device cpu")
+    try:
+        jax.config.update("jax_default_device", jax.devices(name)[0])
+    except RuntimeError as error:
+        raise ValueError(
+            f"--device {name}, but JAX has none ({error}): use --device cpu"
+        ) from error
+
+
+def _free_gib() -> float:
+    """Host memory that is free, or all of it where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        found = {line.split(":")[0]: line.split()[1] for line in lines}
+        return int(found["MemAvailable"]) / 2**20
+    except (OSError, KeyError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+
+
+def _read_report(path: Path) -> dict:
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        return report if report["rows"] is not None else report
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no report of this command: {error!r}") from error

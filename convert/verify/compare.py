@@ -1,0 +1,193 @@
+"""Numbers that say how far two results are apart, and the bars that they are held to.
+
+In float32 the two differ by the order of their sums alone, and the bar is a number. In bfloat16
+both round at every operation, by as much as the weights and inputs at hand make of it, so the bar
+is the reference's own error: ours, against the reference in float32, may be `RATIO` times that.
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+# Another order of the same roundings. Errors are pooled over inputs, as those of one scatter by a
+# quarter; what is left of it is the rest of the allowance.
+RATIO = 1.2
+# A reference that is off by more than this in bfloat16 is broken (some oneDNN kernels are) and
+# would excuse anything of ours.
+NONSENSE = 0.3
+# Relative L2 error in float32. Measured on small models 1e-7 to 2e-6; sums at full width are up to
+# a hundred times longer, and their rounding grows as the root of it.
+FLOAT32 = {
+    "operation": 1e-5,  # one sum of up to 28,000 products, on the very same inputs
+    "transformer": 1e-5,  # residual streams add the layers' errors up
+    "video_vae": 5e-5,  # thirty convolutions deep
+    "sound_vae": 5e-5,  # as deep, with exponentials and sines in between
+    "sampler": 5e-6,  # the reference's coefficients are float32, ours float64
+    "pipeline": 1e-4,  # guidance 6 amplifies the transformer's error at every step
+}
+COSINE_OF_ZERO = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the report: one result of one component, pooled over its inputs.
+
+    Attributes:
+        component, case: what was compared.
+        dtype: of our computation.
+        shape: of the reference's result, for one input.
+        inputs: how many were pooled.
+        max_abs: the largest difference of two values.
+        relative_l2: |ours - reference| / |reference|.
+        cosine: of the angle between the two.
+        psnr: in dB, for pictures in [0, 1]; None elsewhere.
+        reference_error: the reference's own relative L2 at this precision; None in float32, which
+            is what errors are measured against.
+        bar: the largest `relative_l2` that passes.
+        passed: the verdict.
+    """
+
+    component: str
+    case: str
+    dtype: str
+    shape: tuple[int, ...]
+    inputs: int
+    max_abs: float
+    relative_l2: float
+    cosine: float
+    psnr: float | None
+    reference_error: float | None
+    bar: float
+    passed: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where the two part.
+
+    Attributes:
+        component: of the checkpoint.
+        operation: the public name of the module, or what lies between two of them.
+        tensors: public names of the weights that it reads; empty where it has none.
+        leaf: the same in our tree.
+        relative_l2, bar: on the reference's own inputs.
+        hint: what our weights look like instead, or "".
+    """
+
+    component: str
+    operation: str
+    tensors: tuple[str, ...]
+    leaf: str
+    relative_l2: float
+    bar: float
+    hint: str = ""
+
+    def __str__(self) -> str:
+        weights = f" [{', '.join(self.tensors)} -> {self.leaf}]" if self.tensors else ""
+        hint = f"; {self.hint}" if self.hint else ""
+        error = f"relative L2 {self.relative_l2:.1e}, bar {self.bar:.0e}"
+        return f"{self.component}: {self.operation}{weights} ({error}{hint})"
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What the comparison of one component found.
+
+    Attributes:
+        rows: the lines of the table.
+        places: every operation that is off by itself, in the order of the computation.
+        details: numbers for the JSON and the plots, by name.
+        skipped: what was not compared, and why.
+    """
+
+    rows: list[Row] = dataclasses.field(default_factory=list)
+    places: list[Place] = dataclasses.field(default_factory=list)
+    details: dict[str, Any] = dataclasses.field(default_factory=dict)
+    skipped: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return not self.places and all(row.passed for row in self.rows)
+
+
+def relative_l2(ours: np.ndarray, exact: np.ndarray) -> float:
+    """|ours - exact| / |exact| in float64; against zeros 0 or infinity."""
+    exact = np.asarray(exact, np.float64)
+    error = float(np.linalg.norm(np.asarray(ours, np.float64) - exact))
+    norm = float(np.linalg.norm(exact))
+    return error / norm if norm else (0.0 if error == 0 else np.inf)
+
+
+class Pool:
+    """Sums over inputs of what `Row` needs. Arrays of one pool have one number of axes."""
+
+    def __init__(self):
+        self.inputs, self.max_abs, self.shape = 0, 0.0, ()
+        self.values = 0
+        self.error = self.low_error = self.exact = self.ours = self.product = 0.0
+        self.has_low = False
+
+    def add(self, ours: np.ndarray, exact: np.ndarray, low: np.ndarray | None = None) -> None:
+        """One input's result: ours, the reference's in float32 and, in bfloat16, its own there."""
+        if np.shape(ours) != np.shape(exact):
+            raise AssertionError(f"ours is {np.shape(ours)}, the reference {np.shape(exact)}")
+        self.shape = self.shape or np.shape(exact)
+        ours, exact = np.asarray(ours, np.float64), np.asarray(exact, np.float64)
+        self.inputs += 1
+        self.values += exact.size
+        self.max_abs = np.maximum(self.max_abs, np.abs(ours - exact).max())  # keeps NaN
+        self.error += np.sum((ours - exact) ** 2)
+        self.exact += np.sum(exact**2)
+        self.ours += np.sum(ours**2)
+        self.product += np.sum(ours * exact)
+        if low is not None:
+            self.has_low = True
+            self.low_error += np.sum((np.asarray(low, np.float64) - exact) ** 2)
+
+    @property
+    def relative_l2(self) -> float:
+        """Of ours, over all inputs."""
+        return self._relative(self.error)
+
+    @property
+    def reference_error(self) -> float | None:
+        """Of the reference in bfloat16, over all inputs; None if there was none."""
+        return self._relative(self.low_error) if self.has_low else None
+
+    def _relative(self, error: float) -> float:
+        if not self.exact:
+            return 0.0 if error == 0 else np.inf
+        return float(np.sqrt(error / self.exact))
+
+    def row(
+        self, component: str, case: str, dtype: str, *, bar: float | None = None, picture=False
+    ) -> Row:
+        """The pool as a line, held to `bar`, the component's in float32, or the reference's own."""
+        error = self.relative_l2
+        sane = True
+        if self.has_low:
+            bar, sane = RATIO * self.reference_error, self.reference_error <= NONSENSE
+        elif bar is None:
+            bar = FLOAT32[component]
+        norms = np.sqrt(self.ours * self.exact)
+        mean_square = self.error / self.values
+        return Row(
+            component=component,
+            case=case,
+            dtype=dtype,
+            shape=tuple(int(n) for n in self.shape),
+            inputs=self.inputs,
+            max_abs=float(self.max_abs),
+            relative_l2=error,
+            cosine=float(self.product / norms) if norms else COSINE_OF_ZERO,
+            psnr=_psnr(mean_square) if picture else None,
+            reference_error=self.reference_error,
+            bar=bar,
+            passed=bool(error <= bar and sane),  # NaN misses every bar
+        )
+
+
+def _psnr(mean_square: float) -> float:
+    """Of values in [0, 1], in dB, and no more than float32 can tell."""
+    return float(-10 * np.log10(max(mean_square, 2.0**-48)))

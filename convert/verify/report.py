@@ -1,0 +1,177 @@
+"""What was found: as a table, as JSON, as plots, and as the table of a README.
+
+The JSON holds `rows` (see `compare.Row`), `places` (see `compare.Place`), `skipped`, `details`,
+`bars`, `versions`, `checkpoint`, `converted`, `options`, `seconds`, `peak_memory_gib` and `passed`.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+from convert.verify.compare import FLOAT32, NONSENSE, RATIO, Outcome, Place, Row
+
+PACKAGES = ("cosmos3-jax", "jax", "jaxlib", "flax", "numpy", "torch", "diffusers", "transformers")
+FILE = "verify.json"
+
+
+def table(rows: list[Row]) -> str:
+    """For a terminal: a line a row."""
+    head = (
+        "component", "case", "dtype", "shape", "inputs", "max abs", "rel. L2", "cosine", "PSNR",
+        "reference", "bar", "verdict",
+    )  # fmt: skip
+    lines = [head] + [
+        (
+            row.component, row.case, row.dtype, "x".join(map(str, row.shape)), str(row.inputs),
+            f"{row.max_abs:.1e}", f"{row.relative_l2:.1e}", f"{row.cosine:.7f}",
+            "" if row.psnr is None else f"{row.psnr:.1f} dB",
+            "" if row.reference_error is None else f"{row.reference_error:.1e}",
+            f"{row.bar:.1e}", "pass" if row.passed else "FAIL",
+        )
+        for row in rows
+    ]  # fmt: skip
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The same rows, from the JSON, as a table for a README; float32 and bfloat16 side by side."""
+    rows: dict[tuple[str, str], dict[str, dict]] = {}
+    for row in report["rows"]:
+        rows.setdefault((row["component"], row["case"]), {})[row["dtype"]] = row
+    lines = [
+        "| | fp32 | bf16, ours | bf16, diffusers | PSNR | verdict |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (component, case), by_dtype in rows.items():
+        full, half = (by_dtype.get(dtype, {}) for dtype in ("float32", "bfloat16"))
+        full = full or by_dtype.get("int32", {})
+        psnr = (full or half).get("psnr")
+        cells = (
+            f"{component.replace('_', ' ')}: {case}",
+            _number(full.get("relative_l2")),
+            _number(half.get("relative_l2")),
+            _number(half.get("reference_error")),
+            "" if psnr is None else f"{psnr:.0f} dB",
+            "pass" if all(row["passed"] for row in by_dtype.values()) else "**FAIL**",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else ("equal" if value == 0 else f"{value:.1e}")
+
+
+def first_place(places: list[Place]) -> Place | None:
+    """The first in the order of the computation."""
+    return places[0] if places else None
+
+
+def make(outcomes: dict[str, Outcome], checkpoint: str, **what: Any) -> dict[str, Any]:
+    """Everything as one dictionary that JSON can hold; `what` is added as it is."""
+    places = [place for outcome in outcomes.values() for place in outcome.places]
+    return {
+        "passed": all(outcome.passed for outcome in outcomes.values()),
+        "checkpoint": checkpoint,
+        **what,
+        "versions": {"python": platform.python_version()} | _versions(),
+        "bars": {"float32": FLOAT32, "bfloat16_ratio": RATIO, "bfloat16_nonsense": NONSENSE},
+        "peak_memory_gib": peak_memory_gib(),
+        "rows": [dataclasses.asdict(row) for o in outcomes.values() for row in o.rows],
+        "places": [dataclasses.asdict(place) for place in places],
+        "skipped": [line for outcome in outcomes.values() for line in outcome.skipped],
+        "details": {name: outcome.details for name, outcome in outcomes.items()},
+    }
+
+
+def write(report: dict[str, Any], folder: Path) -> Path:
+    """Write `verify.json`, whole or not at all. Raises OSError."""
+    path = folder / FILE
+    temporary = path.with_name(f".{FILE}.partial")
+    text = json.dumps(_finite(report), indent=2, allow_nan=False)
+    temporary.write_text(text + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+def plot(report: dict[str, Any], folder: Path) -> list[Path]:
+    """Errors by layer and by operation, as PNG files. Raises ImportError without matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    paths = []
+    details = report["details"]
+    layers = details.get("transformer", {}).get("layers")
+    if layers:
+        figure, axes = pyplot.subplots(figsize=(8, 5))
+        for tower, name in (("und", "text tower"), ("gen", "media tower")):
+            for dtype in ("float32", "bfloat16"):
+                curve = [e for e in layers if (e["tower"], e["dtype"]) == (tower, dtype)]
+                if not curve:
+                    continue
+                x = [entry["layer"] for entry in curve]
+                axes.plot(x, [e["relative_l2"] for e in curve], ".-", label=f"{name}, {dtype}")
+                if dtype == "bfloat16":
+                    low = [entry["reference_error"] for entry in curve]
+                    axes.plot(x, low, "--", label=f"{name}, bfloat16, diffusers")
+        axes.set(yscale="log", xlabel="after layer", ylabel="relative L2 error")
+        axes.legend()
+        paths.append(_save(figure, folder / "layers.png"))
+    for name, found in details.items():
+        operations = found.get("operations")
+        if operations:
+            figure, axes = pyplot.subplots(figsize=(8, 4))
+            # What is equal to the last bit has no place on this axis.
+            axes.plot([max(error, 1e-9) for _, error in operations], ".", markersize=3)
+            axes.axhline(FLOAT32["operation"], color="red", linewidth=1)
+            title = f"{name}: every operation on the reference's inputs, float32"
+            axes.set(yscale="log", xlabel="operation", ylabel="relative L2 error", title=title)
+            paths.append(_save(figure, folder / f"{name}_operations.png"))
+    pyplot.close("all")
+    return paths
+
+
+def peak_memory_gib() -> float:
+    """The most that this process has held of the host's memory."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def _save(figure, path: Path) -> Path:
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity and no NaN: they become text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return value

@@ -1,0 +1,92 @@
+"""UniPC on both sides, on the same velocities, for every schedule."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import UniPCMultistepScheduler
+
+from convert.verify.compare import FLOAT32, Outcome, Place, Pool, relative_l2
+from cosmos3_jax import unipc
+from cosmos3_jax.config import Config
+from cosmos3_jax.prepare import resolve_sigmas
+
+STEPS = (1, 2, 5, 35)
+SHIFT = 10.0
+
+
+def compare(checkpoint: Path, config: Config) -> Outcome:
+    """Compare the sampler that a checkpoint's scheduler file asks for; float32 in both."""
+    outcome = Outcome()
+    for schedule in unipc.SCHEDULES:
+        pool = Pool()
+        for steps in STEPS:
+            ours, exact = (
+                _our_steps(config, schedule, steps),
+                _their_steps(checkpoint, schedule, steps),
+            )
+            outcome.places += _parting(schedule, steps, ours, exact)
+            pool.add(ours["latents"][-1], exact["latents"][-1])
+        name = f"{schedule} schedule, {', '.join(map(str, STEPS))} steps"
+        outcome.rows.append(pool.row("sampler", name, "float32"))
+    return outcome
+
+
+def _velocity(x, step: int):
+    """Random, another at each step, and dependent on the latents."""
+    random = np.random.RandomState(100 + step).standard_normal(x.shape).astype(np.float32)
+    return 0.3 * x + (torch.from_numpy(random) if torch.is_tensor(x) else random)
+
+
+def _noise() -> np.ndarray:
+    return np.random.RandomState(0).standard_normal((1, 4, 8, 8)).astype(np.float32)
+
+
+def _our_steps(config: Config, schedule: str, steps: int) -> dict[str, np.ndarray]:
+    levels = resolve_sigmas(config, steps=steps, flow_shift=SHIFT, schedule=schedule, sigmas=None)
+    table, state, latents = unipc.tableau(levels), unipc.initial_state(_noise()), []
+    for i, row in enumerate(unipc.rows(table)):
+        state = unipc.step(lambda x, t, i=i: _velocity(x, i), state, row)
+        latents.append(np.asarray(state.latents))
+    return {
+        "timesteps": np.asarray(table.timestep),
+        "sigmas": np.asarray(table.sigma),
+        "latents": np.stack(latents),
+    }
+
+
+def _their_steps(checkpoint: Path, schedule: str, steps: int) -> dict[str, np.ndarray]:
+    fields = {
+        "prediction_type": "flow_prediction", "use_flow_sigmas": True, "use_karras_sigmas": True,
+        "sigma_max": 200.0, "sigma_min": 0.147, "timestep_spacing": "linspace",
+        "final_sigmas_type": "zero",
+    }  # fmt: skip
+    if (checkpoint / "scheduler" / "scheduler_config.json").is_file():
+        fields = UniPCMultistepScheduler.load_config(checkpoint / "scheduler")
+    change = {} if schedule == "karras" else {"flow_shift": SHIFT, "use_karras_sigmas": False}
+    scheduler = UniPCMultistepScheduler.from_config(fields, **change)
+    native = (
+        {"sigmas": np.linspace(1 - 1 / 1000, 0, steps + 1)[:-1]} if schedule == "native" else {}
+    )
+    scheduler.set_timesteps(steps, **native)
+    x, latents = torch.from_numpy(_noise()), []
+    for i, t in enumerate(scheduler.timesteps):
+        x = scheduler.step(_velocity(x, i), t, x, return_dict=False)[0]
+        latents.append(x.numpy())
+    return {
+        "timesteps": scheduler.timesteps.numpy(),
+        "sigmas": scheduler.sigmas[:-1].numpy(),
+        "latents": np.stack(latents),
+    }
+
+
+def _parting(schedule: str, steps: int, ours: dict, exact: dict) -> list[Place]:
+    """The first of timesteps, sigmas and steps that is off."""
+    for name in ("timesteps", "sigmas", "latents"):
+        bar = 0.0 if name == "timesteps" else FLOAT32["sampler"]
+        for i in range(steps):
+            error = relative_l2(ours[name][i], exact[name][i])
+            if not error <= bar:
+                what = f"{schedule} schedule, {steps} steps: {name} of step {i}"
+                return [Place("sampler", what, (), "", error, bar)]
+    return []

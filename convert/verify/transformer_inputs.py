@@ -1,0 +1,97 @@
+"""The transformer's inputs for both sides: random latents, real and padded prompts, given frames."""
+
+import dataclasses
+
+import numpy as np
+
+from cosmos3_jax.config import TransformerConfig
+
+TIMESTEPS = (967, 500, 999, 3)
+POOLED, FEW = 8, 2  # inputs a case: errors in bfloat16 scatter, those in float32 hardly
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One input.
+
+    Attributes:
+        ids: the prompt's.
+        video: float32 [t, h, w, C].
+        sound: float32 [s, C], or None.
+        timestep: 0..999.
+    """
+
+    ids: list[int]
+    video: np.ndarray
+    sound: np.ndarray | None
+    timestep: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Inputs of one shape: one batch of ours, one after the other in the reference.
+
+    Attributes:
+        name: for the report.
+        grid: latent frames, rows, columns.
+        texts: lengths of the prompts, in turn; padded to the longest.
+        sound_frames: sound latents, where the checkpoint has sound.
+        fps: of the video.
+        given: indices of the latent frames that are known.
+        examples: the inputs.
+    """
+
+    name: str
+    grid: tuple[int, int, int]
+    texts: tuple[int, ...]
+    sound_frames: int
+    fps: float
+    given: tuple[int, ...] = ()
+    examples: tuple[Example, ...] = ()
+
+    @property
+    def frame_mask(self) -> np.ndarray:
+        """bool [B, t]: the given frames."""
+        given = np.isin(np.arange(self.grid[0]), self.given)
+        return np.broadcast_to(given, (len(self.examples), len(given)))
+
+    def padded_ids(self) -> tuple[np.ndarray, np.ndarray]:
+        """int32 and bool [B, S]: ids and where they are real."""
+        longest = max(len(example.ids) for example in self.examples)
+        ids = np.zeros((len(self.examples), longest), np.int32)
+        mask = np.zeros(ids.shape, bool)
+        for row, example in enumerate(self.examples):
+            ids[row, : len(example.ids)] = example.ids
+            mask[row, : len(example.ids)] = True
+        return ids, mask
+
+
+# Rows or columns are odd in the first, as those of 720p, so patches are padded; both frame rates
+# and both kinds of time line.
+CASES = (
+    Case("odd grid, prompts of 20, 13, 7 tokens, 24 fps", (2, 3, 5), (20, 13, 7), 4, 24.0),
+    Case("given frame, prompts of 9 tokens, 30 fps", (3, 2, 4), (9,), 3, 30.0, (0,)),
+)
+
+
+def make_cases(config: TransformerConfig, inputs: int) -> list[Case]:
+    """The cases with `inputs` examples each, without sound if the model has none."""
+    random = np.random.default_rng(0)
+    cases = []
+    for case in CASES:
+        frames = case.sound_frames if config.sound_gen else 0
+        examples = []
+        for i in range(inputs):
+            text = case.texts[i % len(case.texts)]
+            ids = random.integers(0, config.vocab_size, text).tolist()
+            video = random.standard_normal((*case.grid, config.latent_channel), np.float32)
+            sound = random.standard_normal((frames, config.sound_dim or 1), np.float32)
+            step = TIMESTEPS[i % len(TIMESTEPS)]
+            examples.append(Example(ids, video, sound if frames else None, step))
+        cases.append(dataclasses.replace(case, examples=tuple(examples), sound_frames=frames))
+    return cases
+
+
+def one(case: Case, index: int = 0) -> Case:
+    """A case of a single example."""
+    return dataclasses.replace(case, examples=case.examples[index : index + 1])
