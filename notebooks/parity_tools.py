@@ -1,4 +1,4 @@
-"""What `parity.ipynb` needs of diffusers' internals, and two small helpers.
+"""What `parity.ipynb` needs of diffusers' internals, and two small tools of its own.
 
 Axes: B batch, C channels, t latent frames, h rows, w columns, s sound latents, K steps, L layers, S
 text tokens, M media tokens, D model.
