@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 DEMO := outputs/demo.mp4
 
-.PHONY: demo test gpu-test lint format wheel-test clean
+.PHONY: demo test gpu-test notebook lint format wheel-test clean
 
 demo: $(VENV)/.runtime  ## a video with sound from the embedded random checkpoint
 	$(BIN)/cosmos3-jax generate --checkpoint tiny --sound --out $(DEMO) --overwrite
@@ -16,6 +16,9 @@ test: $(VENV)/.dev  ## every test that needs no GPU
 
 gpu-test:  ## the tests that need a CUDA GPU, in the environment at hand
 	$(PYTHON) -m pytest -q -m gpu
+
+notebook: $(VENV)/.dev  ## execute notebooks/parity.ipynb from the top, in place
+	$(BIN)/python scripts/run_notebook.py notebooks/parity.ipynb
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
