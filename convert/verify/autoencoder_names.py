@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from convert.verify.compare import relative_l2
+from convert.verify.compare import ALIKE, relative_l2
 from convert.verify.witness import Operation, Recording, Witness
 
-ALIKE = 1e-2  # see `transformer_layer`
 # What lies between the modules before and these.
 BEFORE = {
     "encoder.conv_in": "patch order",

@@ -50,6 +50,7 @@ class Kind:
 
 
 def compare(
+    outcome: Outcome,
     name: str,
     checkpoint: Path,
     component: Component,
@@ -58,9 +59,9 @@ def compare(
     *,
     rounded: bool,
     device: str,
-) -> Outcome:
+) -> None:
     """Compare one autoencoder, `video_vae` or `sound_vae`, both ways; see `transformer.compare`."""
-    kind, outcome = KINDS[name], Outcome()
+    kind = KINDS[name]
     params = {d: load_params([component], jnp.dtype(d))[name] for d in {"float32", *dtypes}}
     module = reference.load_module(checkpoint, name, "float32", rounded, device)
     inputs = {"decode": _latents(config), "encode": _signals(config)}
@@ -79,11 +80,13 @@ def compare(
         witness = make_witness(name, module, params["float32"], way)
         with witness.recording.of(modules_with_weights(module), arrange):
             kind.theirs(module, config, way, several[0])
-        made = witness.run(partial(kind.watch, witness, config, way), params["float32"], several[0])
-        witness.compare(
-            LAST[way], np.asarray(made) - kind.middle[way], exact[way][0] - kind.middle[way]
-        )
-        outcome.places += witness.places
+        watch, middle = partial(kind.watch, witness, config, way), kind.middle[way]
+        try:
+            made = witness.run(watch, params["float32"], several[0])
+            witness.compare(LAST[way], np.asarray(made) - middle, exact[way][0] - middle)
+            witness.check_coverage()
+        finally:  # what was found before an error may be its reason
+            outcome.places += witness.places
         operations += witness.operations
     if "bfloat16" in dtypes:
         reference.to_bfloat16(module)
@@ -102,7 +105,6 @@ def compare(
     outcome.details["share_at_limit"] = hidden
     if hidden > SMALL:
         outcome.skipped.append(f"{name}: {hidden:.0%} of the decoded values, cut off at {limits}")
-    return outcome
 
 
 def _latents(config: VideoVAEConfig | SoundVAEConfig) -> list[np.ndarray]:
@@ -140,10 +142,12 @@ def _our_video(params, config, way: str, x: np.ndarray):
 
 
 def _their_video(vae, config: VideoVAEConfig, way: str, x: np.ndarray) -> np.ndarray:
-    """The statistics of the latents are applied in the VAE's dtype, as in diffusers' pipeline."""
+    """The statistics of the latents, by the reference's own configuration, are applied in the VAE's
+    dtype, as in diffusers' pipeline.
+    """
     mean, std = (
         torch.tensor(values, dtype=vae.dtype, device=vae.device).view(1, -1, 1, 1, 1)
-        for values in (config.latents_mean, config.latents_std)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
     )
     x = torch.from_numpy(x).to(vae.device)
     if way == "decode":

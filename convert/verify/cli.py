@@ -1,6 +1,7 @@
 """python -m convert.verify CHECKPOINT: the options, what is refused, and the order of the work.
 
-Exit status: 0 if all agrees, 1 if a verdict failed, 2 if nothing could be compared.
+Exit status: 0 if all agrees, 1 if a verdict failed, whatever else went wrong, 2 if none failed but
+something could not be compared.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import os
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from typing import Any
 import jax
 
 from convert.verify import report as reports
-from convert.verify.compare import Outcome
+from convert.verify.compare import Outcome, keeping, one_line
 from cosmos3_jax import frontend
 from cosmos3_jax.checkpoint import load
 from cosmos3_jax.checkpoint.load import Component
@@ -38,8 +40,15 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         return _verify(options)
     except (ValueError, OSError) as error:
-        print(f"convert.verify: error: {error}", file=sys.stderr)
-        return 2
+        return _refuse(str(error))
+    except Exception as error:  # out of memory, a damaged file, a library's own
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        return _refuse(f"{one_line(error)} ({Path(at.filename).name}:{at.lineno})")
+
+
+def _refuse(why: str) -> int:
+    print(f"convert.verify: error: {' '.join(why.split())}", file=sys.stderr)
+    return 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -75,15 +84,24 @@ def _verify(options: argparse.Namespace) -> int:
     print(f"{checkpoint} in diffusers, {folder} here: {', '.join(chosen)}", flush=True)
     outcomes: dict[str, Outcome] = {}
     for name in chosen:
-        with jax.default_device(device):
-            outcome = _compare(name, checkpoint, folder, config, components, options)
+        try:
+            with jax.default_device(device):
+                outcome = _compare(name, checkpoint, folder, config, components, options)
+        except Exception as error:
+            if all(outcome.passed for outcome in outcomes.values()):
+                raise
+            _refuse(f"{name}: {one_line(error)}; an earlier verdict failed")
+            return 1
         outcome.skipped[:0] = [] if outcomes else skipped
         outcomes[name] = outcome
         if outcome.rows:
             print(f"\n{reports.table(outcome.rows)}", flush=True)
         if not outcome.passed:
             print(f"\nThe two part first at {outcome.parting}")
-            print(f"{len(outcome.places)} place(s) in all are off by themselves.", flush=True)
+            alone = sum(place.alone for place in outcome.places)
+            print(f"{alone} place(s) in all are off by themselves.", flush=True)
+        for line in outcome.skipped:
+            print(f"skipped: {line}", flush=True)
         report = reports.make(
             outcomes,
             options.checkpoint,
@@ -94,8 +112,6 @@ def _verify(options: argparse.Namespace) -> int:
         )
         if options.report is not None:  # what is measured stays, should the next not fit
             reports.write(report, options.report)
-    for line in report["skipped"]:
-        print(f"skipped: {line}")
     print(
         f"\n{'passed' if report['passed'] else 'FAILED'} in {report['seconds']:.0f} s, "
         f"{report['peak_memory_gib']:.1f} GiB of host memory at the most"
@@ -134,26 +150,32 @@ def _compare(
             load.is_converted(component.files.folder) and "BF16" in component.files.dtypes.values()
         )
 
+    outcome = Outcome()
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # of libraries about each other
         stack.enter_context(reference.exact_arithmetic())
+        stack.enter_context(keeping(outcome, name))
         if name == "sampler":
-            return sampler.compare(checkpoint, config)
-        if name == "pipeline":
-            return pipeline.compare(
-                checkpoint, folder, config, dtypes, rounded=rounded("transformer"),
+            sampler.compare(outcome, checkpoint, config)
+        elif name == "pipeline":
+            pipeline.compare(
+                outcome, checkpoint, folder, config, dtypes, rounded=rounded("transformer"),
                 device=options.device, free_gib=_free_gib(),
             )  # fmt: skip
-        shared: dict[str, Any] = {"rounded": rounded(name), "device": options.device}
-        component = components[FOLDERS[name]]
-        if name == "transformer":
-            return transformer.compare(
-                checkpoint, component, config.transformer, dtypes, layers=options.layers,
-                say=lambda line: print(line, flush=True), **shared,
-            )  # fmt: skip
-        part = getattr(config, name)
-        return autoencoders.compare(name, checkpoint, component, part, dtypes, **shared)
+        else:
+            component, part = components[FOLDERS[name]], getattr(config, name)
+            shared: dict[str, Any] = {"rounded": rounded(name), "device": options.device}
+            if name == "transformer":
+                transformer.compare(
+                    outcome, checkpoint, component, part, dtypes, layers=options.layers,
+                    say=lambda line: print(line, flush=True), **shared,
+                )  # fmt: skip
+            else:
+                autoencoders.compare(
+                    outcome, name, checkpoint, component, part, dtypes, **shared
+                )  # fmt: skip
+    return outcome
 
 
 def _check_libraries() -> None:
@@ -257,5 +279,5 @@ def _read_report(path: Path) -> dict:
         report = json.loads(path.read_text(encoding="utf-8"))
         reports.markdown(report)
         return report
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no report of this command: {error!r}") from error

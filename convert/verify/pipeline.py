@@ -34,6 +34,7 @@ HEADROOM = 2.0  # activations and what loading holds for a moment, in GiB
 
 
 def compare(
+    outcome: Outcome,
     checkpoint: Path,
     folder: Path,
     config: Config,
@@ -42,10 +43,11 @@ def compare(
     rounded: bool,
     device: str,
     free_gib: float,
-) -> Outcome:
+) -> None:
     """Compare token ids and, where both models fit into `free_gib`, final latents.
 
     Args:
+        outcome: what is found is added to it.
         checkpoint: the public one.
         folder: where our weights are read from.
         config: of both.
@@ -53,7 +55,6 @@ def compare(
         rounded, device: see `transformer.compare`.
         free_gib: host memory.
     """
-    outcome = Outcome()
     _, tokenizer = load_frontend(folder)
     # It wants a video VAE, whatever it is used for.
     vae = reference.load_module(checkpoint, "video_vae", "float32", False, "cpu")
@@ -69,7 +70,7 @@ def compare(
             f"pipeline: whole generations, both models take {needed:.0f} GiB in float32 and "
             f"{free_gib:.0f} are free"
         )
-        return outcome
+        return
     modalities = ["video"] + ["video and sound"] * config.has_sound
     exact: dict[tuple, dict] = {}
     for dtype in ("float32", "bfloat16"):
@@ -100,7 +101,6 @@ def compare(
             ]  # fmt: skip
         del theirs, params, ours
         gc.collect()
-    return outcome
 
 
 def _compare_ids(outcome: Outcome, pipe, config: Config, tokenizer) -> None:
@@ -114,8 +114,10 @@ def _compare_ids(outcome: Outcome, pipe, config: Config, tokenizer) -> None:
             both = zip(encode_prompts(tokenizer, resolved), theirs, strict=True)
             for which, (ours, exact) in zip(("prompt", "negative"), both, strict=True):
                 ours, exact = list(ours), list(exact)
+                longest = max(len(ours), len(exact))
+                padded = (ids + [-1] * (longest - len(ids)) for ids in (ours, exact))
+                pool.add(*map(np.asarray, padded))
                 if ours == exact:
-                    pool.add(np.asarray(ours), np.asarray(exact))
                     continue
                 pairs = zip(ours, exact, strict=False)
                 at = next(
@@ -123,8 +125,7 @@ def _compare_ids(outcome: Outcome, pipe, config: Config, tokenizer) -> None:
                 )
                 name = f"token {at} of the {which} {prompt!r} at {size}"
                 outcome.places.append(Place("pipeline", name, (), "", np.inf, 0.0))
-    if pool.inputs:
-        outcome.rows.append(pool.row("pipeline", "token ids", "int32", bar=0.0))
+    outcome.rows.append(pool.row("pipeline", "token ids", "int32", bar=0.0))
 
 
 def _assemble(checkpoint: Path, parts: dict) -> Cosmos3OmniPipeline:

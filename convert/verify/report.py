@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from convert.verify.compare import FLOAT32, NONSENSE, RATIO, Outcome, Row
+from convert.verify.compare import FLOAT32, FLOOR, NONSENSE, RATIO, Outcome, Row
 
 PACKAGES = ("cosmos3-jax", "jax", "jaxlib", "flax", "numpy", "torch", "diffusers", "transformers")
 FILE = "verify.json"
@@ -46,11 +46,16 @@ def table(rows: list[Row]) -> str:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The same rows, from the JSON, as a table for a README; float32 and bfloat16 side by side."""
+    """The same rows, from the JSON, as a table for a README; float32 and bfloat16 side by side.
+
+    Above it, where the comparison failed, that it did and where.
+    """
     rows: dict[tuple[str, str], dict[str, dict]] = {}
     for row in report["rows"]:
         rows.setdefault((row["component"], row["case"]), {})[row["dtype"]] = row
+    failed = [] if report["passed"] else ["**FAILED**", *filter(None, report["parting"].values())]
     lines = [
+        *([": ".join(failed[:2]), ""] if failed else []),
         "| | fp32 | bf16, ours | bf16, diffusers | PSNR | verdict |",
         "|---|---|---|---|---|---|",
     ]
@@ -63,15 +68,16 @@ def markdown(report: dict[str, Any]) -> str:
             _number(full.get("relative_l2")),
             _number(half.get("relative_l2")),
             _number(half.get("reference_error")),
-            "" if psnr is None else f"{psnr:.0f} dB",
+            "" if psnr is None else f"{float(psnr):.0f} dB",
             "pass" if all(row["passed"] for row in by_dtype.values()) else "**FAIL**",
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else ("equal" if value == 0 else f"{value:.1e}")
+def _number(value: float | str | None) -> str:
+    """Infinity and NaN are text in JSON."""
+    return "" if value is None else ("equal" if value == 0 else f"{float(value):.1e}")
 
 
 def make(outcomes: dict[str, Outcome], checkpoint: str, **what: Any) -> dict[str, Any]:
@@ -82,7 +88,12 @@ def make(outcomes: dict[str, Outcome], checkpoint: str, **what: Any) -> dict[str
         "checkpoint": checkpoint,
         **what,
         "versions": {"python": platform.python_version()} | _versions(),
-        "bars": {"float32": FLOAT32, "bfloat16_ratio": RATIO, "bfloat16_nonsense": NONSENSE},
+        "bars": {
+            "float32": FLOAT32,
+            "bfloat16_ratio": RATIO,
+            "bfloat16_nonsense": NONSENSE,
+            "bfloat16_floor": FLOOR,
+        },  # fmt: skip
         "peak_memory_gib": peak_memory_gib(),
         "rows": [dataclasses.asdict(row) for o in outcomes.values() for row in o.rows],
         "parting": {name: outcome.parting for name, outcome in outcomes.items()},

@@ -15,9 +15,8 @@ STEPS = (1, 2, 5, 35)
 SHIFT = 10.0
 
 
-def compare(checkpoint: Path, config: Config) -> Outcome:
+def compare(outcome: Outcome, checkpoint: Path, config: Config) -> None:
     """Compare the sampler that a checkpoint's scheduler file asks for; float32 in both."""
-    outcome = Outcome()
     for schedule in unipc.SCHEDULES:
         pool = Pool()
         for steps in STEPS:
@@ -29,7 +28,6 @@ def compare(checkpoint: Path, config: Config) -> Outcome:
             pool.add(ours["latents"][-1], exact["latents"][-1])
         name = f"{schedule} schedule, {', '.join(map(str, STEPS))} steps"
         outcome.rows.append(pool.row("sampler", name, "float32"))
-    return outcome
 
 
 def _velocity(x, step: int):

@@ -2,58 +2,33 @@
 
 Every layer is read once. The inputs of all cases go through the reference's and through ours, in
 each dtype, each side on what its own last layer made, so that errors add up as they do in a
-generation; and one input goes through operation by operation, on what the reference's read (see
-`witness`), which finds where an error comes from.
+generation; and one input of each case goes through operation by operation, on what the reference's
+read (see `witness`), which finds where an error comes from. How our towers put layers together is
+compared on the first few (see `transformer_tower`).
 """
 
-import copy
-import dataclasses
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import torch
 
 from convert.verify import reference
 from convert.verify import transformer_ours as ours
 from convert.verify.compare import FLOAT32, RATIO, Outcome, Place, Pool
-from convert.verify.transformer_inputs import Case, first, make_cases
-from convert.verify.transformer_layer import compare_tables, one_example, watch_layer
-from convert.verify.witness import Operation, Recording, Witness
+from convert.verify.transformer_around import Around, compare_embeddings
+from convert.verify.transformer_inputs import Case, make_cases, watched
+from convert.verify.transformer_layer import watch_layer
+from convert.verify.transformer_theirs import arguments, make_sides, through_layer
+from convert.verify.transformer_tower import LEAST, FirstLayers
+from convert.verify.witness import Found, merge
 from cosmos3_jax.checkpoint.load import Component
 from cosmos3_jax.config import TransformerConfig
 
-BEFORE = {  # our modules before the layers, and after
-    "embed": Operation(("embed_tokens",)),
-    "proj_in": Operation(("proj_in",), "patch order"),
-    "sound_proj_in": Operation(("audio_proj_in",)),
-    "time_embedder/linear_1": Operation(("time_embedder.linear_1",), "timestep"),
-    "time_embedder/linear_2": Operation(("time_embedder.linear_2",), "silu"),
-}
-AFTER = {
-    "norm": Operation(("norm_moe_gen",)),
-    "proj_out": Operation(("proj_out",)),
-    "sound_proj_out": Operation(("audio_proj_out",)),
-}
-
-
-@dataclasses.dataclass
-class Side:
-    """The reference in one dtype: its model without layers, and the examples on their way.
-
-    Attributes:
-        transformer: see `reference.Transformer`.
-        dtype: of it.
-        streams: by case and example, `(und, gen, rotary)`.
-    """
-
-    transformer: reference.Transformer
-    dtype: torch.dtype
-    streams: list[list[tuple]]
-
 
 def compare(
+    outcome: Outcome,
     checkpoint: Path,
     component: Component,
     config: TransformerConfig,
@@ -63,10 +38,11 @@ def compare(
     rounded: bool,
     device: str,
     say: Callable[[str], None] = lambda line: None,
-) -> Outcome:
+) -> None:
     """Compare the transformer of a public checkpoint with ours.
 
     Args:
+        outcome: what is found is added to it, as soon as it is.
         checkpoint: the public one.
         component: our transformer, opened.
         config: its configuration.
@@ -79,34 +55,48 @@ def compare(
     count = config.num_hidden_layers if layers is None else layers
     cases = make_cases(config)
     weights = ours.Parameters(component)
-    outcome = Outcome()
     if count < config.num_hidden_layers:
         outcome.skipped.append(
             f"transformer: layers {count} to {config.num_hidden_layers - 1}, by --layers {count}"
         )
+    if count < LEAST:
+        outcome.skipped.append(
+            "transformer: how the towers put their layers together, which takes two"
+        )
     rest = weights.rest()
-    sides = _reference_sides(checkpoint, cases, dtypes, rounded, device)
+    sides = make_sides(checkpoint, cases, dtypes, rounded, device)
     params = {dtype: ours.cast(rest, dtype) for dtype in {"float32", *dtypes}}
     del rest
+    exact, operations = sides["float32"], []
+    arounds = [
+        Around(exact, config, i, case, params["float32"], device) for i, case in enumerate(cases)
+    ]
+    tower = FirstLayers(config, count, cases, params["float32"])
+    embeddings = compare_embeddings(params["float32"], exact)
+    with _gathering(outcome, operations, cases) as found:
+        for around, one in zip(arounds, found, strict=True):
+            around.watch_before(embeddings, one)
     streams = {
         dtype: [ours.run_before(params[dtype], config, dtype, case) for case in cases]
         for dtype in dtypes
     }
-    around = _Around(sides["float32"], config, first(cases[0]), params["float32"], device)
-    around.watch_before(outcome)
     for part in params.values():  # gigabytes at full width, not read again
         del part["und"]
     for side in sides.values():
         side.transformer.forget_text()
 
-    curves, operations = [], around.witness.operations
+    curves = []
     for index in range(count):
         last = index == config.num_hidden_layers - 1
-        layer, tree = sides["float32"].transformer.layer(index), weights.layer(index, last)
-        example = sides["float32"].streams[0][0]
-        places, found = watch_layer(index, layer, *example, tree, config, last)
-        outcome.places += places
-        operations += found
+        layer, tree = exact.transformer.layer(index), weights.layer(index, last)
+        with _gathering(outcome, operations, cases) as found:
+            texts = [
+                watch_layer(
+                    index, layer, *exact.streams[c][watched(case)], tree, config, last,
+                    max(case.texts), found[c],
+                )
+                for c, case in enumerate(cases)
+            ]  # fmt: skip
         for name in dtypes:
             own = ours.cast(tree, name)
             streams[name] = [
@@ -114,58 +104,41 @@ def compare(
                 for stream in streams[name]
             ]
             del own
+        complete = tower.add(tree, texts)
         del tree
-        _reference_through(sides, layer)
+        through_layer(sides, layer)
+        if complete:
+            tower.compare(params["float32"]["gen"], exact, device)
         curves += _curves(index, cases, sides, streams, last)
-        worst = max(error for _, error in found)
-        say(f"layer {index}: worst operation {worst:.1e}" + "".join(f"; {p}" for p in places))
-    around.watch_after(outcome)
+        worst = max(error for one in found for _, error in one.operations)
+        off = "".join(f"; {place}" for place in merge(_by_case(cases, found)))
+        say(f"layer {index}: worst operation {worst:.1e}{off}")
+    with _gathering(outcome, operations, cases) as found:
+        for around, one in zip(arounds, found, strict=True):
+            around.watch_after(one)
     outcome.rows += _velocity_rows(cases, sides, streams, params, config, device)
     names = [case.name for case in cases]
-    outcome.details = {"cases": names, "layers": curves, "operations": operations}
-    if not outcome.places:
-        outcome.places += _drift(outcome, curves)
-    return outcome
+    outcome.details = {
+        "cases": names, "layers": curves, "operations": operations, "towers": tower.errors
+    }  # fmt: skip
+    if not outcome.places:  # both add up what is off before
+        outcome.places += tower.places or _drift(outcome, curves)
 
 
-def _reference_sides(checkpoint, cases, dtypes, rounded, device) -> dict[str, Side]:
-    """The reference in float32 and, if asked for, in bfloat16, up to the first layer."""
-    sides = {}
-    model = reference.Transformer(checkpoint, rounded, device)
-    for name in ("float32", "bfloat16"):
-        if name == "bfloat16" and name not in dtypes:
-            continue
-        if name == "bfloat16":
-            model = copy.copy(model)
-            model.model = reference.to_bfloat16(copy.deepcopy(model.model))
-            model.door = model.model.layers[0]
-        side = Side(model, getattr(torch, name), [])
-        for case in cases:
-            side.streams.append([])
-            for i in range(len(case.examples)):
-                reference.run(model, _arguments(side, case, i, device))
-                side.streams[-1].append(model.door.came)
-        sides[name] = side
-    return sides
+def _by_case(cases: list[Case], found: list[Found]) -> dict[str, Found]:
+    return {case.name: one for case, one in zip(cases, found, strict=True)}
 
 
-def _arguments(side: Side, case: Case, index: int, device: str) -> dict:
-    example = case.examples[index]
-    return reference.pack(
-        side.transformer.config, example.ids, example.video, example.sound,
-        timestep=example.timestep, fps=case.fps, given=case.given, device=device, dtype=side.dtype,
-    )  # fmt: skip
-
-
-def _reference_through(sides: dict[str, Side], layer: torch.nn.Module) -> None:
-    """Every example through a float32 layer, and through the same layer in bfloat16."""
-    for name, side in sides.items():
-        if name == "bfloat16":
-            layer = reference.to_bfloat16(layer)
-        side.streams = [
-            [(*layer(und, gen, rotary), rotary) for und, gen, rotary in examples]
-            for examples in side.streams
-        ]
+@contextlib.contextmanager
+def _gathering(outcome: Outcome, operations: list, cases: list[Case]) -> Iterator[list[Found]]:
+    """One `Found` a case; what is in them comes into the outcome, whatever happens meanwhile."""
+    found = [Found() for _ in cases]
+    try:
+        yield found
+    finally:
+        outcome.places += merge(_by_case(cases, found))
+        for one in found:
+            operations += one.operations
 
 
 def _curves(index, cases, sides, streams, last) -> list[dict]:
@@ -200,7 +173,7 @@ def _velocity_rows(cases, sides, streams, params, config, device) -> list:
             for i, (und, gen, _) in enumerate(examples):
                 side.transformer.door.goes = (und, gen)
                 theirs[name].append(
-                    reference.run(side.transformer, _arguments(side, case, i, device))
+                    reference.run(side.transformer, arguments(side, case, i, device))
                 )
     rows = []
     for dtype, mine in streams.items():
@@ -220,77 +193,17 @@ def _velocity_rows(cases, sides, streams, params, config, device) -> list:
     return rows
 
 
-class _Around:
-    """One example through what is before and after the layers, operation by operation."""
-
-    def __init__(self, side: Side, config, case: Case, params: dict, device: str):
-        self.side, self.config, self.case, self.params = side, config, case, params
-        self.device, self.recording = device, Recording()
-        self.witness = Witness(
-            "transformer",
-            BEFORE.get,
-            self.recording,
-            leaf=lambda path: ("und/" if path == "embed" else "gen/") + path,
-            tensors=lambda module: (
-                (f"{module}.weight",)
-                + (() if module.startswith(("embed", "norm")) else (f"{module}.bias",))
-            ),
-        )
-
-    def watch_before(self, outcome: Outcome) -> None:
-        """Embedding, patches, time, and the rotary tables."""
-        self._record()
-        with self.witness.watching():
-            self.stream = ours.run_before(self.params, self.config, "float32", self.case)
-        und, gen, rotary = self.side.transformer.door.came
-        self.witness.compare("layers.0, its text input", self.stream.und[0], _numpy(und))
-        because = "time on noisy frames, audio_modality_embed"
-        self.witness.compare(
-            f"layers.0, its media input ({because})", self.stream.gen[0], _numpy(gen)
-        )
-        compare_tables(self.witness, self.stream, rotary, self.config)
-        outcome.places += self.witness.places
-
-    def watch_after(self, outcome: Outcome) -> None:
-        """Final norm, projections, patches."""
-        self.witness.places = []
-        und, gen, _ = self.side.streams[0][0]
-        self.side.transformer.door.goes = (und, gen)
-        exact = self._record()
-        out = jnp.asarray(_numpy(gen))[None]
-        self.witness.find = AFTER.get
-        with self.witness.watching():
-            made = ours.run_after(self.params, self.config, "float32", self.case, self.stream, out)
-        for name, x in made.items():
-            self.witness.compare(f"velocity, {name} (patch order)", x[0], exact[name])
-        outcome.places += self.witness.places
-
-    def _record(self) -> dict[str, np.ndarray]:
-        """Run the reference; what its modules read and made is in the recording."""
-        self.recording = self.witness.recording = Recording()
-        names = {operation.modules[0] for operation in (BEFORE | AFTER).values()}
-        model = self.side.transformer.model
-        modules = {name: module for name, module in model.named_modules() if name in names}
-        with self.recording.of(modules, _arrange):
-            arguments = _arguments(self.side, self.case, 0, self.device)
-            return reference.run(self.side.transformer, arguments)
-
-
-def _arrange(name: str, module, x: torch.Tensor, made: bool) -> torch.Tensor:
-    """Tokens of one example; of the timestep embedding, which all tokens share, one row."""
-    return x[:1] if name.startswith("time_embedder") else one_example(name, module, x, made)
-
-
 def _drift(outcome: Outcome, curves: list[dict]) -> list[Place]:
     """Where a result is off and no operation is by itself: the first layer after which it is."""
     places = []
-    for dtype in {row.dtype for row in outcome.rows if not row.passed}:
+    for dtype in dict.fromkeys(row.dtype for row in outcome.rows if not row.passed):
         for entry in curves:
             exact = entry["reference_error"]
             bar = FLOAT32["transformer"] if exact is None else RATIO * exact
             if entry["dtype"] == dtype and not entry["relative_l2"] <= bar:
                 name = f"layers.{entry['layer']}, {entry['tower']} tower, {dtype}: errors add up"
-                places.append(Place("transformer", name, (), "", entry["relative_l2"], bar))
+                error = entry["relative_l2"]
+                places.append(Place("transformer", name, (), "", error, bar, alone=False))
                 break
     return places
 

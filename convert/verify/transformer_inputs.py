@@ -56,8 +56,8 @@ class Case:
         return np.broadcast_to(given, (len(self.examples), len(given)))
 
     def padded_ids(self) -> tuple[np.ndarray, np.ndarray]:
-        """int32 and bool [B, S]: ids and where they are real."""
-        longest = max(len(example.ids) for example in self.examples)
+        """int32 and bool [B, S]: ids and where they are real; S is the case's longest prompt."""
+        longest = max(self.texts)
         ids = np.zeros((len(self.examples), longest), np.int32)
         mask = np.zeros(ids.shape, bool)
         for row, example in enumerate(self.examples):
@@ -92,6 +92,13 @@ def make_cases(config: TransformerConfig) -> list[Case]:
     return cases
 
 
-def first(case: Case) -> Case:
-    """A case of its first example alone."""
-    return dataclasses.replace(case, examples=case.examples[:1])
+def watched(case: Case) -> int:
+    """The example that goes through operation by operation: of the shortest prompt, so padded where
+    any is.
+    """
+    return min(range(len(case.examples)), key=lambda i: len(case.examples[i].ids))
+
+
+def alone(case: Case) -> Case:
+    """A case of its watched example alone, padded as among the others."""
+    return dataclasses.replace(case, examples=(case.examples[watched(case)],))

@@ -15,13 +15,14 @@ import numpy as np
 import torch
 
 from convert.verify import reference
-from convert.verify.compare import relative_l2
+from convert.verify.autoencoder_names import modules_with_weights
+from convert.verify.compare import ALIKE, relative_l2
 from convert.verify.transformer_ours import Stream
-from convert.verify.witness import Operation, Recording, Witness
+from convert.verify.witness import Found, Operation, Recording, Witness
 from cosmos3_jax import rope, transformer
 from cosmos3_jax.config import TransformerConfig
 
-ALIKE = 1e-2  # weights that differ by less, rounding to bfloat16 included, are the same weights
+PADDING = 9.0  # what stands behind a prompt's keys and values, and is not to be read
 
 
 def operations(tower: str, last: bool) -> dict[str, Operation]:
@@ -72,8 +73,10 @@ def watch_layer(
     params: dict,
     config: TransformerConfig,
     last: bool,
-) -> tuple[list, list]:
-    """Places and operations (see `Witness`) of one layer on one example of the reference's.
+    longest: int,
+    found: Found,
+) -> tuple[np.ndarray, np.ndarray]:
+    """One layer on one example of the reference's. Returns the reference's text keys and values.
 
     Args:
         index: of the layer.
@@ -83,16 +86,22 @@ def watch_layer(
         params: ours, see `Parameters.layer`.
         config: the transformer's.
         last: whether the text tower's layer is its last, which ends at its keys and values.
+        longest: what the text's keys and values are padded to.
+        found: what is found is added to it.
     """
     recording = Recording()
-    leaves = {name: m for name, m in layer.named_modules() if not list(m.children())}
+    leaves = modules_with_weights(layer)
     with recording.of(leaves, one_example), reference.attention_calls() as calls:
         und_out, gen_out = layer(und, gen, rotary)
     exact = {"und": (und, und_out), "gen": (gen, gen_out)}
     cos_und, sin_und, cos_gen, sin_gen = (_half(x) for x in rotary)
     tables = {"und": (cos_und, sin_und), "gen": (cos_gen, sin_gen)}
-    text = tuple(jnp.asarray(calls[0][name]) for name in ("key", "value"))
-    places, found = [], []
+    padding = ((0, 0), (0, longest - len(und)), (0, 0), (0, 0))
+    text = tuple(
+        jnp.pad(calls[0][name], padding, constant_values=PADDING) for name in ("key", "value")
+    )
+    # Of the last text layer, ours computes less.
+    seen = {n for o in operations("und", False).values() for n in o.modules} if last else set()
     for tower, call in zip(("und", "gen"), calls, strict=True):
         short = last and tower == "und"
         table = operations(tower, short)
@@ -106,6 +115,7 @@ def watch_layer(
                 module, table[path].modules, _node(params[tower], path), layer, f"layers.{index}."
             ),
             prefix=f"layers.{index}.",
+            found=found,
         )
         x = jnp.asarray(exact[tower][0].float().cpu().numpy())[None]
         name = "self_attn" if tower == "und" else "self_attn (media)"
@@ -124,9 +134,9 @@ def watch_layer(
                 made, _ = module.apply({"params": params[tower]}, x, *arguments)
                 out = exact[tower][1].float().cpu().numpy()[None]
                 witness.compare(f"{tower} layer's output (residual)", made, out)
-        places += witness.places
-        found += witness.operations
-    return places, found
+        seen |= witness.seen
+    witness.check_coverage(seen)
+    return calls[0]["key"], calls[0]["value"]
 
 
 @contextlib.contextmanager
@@ -154,7 +164,9 @@ def _watched_attention(witness: Witness, call: dict, name: str) -> Iterator[None
 
 
 def compare_tables(witness: Witness, stream: Stream, rotary: tuple, config) -> None:
-    """Our rotary tables against the reference's, by axis, for a stream of one example."""
+    """Our rotary tables against the reference's, by axis, for a stream of one example, whose text
+    may be padded.
+    """
     axes = rope.axis_of_slot(config)
     halves = [_half(x) for x in rotary]
     for name, ours, exact in (
@@ -162,6 +174,7 @@ def compare_tables(witness: Witness, stream: Stream, rotary: tuple, config) -> N
         ("media", stream.condition.rope, halves[2:]),
     ):
         for which, mine, theirs in zip(("cos", "sin"), ours, exact, strict=True):
+            mine = mine[:, : theirs.shape[1]] if name == "text" else mine
             far = [
                 slot for slot in range(len(axes))
                 if relative_l2(mine[..., slot], theirs[..., slot]) > 1e-3
@@ -189,6 +202,8 @@ def hint(
             start = sum(sizes[: modules.index(module)])
             kernel = kernel[:, start : start + sizes[modules.index(module)]]
         mine = kernel.reshape(weights[modules.index(module)].shape[::-1]).T
+    if not mine.any():
+        return "ours is all zeros"
     for name, tensor in layer.state_dict().items():
         theirs = tensor.float().cpu().numpy()
         if theirs.shape == mine.shape and relative_l2(mine, theirs) < ALIKE:

@@ -13,7 +13,7 @@ Axes: arrays are channels last with one example in front, [1, T, ..., C].
 import contextlib
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -40,6 +40,44 @@ class Operation:
     before: str = ""
 
 
+@dataclasses.dataclass
+class Found:
+    """What witnesses of one input found.
+
+    Attributes:
+        places: what is off, in the order of the computation.
+        operations: `(operation, relative L2)` of every comparison.
+    """
+
+    places: list[Place] = dataclasses.field(default_factory=list)
+    operations: list[tuple[str, float]] = dataclasses.field(default_factory=list)
+
+
+def merge(found: Mapping[str, Found]) -> list[Place]:
+    """Every place once, in the order of the computation; inputs, by name, go through the same one.
+
+    What is off with some of them alone says with which.
+    """
+    first: dict[str, tuple[int, Place]] = {}
+    names: dict[str, list[str]] = defaultdict(list)
+    for name, one in found.items():
+        order = [operation for operation, _ in one.operations]
+        for place in one.places:
+            at = order.index(place.operation)
+            first[place.operation] = min(
+                (at, place), first.get(place.operation, (at, place)), key=lambda pair: pair[0]
+            )
+            if name not in names[place.operation]:
+                names[place.operation].append(name)
+    places = []
+    for _, place in sorted(first.values(), key=lambda pair: pair[0]):
+        if len(names[place.operation]) < len(found):
+            only = f"only with: {'; '.join(names[place.operation])}"
+            place = dataclasses.replace(place, hint=f"{place.hint}; {only}".removeprefix("; "))
+        places.append(place)
+    return places
+
+
 class Recording:
     """What each module of the reference read and made, by public name, calls joined over T."""
 
@@ -52,6 +90,10 @@ class Recording:
     def arrays(self) -> dict[str, dict[str, list]]:
         """Everything, as a tree of arrays."""
         return {way: dict(names) for way, names in self._calls.items()}
+
+    def names(self) -> list[str]:
+        """The modules that were called."""
+        return list(self._calls["made"])
 
     def add(self, name: str, read: torch.Tensor, made: torch.Tensor) -> None:
         """One call's input and output, channels last."""
@@ -97,8 +139,8 @@ class Witness:
     """Compares our modules with a recording, see above.
 
     Attributes:
-        places: what is off, in the order of the computation.
-        operations: `(operation, relative L2)` of every comparison.
+        places, operations: see `Found`.
+        seen: the public modules that were compared.
         passing: our module's path -> whether it is not to be compared just now.
     """
 
@@ -112,6 +154,7 @@ class Witness:
         tensors: Callable[[str], tuple[str, ...]],
         hint: Callable[[str, str], str] = lambda name, path: "",
         prefix: str = "",
+        found: Found | None = None,
     ):
         """Ready to run.
 
@@ -123,35 +166,64 @@ class Witness:
             tensors: a public module's name -> its tensors' names.
             hint: (public module's name, our path) -> what our weights look like instead.
             prefix: the public modules' common beginning, for example `layers.3.`.
+            found: what is found is added to it, if given.
         """
         self.component, self.find, self.recording = component, operations, recording
         self.leaf, self.tensors, self.hint, self.prefix = leaf, tensors, hint, prefix
-        self.places: list[Place] = []
-        self.operations: list[tuple[str, float]] = []
+        self.tell(found or Found())
+        self.seen: set[str] = set()
+        self._tracing = False
         self._pending: list[tuple[dict, Array]] = []
         self.passing: Callable[[str], bool] = lambda path: False
+
+    def tell(self, found: Found) -> None:
+        """From now on add what is found to this."""
+        self.places, self.operations = found.places, found.operations
 
     def run(self, function: Callable, *arguments: Any) -> Any:
         """What `function` returns, compared on the way, as one compiled program."""
         labels: list[dict] = []
 
         def traced(arrays: dict, arguments: tuple) -> tuple[Any, list]:
-            self.recording, self._pending = Recording(arrays), []
+            self.recording, self._pending, self._tracing = Recording(arrays), [], True
             with self.watching():
                 made = function(*arguments)
             labels[:] = [label for label, _ in self._pending]
             return made, [error for _, error in self._pending]
 
-        made, errors = jax.jit(traced)(self.recording.arrays(), arguments)
+        try:
+            made, errors = jax.jit(traced)(self.recording.arrays(), arguments)
+        except Exception:  # of what is known by now, another shape may be the reason
+            for label, error in self._pending:
+                if not isinstance(error, jax.core.Tracer):
+                    self._settle(error, **label)
+            raise
+        finally:
+            self._tracing = False
         for label, error in zip(labels, errors, strict=True):
             self._settle(float(error), **label)
         return made
 
+    def note(self, operation: str, error: float, *, module: str, path: str) -> None:
+        """A comparison that was made elsewhere."""
+        self._settle(error, operation, module, path)
+
+    def check_coverage(self, seen: Iterable[str] = ()) -> None:
+        """Every module that the reference called has been compared, here or in `seen`."""
+        for name in self.recording.names():
+            if name not in self.seen | set(seen):
+                self._settle(np.inf, f"{name}: no module of ours computes it", "", "")
+
     def compare(self, operation: str, ours, exact, *, module: str = "", path: str = "") -> None:
         """Note how far two arrays are apart. With `module`, its weights are to blame."""
         label = {"operation": operation, "module": module, "path": path}
+        self.seen.add(module)
         if np.shape(ours) != np.shape(exact):
-            self._settle(np.inf, **label)
+            label["operation"] += f": {np.shape(ours)} is {np.shape(exact)} in the reference"
+            if self._tracing:  # in the order of the others
+                self._pending.append((label, np.inf))
+            else:
+                self._settle(np.inf, **label)
         elif isinstance(ours, jax.core.Tracer):
             error, norm = jnp.linalg.norm(ours - exact), jnp.linalg.norm(exact)
             relative = jnp.where(norm > 0, error / norm, jnp.where(error > 0, jnp.inf, error))
