@@ -5,15 +5,28 @@ import importlib.util
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
-from checkpoint_files import link_checkpoint, update_json
+from checkpoint_files import link_checkpoint, read_tensors, update_json, write_tensors
 
-from convert.verify import cli, reference, report, transformer_ours
-from convert.verify.compare import FLOAT32, NONSENSE, RATIO, Outcome, Place, Pool, relative_l2
+from convert.verify import autoencoders, cli, pipeline, reference, report, transformer_ours
+from convert.verify.compare import (
+    FLOAT32,
+    NONSENSE,
+    RATIO,
+    Outcome,
+    Place,
+    Pool,
+    keeping,
+    relative_l2,
+)
 from cosmos3_jax.checkpoint.convert import convert_checkpoint
 
 
@@ -81,10 +94,65 @@ def test_layers_limit_both_sides_and_are_said(public_checkpoint, tmp_path):
     status = cli.main([*map(str, arguments), "--layers", "1", "--report", str(tmp_path)])
     found = json.loads((tmp_path / "verify.json").read_text())
     assert status == 0
-    assert found["skipped"] == ["transformer: layers 1 to 2, by --layers 1"]
+    assert found["skipped"] == [
+        "transformer: layers 1 to 2, by --layers 1",
+        "transformer: how the towers put their layers together, which takes two",
+    ]
     operations = [name for name, _ in found["details"]["transformer"]["operations"]]
     assert any(name.startswith("layers.0.mlp") for name in operations)
     assert not any(name.startswith("layers.1.mlp") for name in operations)
+
+
+def test_the_whole_command_passes_in_a_process_of_its_own(public_checkpoint, tmp_path):
+    """Every component, both dtypes, our weights from the public files."""
+    command = [sys.executable, "-m", "convert.verify", public_checkpoint, "--report", tmp_path]
+    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true", "JAX_PLATFORMS": "cpu"}
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "verify.json").read_text())
+    assert found["passed"] and not found["unfinished"] and not found["places"]
+    kinds = {(row["component"], row["dtype"]) for row in found["rows"]}
+    assert kinds == {
+        *((c, d) for c in cli.COMPONENTS if c != "sampler" for d in ("float32", "bfloat16")),
+        ("sampler", "float32"), ("pipeline", "int32"),
+    }  # fmt: skip
+
+
+def test_other_tokens_fail_their_row(monkeypatch):
+    """Equal prompts beside them do not make it pass."""
+    ids = [1, 2, 3]
+    monkeypatch.setattr(pipeline, "resolve_prompts", lambda *_, **__: None)
+    monkeypatch.setattr(pipeline, "encode_prompts", lambda *_: (ids, ids[:2]))
+    pipe = SimpleNamespace(tokenize_prompt=lambda *_, **__: (ids, ids))
+    outcome = Outcome()
+    pipeline._compare_ids(outcome, pipe, None, None)
+    assert not outcome.rows[0].passed
+    assert outcome.places[0].operation.startswith("token 2 of the negative")
+
+
+def test_how_weights_are_stored_decides_what_is_rounded(
+    public_checkpoint, half, tmp_path, monkeypatch
+):
+    """Public files in bfloat16 against public float32: the difference is rounding alone."""
+    stored = link_checkpoint(public_checkpoint, tmp_path / "stored")
+    tensors = read_tensors(stored / "vae")
+    write_tensors(stored / "vae", {k: v.astype(ml_dtypes.bfloat16) for k, v in tensors.items()})
+    seen = []
+    monkeypatch.setattr(autoencoders, "compare", lambda *_, rounded, **__: seen.append(rounded))
+    for folder in (public_checkpoint, stored, half):
+        arguments = [public_checkpoint, "--converted", folder, "--component", "video_vae"]
+        assert cli.main([str(argument) for argument in arguments]) == 0
+    assert seen == ["", "stored", "folded"]
+
+
+def test_free_memory_is_what_a_container_leaves(tmp_path):
+    assert cli._free_gib("cpu", tmp_path) > 0.5  # no limit there
+    (tmp_path / "memory.current").write_text(str(2**29))
+    for limit, free in (("max", None), (str(2**30), 0.5), (str(2**28), 0)):
+        (tmp_path / "memory.max").write_text(limit)
+        found = cli._free_gib("cpu", tmp_path)
+        assert found > 0.5 if free is None else found == free
 
 
 # ---------------------------------------------------------------- what is refused
@@ -174,6 +242,14 @@ def test_metrics_by_hand():
     assert row.relative_l2 == pytest.approx(4 / 5) and row.reference_error == pytest.approx(1 / 5)
     assert row.cosine == pytest.approx(9 / 15) and row.psnr == pytest.approx(-10 * np.log10(16 / 4))
     assert row.bar == pytest.approx(RATIO / 5) and not row.passed
+    nothing, wrong = Pool(), Pool()
+    nothing.add(np.zeros(2), np.zeros(2))
+    wrong.add(np.zeros(2), np.ones(2))
+    assert nothing.row("pipeline", "x", "float32").cosine == 1
+    assert wrong.row("pipeline", "x", "float32").cosine == 0
+    wrong.add(np.zeros(3), np.ones(2))
+    row = wrong.row("pipeline", "x", "float32")
+    assert not row.passed and row.relative_l2 == np.inf and "shape is (3,) here, (2,)" in row.note
     assert relative_l2(np.zeros(2), np.zeros(2)) == 0
     assert relative_l2(np.ones(2), np.zeros(2)) == np.inf
 
@@ -183,6 +259,8 @@ def test_metrics_by_hand():
     [
         (1.1e-2, 1e-2, True),
         (1.3e-2, 1e-2, False),
+        (2.9e-3, 1e-2, False),  # too good to be bfloat16
+        (3.1e-3, 1e-2, True),
         (0.5, 1.1 * NONSENSE, False),  # a broken reference excuses nothing
         (np.nan, 1e-2, False),
         (0.9e-5, None, True),
@@ -242,20 +320,41 @@ def test_the_report_has_everything_and_is_written_whole(
     assert path.read_text() == before
 
 
-def test_what_was_compared_stays_when_the_rest_fails(public_checkpoint, tmp_path, monkeypatch):
-    compared = []
+def test_what_was_compared_stays_when_the_rest_fails(
+    public_checkpoint, tmp_path, capsys, monkeypatch
+):
+    compared, first = [], Outcome(skipped=["a part"])
 
     def compare(name, *_):
         if compared:
             raise MemoryError
         compared.append(name)
-        return Outcome()
+        return first
 
     monkeypatch.setattr(cli, "_compare", compare)
-    with pytest.raises(MemoryError):
-        cli.main([str(public_checkpoint), "--report", str(tmp_path)])
+    arguments = [str(public_checkpoint), "--report", str(tmp_path)]
+    error = refused(capsys, *arguments)
+    assert "MemoryError (test_verify.py:" in error
     found = json.loads((tmp_path / "verify.json").read_text())
     assert found["unfinished"] == ["video_vae", "sound_vae", "sampler", "pipeline"]
+
+    # A verdict that has failed by then outweighs the error, and its skips are said.
+    compared.clear()
+    first.places.append(Place("transformer", "x", (), "", 1.0, 0.0))
+    assert cli.main(arguments) == 1
+    printed = capsys.readouterr()
+    assert "skipped: a part" in printed.out and "an earlier verdict failed" in printed.err
+    assert not json.loads((tmp_path / "verify.json").read_text())["passed"]
+
+
+def test_an_error_after_a_failed_verdict_keeps_it():
+    outcome = Outcome()
+    with pytest.raises(RuntimeError), keeping(outcome, "vae"):
+        raise RuntimeError("nothing has failed")
+    with keeping(outcome, "vae"):
+        outcome.places.append(Place("vae", "x", (), "", 1.0, 0.0))
+        raise RuntimeError("two\nlines")
+    assert outcome.skipped == ["vae: the rest, stopped by RuntimeError: two lines"]
 
 
 def test_markdown_puts_dtypes_side_by_side():
@@ -265,16 +364,27 @@ def test_markdown_puts_dtypes_side_by_side():
     rows.insert(0, dataclasses.replace(rows[0], dtype="float32", relative_l2=2e-7, passed=False))
     outcome = Outcome(rows=rows)
     made = report.make({"video_vae": outcome}, "x")
-    [line] = report.markdown(json.loads(json.dumps(made))).splitlines()[2:]
+    failed, _, *table = report.markdown(json.loads(json.dumps(made))).splitlines()
+    assert failed.startswith("**FAILED**: video_vae: decode in float32")
+    [line] = table[2:]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[:4] == ["video vae: decode", "2.0e-07", "1.0e-07", "1.0e-02"]
     assert cells[-1] == "**FAIL**"
 
 
-def test_what_json_cannot_hold_becomes_text(tmp_path):
+def test_what_json_cannot_hold_becomes_text(tmp_path, capsys):
     outcome = Outcome(places=[Place("sampler", "x", (), "", np.inf, 0.0)])
     path = report.write(report.make({"sampler": outcome}, "x"), tmp_path)
     assert json.loads(path.read_text())["places"][0]["relative_l2"] == "inf"
+    pool = Pool()
+    pool.add(np.float32([np.nan, 1]), np.ones(2, np.float32))
+    outcome = Outcome(rows=[pool.row("video_vae", "decode", "float32", picture=True)])
+    report.write(report.make({"video_vae": outcome}, "x"), tmp_path)
+    assert cli.main(["--markdown", str(path)]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert "| nan |" in line and "**FAIL**" in line
+    path.write_text('{"passed": true, "rows": [{"component": 1}]}')
+    assert "is no report" in refused(capsys, "--markdown", path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["verify.json"]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from convert.verify.compare import ALIKE, relative_l2
+from convert.verify.compare import ALIKE, FLOAT32, relative_l2
 from convert.verify.witness import Operation, Recording, Witness
 
 # What lies between the modules before and these.
@@ -86,8 +86,19 @@ def _hint(key: str, ours: dict, modules: dict[str, torch.nn.Module]) -> str:
     if "kernel" not in ours:
         return "our scale is all ones" if np.all(np.asarray(ours.get("scale", 0)) == 1) else ""
     mine, theirs = np.moveaxis(np.asarray(ours["kernel"]), (-1, -2), (0, 1)), _kernel(modules[key])
+    bias = getattr(modules[key], "bias", None)
+    if bias is not None and "bias" in ours:
+        exact = bias.detach().float().cpu().numpy()
+        if relative_l2(ours["bias"], exact) > FLOAT32["operation"]:
+            zeros = "is all zeros here" if not np.any(ours["bias"]) else "differs"
+            if relative_l2(mine, theirs) < ALIKE:
+                return f"{key}.bias {zeros}"
     if relative_l2(mine, theirs) < ALIKE:
         return ""
+    if not mine.any():
+        return "our kernel is all zeros"
+    if mine.shape != theirs.shape:
+        return f"our kernel is {mine.shape}, the reference's {theirs.shape}"
     swapped = np.swapaxes(theirs, 0, 1)
     if swapped.shape == mine.shape and relative_l2(mine, swapped) < ALIKE:
         return "ours is transposed, inputs for outputs"

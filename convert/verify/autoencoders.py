@@ -16,7 +16,7 @@ from einops import rearrange
 from convert.verify import reference
 from convert.verify.autoencoder_names import arrange, make_witness, modules_with_weights
 from convert.verify.compare import Outcome, Pool
-from convert.verify.witness import Witness
+from convert.verify.witness import Found, Witness, merge
 from cosmos3_jax import programs, sound_vae, video_vae, video_vae_modules
 from cosmos3_jax.checkpoint.load import Component, load_params
 from cosmos3_jax.config import SoundVAEConfig, VideoVAEConfig
@@ -57,7 +57,7 @@ def compare(
     config: VideoVAEConfig | SoundVAEConfig,
     dtypes: tuple[str, ...],
     *,
-    rounded: bool,
+    rounded: str,
     device: str,
 ) -> None:
     """Compare one autoencoder, `video_vae` or `sound_vae`, both ways; see `transformer.compare`."""
@@ -86,7 +86,7 @@ def compare(
             witness.compare(LAST[way], np.asarray(made) - middle, exact[way][0] - middle)
             witness.check_coverage()
         finally:  # what was found before an error may be its reason
-            outcome.places += witness.places
+            outcome.places += merge({way: Found(witness.places, witness.operations)})
         operations += witness.operations
     if "bfloat16" in dtypes:
         reference.to_bfloat16(module)

@@ -22,6 +22,7 @@ from convert.verify import report as reports
 from convert.verify.compare import Outcome, keeping, one_line
 from cosmos3_jax import frontend
 from cosmos3_jax.checkpoint import load
+from cosmos3_jax.checkpoint.files import TensorFiles
 from cosmos3_jax.checkpoint.load import Component
 from cosmos3_jax.config import Config
 
@@ -144,11 +145,14 @@ def _compare(
 
     dtypes = DTYPES[options.dtype]
 
-    def rounded(part: str) -> bool:
-        component = components[FOLDERS[part]]
-        return (
-            load.is_converted(component.files.folder) and "BF16" in component.files.dtypes.values()
-        )
+    def rounded(part: str) -> str:
+        ours = components[FOLDERS[part]].files
+        theirs = TensorFiles(checkpoint / FOLDERS[part], load.PUBLIC_STEM)
+        if "BF16" not in ours.dtypes.values():
+            return ""
+        if load.is_converted(ours.folder):
+            return "folded"
+        return "stored" if {"F32"} & set(theirs.dtypes.values()) and folder != checkpoint else ""
 
     outcome = Outcome()
     with contextlib.ExitStack() as stack:
@@ -161,7 +165,7 @@ def _compare(
         elif name == "pipeline":
             pipeline.compare(
                 outcome, checkpoint, folder, config, dtypes, rounded=rounded("transformer"),
-                device=options.device, free_gib=_free_gib(),
+                device=options.device, free_gib=_free_gib(options.device),
             )  # fmt: skip
         else:
             component, part = components[FOLDERS[name]], getattr(config, name)
@@ -264,14 +268,24 @@ def _device(name: str) -> jax.Device:
         ) from error
 
 
-def _free_gib() -> float:
-    """Host memory that is free, or all of it where the system does not say."""
+def _free_gib(device: str, cgroup: Path = Path("/sys/fs/cgroup")) -> float:
+    """Memory that is free on the host, all of it where the system does not say; within the limit of
+    a container; and on the GPU, where the work is done there.
+    """
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         found = {line.split(":")[0]: line.split()[1] for line in lines}
-        return int(found["MemAvailable"]) / 2**20
+        free = int(found["MemAvailable"]) * 1024
     except (OSError, KeyError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # none, or "max"
+        limit, used = (int((cgroup / f"memory.{n}").read_text()) for n in ("max", "current"))
+        free = min(free, max(limit - used, 0))
+    if device == "cuda":
+        import torch
+
+        free = min(free, torch.cuda.mem_get_info()[0])
+    return free / 2**30
 
 
 def _read_report(path: Path) -> dict:

@@ -40,7 +40,7 @@ def compare(
     config: Config,
     dtypes: tuple[str, ...],
     *,
-    rounded: bool,
+    rounded: str,
     device: str,
     free_gib: float,
 ) -> None:
@@ -57,7 +57,7 @@ def compare(
     """
     _, tokenizer = load_frontend(folder)
     # It wants a video VAE, whatever it is used for.
-    vae = reference.load_module(checkpoint, "video_vae", "float32", False, "cpu")
+    vae = reference.load_module(checkpoint, "video_vae", "float32", "", "cpu")
     pipe = _assemble(checkpoint, {"transformer": None, "vae": vae})
     _compare_ids(outcome, pipe, config, tokenizer)
     del pipe, vae
@@ -134,7 +134,7 @@ def _assemble(checkpoint: Path, parts: dict) -> Cosmos3OmniPipeline:
     return Cosmos3OmniPipeline.from_pretrained(checkpoint, enable_safety_checker=False, **parts)
 
 
-def _their_pipeline(checkpoint: Path, config: Config, dtype: str, rounded: bool, device: str):
+def _their_pipeline(checkpoint: Path, config: Config, dtype: str, rounded: str, device: str):
     names = ["transformer", "video_vae"] + ["sound_vae"] * config.has_sound
     parts = {
         reference.FOLDERS[name][0]: reference.load_module(checkpoint, name, dtype, rounded, device)

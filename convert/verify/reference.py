@@ -3,7 +3,8 @@ a layer at a time.
 
 A converted checkpoint in bfloat16 holds rounded weights. Against the public float32 ones its error
 would be that rounding, and a mistake could hide in it; so the reference can be given weights that
-are rounded alike (`rounded`), after weight norm is folded, as ours is.
+are rounded alike: `rounded` is `folded`, after weight norm is folded, as our converter does it, or
+`stored`, tensor by tensor, as in a checkpoint of the public layout; or "".
 
 Axes: t latent frames, h rows, w columns, C channels, s sound latents, S text and M media tokens, D
 model.
@@ -42,18 +43,26 @@ SHARP = "time_embedder"  # float32 whatever is asked for, in the reference as in
 
 @contextlib.contextmanager
 def exact_arithmetic() -> Iterator[None]:
-    """No gradients, and no TF32."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    with torch.no_grad():
-        yield
+    """No gradients, and no TF32; afterwards as before."""
+    flags = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [flag.allow_tf32 for flag in flags]
+    for flag in flags:
+        flag.allow_tf32 = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for flag, value in zip(flags, before, strict=True):
+            flag.allow_tf32 = value
 
 
-def load_module(checkpoint: Path, component: str, dtype: str, rounded: bool, device: str):
+def load_module(checkpoint: Path, component: str, dtype: str, rounded: str, device: str):
     """A whole component by its own loader, in `dtype`, ready to run."""
     folder, kind = FOLDERS[component]
     module = kind.from_pretrained(checkpoint / folder, torch_dtype=torch.float32)
-    if rounded:
+    if rounded == "folded":
         fold_weight_norms(module)
+    if rounded:
         for name, parameter in module.named_parameters():
             if SHARP not in name:
                 parameter.data = parameter.data.bfloat16().float()
@@ -94,7 +103,7 @@ class PublicTensors:
             file = safe_open(folder / name, framework="pt", backend="pread")
             self._found |= dict.fromkeys(file.keys(), file)
 
-    def read(self, pattern: str, rounded: bool) -> dict[str, torch.Tensor]:
+    def read(self, pattern: str, rounded: str) -> dict[str, torch.Tensor]:
         """Every tensor whose whole name the pattern fits, in float32, by that name."""
         tensors = {}
         for name, file in self._found.items():
@@ -139,7 +148,7 @@ class Transformer:
         config: diffusers' own.
     """
 
-    def __init__(self, checkpoint: Path, rounded: bool, device: str):
+    def __init__(self, checkpoint: Path, rounded: str, device: str):
         folder = checkpoint / "transformer"
         self.tensors, self.rounded, self.device = PublicTensors(folder), rounded, device
         fields = Cosmos3OmniTransformer.load_config(folder)

@@ -35,7 +35,7 @@ def compare(
     dtypes: tuple[str, ...],
     *,
     layers: int | None,
-    rounded: bool,
+    rounded: str,
     device: str,
     say: Callable[[str], None] = lambda line: None,
 ) -> None:

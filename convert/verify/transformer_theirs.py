@@ -26,7 +26,7 @@ class Side:
 
 
 def make_sides(
-    checkpoint: Path, cases: list[Case], dtypes: tuple[str, ...], rounded: bool, device: str
+    checkpoint: Path, cases: list[Case], dtypes: tuple[str, ...], rounded: str, device: str
 ) -> dict[str, Side]:
     """The reference in float32 and, if asked for, in bfloat16, up to the first layer."""
     sides = {}
