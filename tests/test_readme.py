@@ -1,5 +1,6 @@
 """The README's examples run as they stand, and do what is said of them."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 
 from cosmos3_jax import cli, media
 
-README = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -75,3 +77,10 @@ def test_the_commands_of_each_mode(small):
     for mode, path in made.items():
         info = media.probe(path)
         assert (info.frames, bool(info.audio_codec)) == (9, mode == "T2AV")
+
+
+def test_what_is_said_of_full_width_is_in_the_report():
+    report = json.loads((ROOT / "benchmarks/results/verify_nano_width.json").read_text("utf-8"))
+    worst = max(row["relative_l2"] for row in report["rows"] if row["dtype"] == "float32")
+    assert report["passed"] and f"float32 at most {worst:.1e}".replace("e-0", "e-") in README
+    assert f"{report['peak_memory_gib']:.1f} GiB of host memory at the most" in README
