@@ -62,7 +62,7 @@ def small(monkeypatch, tmp_path):
         at = arguments.index("--checkpoint") + 1
         arguments[at] = "tiny"
         frames = [] if "--num-frames" in arguments else ["--num-frames", "9"]
-        size = ["--height", "48", "--width", "80", "--steps", "1"]
+        size = ["--height", "48", "--width", "80", "--steps", "1", "--guidance-scale", "1"]
         assert cli.main([*arguments, *frames, *size]) == 0
         return Path(arguments[arguments.index("--out") + 1])
 
