@@ -136,6 +136,8 @@ def plot(report: dict[str, Any], folder: Path) -> list[Path]:
                     low = [entry["reference_error"] for entry in curve]
                     axes.plot(x, low, "--", label=f"{name}, bfloat16, diffusers")
         axes.set(yscale="log", xlabel="after layer", ylabel="relative L2 error")
+        axes.set(title="Transformer: error after each layer, against diffusers in float32")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend()
         paths.append(_save(figure, folder / "layers.png"))
     for name, found in details.items():
