@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from checkpoint_files import link_checkpoint, read_tensors, update_json, write_tensors
+from PIL import Image
 
 from convert.verify import autoencoders, cli, pipeline, reference, report, transformer_ours
 from convert.verify.compare import (
