@@ -3,6 +3,7 @@
 import functools
 
 import pytest
+import torch
 from oracle import load_pipeline, save_pipeline
 
 
@@ -26,3 +27,12 @@ def silent_checkpoint(tmp_path_factory):
 def oracle(public_checkpoint):
     """(schedule, dtype) -> the oracle's pipeline on that checkpoint, loaded once."""
     return functools.cache(functools.partial(load_pipeline, public_checkpoint))
+
+
+@pytest.fixture(scope="module")
+def one_torch_thread():
+    """At these sizes a second thread only waits for the first, and takes the core from others."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

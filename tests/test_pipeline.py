@@ -29,18 +29,12 @@ TOLERANCE = 1e-5
 MISTAKE = 20 * TOLERANCE
 
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
+
 @pytest.fixture(scope="module")
 def model(public_checkpoint):
     return Cosmos3.from_pretrained(public_checkpoint, dtype="float32")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_torch_thread():
-    """At these sizes a second thread only waits for the first, and takes the core from others."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def assert_latents_agree(ours, reference):
