@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from cosmos3_jax import flash_attention
+from cosmos3_jax import flash_attention, sharding
 from cosmos3_jax.device import AnyDevice, default_device
 
 MAX_LOGIT_BYTES = 16 * 2**30
@@ -21,7 +21,14 @@ Text = tuple[Array, Array, Array]  # keys and values [B, T', K, H], and int32 [B
 
 
 def attention(
-    query: Array, key: Array, value: Array, *, text: Text | None = None, causal: bool = False
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    text: Text | None = None,
+    causal: bool = False,
+    tokens: int | None = None,
+    batch: tuple[str, ...] = sharding.PROMPTS,
 ) -> Array:
     """Scaled dot-product attention with grouped key/value heads; scale H^-1/2, softmax in float32.
 
@@ -30,13 +37,26 @@ def attention(
         key, value: [B, T, K, H]; query head i reads key head i // (N / K).
         text: further keys and values, padded on the right, and how many of them are real.
         causal: whether query i reads keys 0..i only; without `text`.
+        tokens: of the T, those that are not padding; None for all.
+        batch: axes of the ambient mesh that divide the examples; each device has heads of its own.
 
     Returns:
         [B, S, N, H] in the query's dtype.
 
     Raises:
-        ValueError: see `check_logits`.
+        ValueError: see `check_logits` and `sharding.over_heads`.
     """
+
+    def attend(query, key, value, *text):
+        if tokens is not None:
+            key, value = key[:, :tokens], value[:, :tokens]
+        return _attention(query, key, value, text or None, causal)
+
+    return sharding.over_heads(attend, query, key, value, *(text or ()), batch=batch)
+
+
+def _attention(query: Array, key: Array, value: Array, text: Text | None, causal: bool) -> Array:
+    """By the best kernel for arrays of one device."""
     length = None
     if text is not None:
         obstacle = flash_attention.obstacle(query, key)

@@ -8,7 +8,8 @@ Axes: B batch, S text tokens; latents t frames, h rows, w columns, C channels; s
 steps.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import einops
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from cosmos3_jax import sound_vae, unipc, video_vae
+from cosmos3_jax import sharding, sound_vae, unipc, video_vae
 from cosmos3_jax.config import Config
 from cosmos3_jax.request import T2VRequest, check_request, draw_noise
 from cosmos3_jax.transformer import Condition, Latents, encode_condition, velocity
@@ -115,13 +116,32 @@ def start_sampling(
 ) -> tuple[list[Condition], Latents]:
     """What the loop over steps starts from: its conditions and the initial latents.
 
-    Where that is faster, the conditions of both guidance branches become one, of batch 2 B.
+    Where that is faster, the conditions of both guidance branches become one, of batch 2 B; and
+    where a mesh divides the branches.
     """
-    noise = keep_given(conditions, _initial_latents(request, config))
+    noise = _divided(keep_given(conditions, _initial_latents(request, config)))
     tokens = len(noise.video) * conditions[0].rope[0].shape[1]
-    if len(conditions) == 2 and tokens <= ONE_BATCH_TOKENS:
+    if len(conditions) == 2 and is_one_batch(tokens, sharding.mesh_sizes()):
         conditions = [_concatenate(*conditions)]
     return conditions, noise
+
+
+def is_one_batch(tokens: int, mesh: Mapping[str, int]) -> bool:
+    """Whether both guidance branches run as one batch.
+
+    Args:
+        tokens: media tokens of all prompts.
+        mesh: sizes of the axes of the mesh.
+    """
+    each = -(-tokens // math.prod(mesh.get(name, 1) for name in ("data", *sharding.TOKENS)))
+    return mesh.get("cfg", 1) > 1 or each <= ONE_BATCH_TOKENS
+
+
+def _divided(latents: Latents) -> Latents:
+    """The sampler's state: each device has its prompts' whole, which is little."""
+    return jax.tree.map(
+        lambda x: sharding.constrain(x, sharding.PROMPTS, *[None] * (x.ndim - 1)), latents
+    )
 
 
 def guided_velocity(
@@ -136,20 +156,23 @@ def guided_velocity(
     branches = []
     for condition in conditions:
         count = len(condition.frame_mask) // len(latents.video)
-        batch = jax.tree.map(lambda x, count=count: jnp.concatenate([x] * count), latents)
+        batch = jax.tree.map(lambda x, count=count: sharding.join(*[x] * count), latents)
         velocities = velocity(params, config.transformer, condition, batch, timestep)
         leaves, tree = jax.tree.flatten(velocities)
-        split = [jnp.split(leaf, count) for leaf in leaves]
+        split = [sharding.part(leaf, count) for leaf in leaves]
         branches += [tree.unflatten(branch) for branch in zip(*split, strict=True)]
-    return jax.tree.map(partial(_guide, scale=scale), *branches)
+    return _divided(jax.tree.map(partial(_guide, scale=scale), *branches))
 
 
 def keep_given(conditions: list[Condition], latents: Latents) -> Latents:
     """The given frames in their places, bit for bit."""
     batch = len(latents.video)
-    given = conditions[0].frame_mask[:batch, :, None, None, None]
-    clean = conditions[0].clean_latents[:batch]
-    return latents.replace(video=jnp.where(given, clean, latents.video))
+    mask, clean = conditions[0].frame_mask, conditions[0].clean_latents
+    if sharding.mesh_sizes():
+        count = len(mask) // batch
+        mask, clean = (sharding.part(x, count)[0] for x in (mask, clean))
+    given = mask[:batch, :, None, None, None]
+    return latents.replace(video=jnp.where(given, clean[:batch], latents.video))
 
 
 def sampler(request: T2VRequest) -> unipc.Tableau:
@@ -248,10 +271,11 @@ def _concatenate(first: Condition, second: Condition) -> Condition:
         padded = [
             jnp.pad(x, [(0, 0), (0, 0), (0, longest - x.shape[2]), (0, 0), (0, 0)]) for x in (a, b)
         ]
-        return jnp.concatenate(padded, axis=1)
+        joined = sharding.join(*padded, axis=1)
+        return sharding.constrain(joined, None, sharding.BRANCHES, None, sharding.HEADS, None)
 
     batched = jax.tree.map(
-        lambda a, b: jnp.concatenate([a, b]),
+        sharding.join,
         first.replace(key=None, value=None),
         second.replace(key=None, value=None),
     )

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from cosmos3_jax import sharding
 from cosmos3_jax.config import TransformerConfig
 
 
@@ -23,8 +24,13 @@ def dense(
 ) -> nn.DenseGeneral:
     """A linear map over `axis`, without bias unless asked for."""
     return nn.DenseGeneral(
-        features, axis=axis, use_bias=bias, dtype=dtype, precision=precision(dtype), name=name
-    )
+        features, axis=axis, use_bias=bias, dtype=dtype, precision=precision(dtype), name=name,
+        dot_general=_dot_general,
+    )  # fmt: skip
+
+
+def _dot_general(x: Array, kernel: Array, *args, **kwargs) -> Array:
+    return jax.lax.dot_general(x, sharding.whole(kernel), *args, **kwargs)
 
 
 class RMSNorm(nn.Module):

@@ -17,10 +17,11 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from cosmos3_jax import rope
+from cosmos3_jax import rope, sharding
 from cosmos3_jax.attention import attention
 from cosmos3_jax.config import TransformerConfig
 from cosmos3_jax.layers import RMSNorm, SwiGLU, TimestepEmbedding, dense
+from cosmos3_jax.sharding import BRANCHES, HEADS, PROMPTS, TOKENS, constrain
 
 
 @struct.dataclass
@@ -62,6 +63,7 @@ class Attention(nn.Module):
 
     config: TransformerConfig
     dtype: jnp.dtype
+    tokens: int | None = None  # of those that come, the ones that are not padding; None for all
 
     @nn.compact
     def __call__(
@@ -75,10 +77,16 @@ class Attention(nn.Module):
             RMSNorm(config.rms_norm_eps, self.dtype, name="q_norm")(query), table
         )
         key = rope.apply_rope(RMSNorm(config.rms_norm_eps, self.dtype, name="k_norm")(key), table)
+        batch = PROMPTS if text is None else BRANCHES
+        query, key, value = (
+            constrain(tokens, batch, TOKENS, None, None) for tokens in (query, key, value)
+        )
         if text is None:
             mixed = attention(query, key, value, causal=True)
         else:
-            mixed = attention(query, key, value, text=(*text, length))
+            text = (*text, length)
+            mixed = attention(query, key, value, text=text, tokens=self.tokens, batch=batch)
+        mixed = constrain(mixed, batch, TOKENS, None, None)
         return dense(config.hidden_size, self.dtype, "out", axis=(-2, -1))(mixed), (key, value)
 
 
@@ -87,19 +95,22 @@ class Block(nn.Module):
 
     config: TransformerConfig
     dtype: jnp.dtype
+    tokens: int | None = None  # see Attention
 
     @nn.compact
     def __call__(
         self, x: Array, text: tuple[Array, Array] | None, table: rope.Rope, length: Array | None
     ):
         epsilon = self.config.rms_norm_eps
+        batch = PROMPTS if text is None else BRANCHES
         normed = RMSNorm(epsilon, self.dtype, name="input_norm")(x)
-        mixed, key_value = Attention(self.config, self.dtype, name="attention")(
+        mixed, key_value = Attention(self.config, self.dtype, self.tokens, name="attention")(
             normed, table, text, length
         )
-        x = x + mixed
+        x = constrain(x + mixed, batch, TOKENS, None)
         normed = RMSNorm(epsilon, self.dtype, name="post_attention_norm")(x)
         x = x + SwiGLU(self.config, self.dtype, name="mlp")(normed)
+        x = constrain(x, batch, TOKENS, None)
         return x, key_value if text is None else None
 
 
@@ -109,16 +120,19 @@ class Unrolled(nn.Module):
     config: TransformerConfig
     dtype: jnp.dtype
     length: int
+    tokens: int | None
 
     @nn.compact
     def __call__(self, x: Array, text: tuple[Array, Array], table: rope.Rope, length: Array):
         for i in range(self.length):
-            block = Block(self.config, self.dtype, name=str(i))
+            block = Block(self.config, self.dtype, self.tokens, name=str(i))
             x, _ = block(x, jax.tree.map(lambda stacked, i=i: stacked[i], text), table, length)
         return x, None
 
 
-def _stack(config: TransformerConfig, dtype: jnp.dtype, layers: int) -> nn.Module:
+def _stack(
+    config: TransformerConfig, dtype: jnp.dtype, layers: int, tokens: int | None = None
+) -> nn.Module:
     """`layers` blocks run by one scan over their stacked parameters."""
     scanned = nn.scan(
         Block,
@@ -127,7 +141,7 @@ def _stack(config: TransformerConfig, dtype: jnp.dtype, layers: int) -> nn.Modul
         in_axes=(0, nn.broadcast, nn.broadcast),
         length=layers,
     )
-    return scanned(config, dtype, name="layers")
+    return scanned(config, dtype, tokens, name="layers")
 
 
 class KeyValue(nn.Module):
@@ -162,9 +176,11 @@ class TextTower(nn.Module):
         x = nn.Embed(config.vocab_size, config.hidden_size, dtype=self.dtype, name="embed")(
             text_ids
         )
+        x = constrain(x, PROMPTS, TOKENS, None)
         x, stacked = _stack(config, self.dtype, config.num_hidden_layers - 1)(x, None, table, None)
         last = KeyValue(config, self.dtype, name="last_layer")(x, table)
-        return jax.tree.map(lambda many, one: jnp.concatenate([many, one[None]]), stacked, last)
+        joined = jax.tree.map(lambda many, one: jnp.concatenate([many, one[None]]), stacked, last)
+        return jax.tree.map(lambda x: constrain(x, None, PROMPTS, None, HEADS, None), joined)
 
 
 class MediaTower(nn.Module):
@@ -194,23 +210,44 @@ class MediaTower(nn.Module):
             )
             x = jnp.concatenate([x, sound + embedding.astype(dtype) + time], axis=1)
 
-        text = (condition.key, condition.value)
+        tokens = x.shape[1]
+        if latents.sound is not None or tokens % sharding.ways(TOKENS):
+            # Whole for once: parts of odd lengths could not be divided, put together and divided
+            # anew without moving all of them.
+            x = constrain(x, BRANCHES, None, None)
+        x, *table = (
+            constrain(sharding.pad_tokens(each), BRANCHES, TOKENS, None)
+            for each in (x, *condition.rope)
+        )
+        text, depth = (condition.key, condition.value), config.num_hidden_layers
+        real = None if x.shape[1] == tokens else tokens
         if self.unrolled:
-            layers = Unrolled(config, dtype, config.num_hidden_layers, name="layers")
+            layers = Unrolled(config, dtype, depth, real, name="layers")
         else:
-            layers = _stack(config, dtype, config.num_hidden_layers)
-        x, _ = layers(x, text, condition.rope, condition.text_length)
+            layers = _stack(config, dtype, depth, real)
+        x, _ = layers(x, text, tuple(table), condition.text_length)
         x = RMSNorm(config.rms_norm_eps, dtype, name="norm")(x)
 
-        x, sound = x[:, : patches.shape[1]], x[:, patches.shape[1] :]
-        video = unpatchify(
-            config, dense(config.patch_latent_dim, dtype, "proj_out", bias=True)(x), grid
-        )
+        count = patches.shape[1]
+        proj_out = dense(config.patch_latent_dim, dtype, "proj_out", bias=True)
+        video = unpatchify(config, _project(proj_out, x, 0, count), grid)
         video = video[:, :, : latents.video.shape[2], : latents.video.shape[3]]
         video = jnp.where(condition.frame_mask[:, :, None, None, None], 0, video)
         if latents.sound is None:
             return Latents(video)
-        return Latents(video, dense(config.sound_dim, dtype, "sound_proj_out", bias=True)(sound))
+        proj_out = dense(config.sound_dim, dtype, "sound_proj_out", bias=True)
+        return Latents(video, _project(proj_out, x, count, tokens))
+
+
+def _project(linear: nn.Module, x: Array, start: int, stop: int) -> Array:
+    """`linear` of tokens start .. stop, all of them on each device where a mesh divides tokens.
+
+    There, a part of the tokens would have to move to be divided anew; it is cheaper to project all,
+    and to take the part of what is as small as the latents.
+    """
+    if sharding.ways(TOKENS) == 1:
+        return linear(x[:, start:stop])
+    return constrain(linear(x), BRANCHES, None, None)[:, start:stop]
 
 
 def patch_grid(

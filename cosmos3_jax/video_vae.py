@@ -19,6 +19,7 @@ from einops import rearrange
 from jax import lax
 from jax.typing import DTypeLike
 
+from cosmos3_jax import sharding
 from cosmos3_jax.config import VideoVAEConfig
 from cosmos3_jax.device import AnyDevice, default_device
 from cosmos3_jax.video_vae_modules import Decoder, Encoder
@@ -152,10 +153,14 @@ def decode(
         x = (jnp.clip(x.astype(jnp.float32), -1, 1) + 1) / 2
         x = rearrange(x, "B T H W C -> B C T H W").astype(video.dtype)
         at = _first_pixel_frame(config, start)
-        return state["cache"], lax.dynamic_update_slice_in_dim(video, x, at, axis=2)
+        video = lax.dynamic_update_slice_in_dim(video, _divided(x), at, axis=2)
+        return state["cache"], _divided(video)
 
-    video = jnp.zeros((B, 3, time * (t - 1) + 1, space * h, space * w), video_dtype or dtype)
-    return _over_time(step, video, t, chunk_size)
+    with sharding.padded_rows(h) as rows:
+        latents = _pad_rows(latents, 2, rows - h)
+        shape = (B, 3, time * (t - 1) + 1, space * rows, space * w)
+        video = _divided(jnp.zeros(shape, video_dtype or dtype))
+        return _divided(_rows(_over_time(step, video, t, chunk_size), 3, space * h))
 
 
 def encode(
@@ -198,8 +203,28 @@ def encode(
         z = normalize_latents(config, z)
         return state["cache"], lax.dynamic_update_slice_in_dim(latents, z, start, axis=1)
 
-    latents = jnp.zeros((video.shape[0], *grid, config.z_dim), dtype)
-    return _over_time(step, latents, grid[0], chunk_size)
+    with sharding.padded_rows(grid[1]) as rows:
+        video = _divided(_pad_rows(video, 3, config.scale_factor_spatial * (rows - grid[1])))
+        shape = (video.shape[0], grid[0], rows, grid[2], config.z_dim)
+        latents = sharding.divide_rows(jnp.zeros(shape, dtype))
+        latents = _rows(_over_time(step, latents, grid[0], chunk_size), 2, grid[1])
+        return sharding.constrain(latents, sharding.PROMPTS, *[None] * 4)
+
+
+def _divided(video: jax.Array) -> jax.Array:
+    """Video [B, C, T, H, W], its rows divided by the ambient mesh, if they are a multiple."""
+    rows = sharding.ROWS if video.shape[3] % sharding.ways(sharding.ROWS) == 0 else None
+    return sharding.constrain(video, sharding.PROMPTS, None, None, rows, None)
+
+
+def _pad_rows(x: jax.Array, axis: int, rows: int) -> jax.Array:
+    """Rows of zeros behind the last; none on one device."""
+    return jnp.pad(x, [(0, rows * (i == axis)) for i in range(x.ndim)]) if rows else x
+
+
+def _rows(x: jax.Array, axis: int, rows: int) -> jax.Array:
+    """The inverse of `_pad_rows`."""
+    return x if x.shape[axis] == rows else lax.slice_in_dim(x, 0, rows, axis=axis)
 
 
 def param_shapes(config: VideoVAEConfig) -> dict[str, Any]:

@@ -23,14 +23,15 @@ from einops import rearrange, reduce, repeat
 from jax import lax
 from jax.typing import DTypeLike
 
+from cosmos3_jax import sharding
 from cosmos3_jax.config import VideoVAEConfig
 from cosmos3_jax.layers import precision
 
 
-def conv2d(features: int, dtype: DTypeLike, kernel_size: int = 3, **kwargs: Any) -> nn.Conv:
+def conv2d(x: jax.Array, features: int, dtype: DTypeLike, size: int = 3, **kwargs: Any):
     """A convolution of each frame by itself."""
-    size = (kernel_size, kernel_size)
-    return nn.Conv(features, size, dtype=dtype, precision=precision(dtype), **kwargs)
+    conv = nn.Conv(features, (size, size), dtype=dtype, precision=precision(dtype), **kwargs)
+    return sharding.divide_rows(conv(sharding.picture(x)))
 
 
 class CausalConv(nn.Module):
@@ -53,13 +54,14 @@ class CausalConv(nn.Module):
         shape = (*self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
-        x = x.astype(self.dtype)  # before it is remembered
+        x = sharding.picture(x.astype(self.dtype))  # before it is remembered
         (B, T), history = x.shape[:2], self.size[0] - self.stride
         past = self.variable("cache", "past", jnp.zeros, (B, history, *x.shape[2:]), x.dtype)
         frames = (T - self.stride) // self.stride + 1
         span = max(self.stride * (frames - 1) + 1, 0)
-        windows = [_window(past.value, x, i, span)[:, :: self.stride] for i in range(self.size[0])]
-        past.value = _window(past.value, x, T, history)
+        before = sharding.divide_rows(past.value)
+        windows = [_window(before, x, i, span)[:, :: self.stride] for i in range(self.size[0])]
+        past.value = sharding.divide_rows(_window(before, x, T, history))
         x = rearrange(jnp.concatenate(windows, axis=-1), "B T H W C -> (B T) H W C")
         y = lax.conv_general_dilated(
             x,
@@ -69,7 +71,7 @@ class CausalConv(nn.Module):
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
             precision=precision(self.dtype),
         )
-        return rearrange(y + bias, "(B T) H W C -> B T H W C", B=B)
+        return sharding.divide_rows(rearrange(y + bias, "(B T) H W C -> B T H W C", B=B))
 
 
 def _window(past: jax.Array, x: jax.Array, start: int, length: int) -> jax.Array:
@@ -121,12 +123,14 @@ class Attention(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         B, T, H, W, C = x.shape
         einsum = partial(jnp.einsum, precision=precision(self.dtype))
-        qkv = conv2d(3 * C, self.dtype, 1, name="to_qkv")(RMSNorm(name="norm")(x))
+        qkv = conv2d(RMSNorm(name="norm")(x), 3 * C, self.dtype, 1, name="to_qkv")
         q, k, v = rearrange(qkv, "B T H W (qkv C) -> qkv B T (H W) C", qkv=3)
+        # Where a mesh divides the rows, these queries read the pixels of all.
+        k, v = (sharding.whole_picture(x, H, W) for x in (k, v))
         logits = einsum("BTQC,BTKC->BTQK", q, k, preferred_element_type=jnp.float32)
         weights = nn.softmax(logits * C**-0.5).astype(self.dtype)
         h = einsum("BTQK,BTKC->BTQC", weights, v)
-        return x + conv2d(C, self.dtype, 1, name="proj")(h.reshape(x.shape))
+        return x + conv2d(h.reshape(x.shape), C, self.dtype, 1, name="proj")
 
 
 class MidBlock(nn.Module):
@@ -170,7 +174,8 @@ class Downsample(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, first: bool) -> jax.Array:
         C = x.shape[-1]
-        x = conv2d(C, self.dtype, strides=(2, 2), padding=((0, 1), (0, 1)), name="resample_1")(x)
+        pad = ((0, 1), (0, 1))
+        x = conv2d(x, C, self.dtype, strides=(2, 2), padding=pad, name="resample_1")
         if self.time == 1:
             return x
         # Frame 0 passes by. The convolution remembers it, and has no output until two more frames
@@ -194,7 +199,7 @@ class Upsample(nn.Module):
             later = rearrange(later, "B T H W (t C) -> B (T t) H W C", t=2)
             x = jnp.concatenate([x[:, : int(first)], later], axis=1)
         x = repeat(x, "B T H W C -> B T (H h) (W w) C", h=2, w=2)
-        return conv2d(C, self.dtype, padding=1, name="resample_1")(x)
+        return conv2d(x, C, self.dtype, padding=1, name="resample_1")
 
 
 class DownBlock(nn.Module):

@@ -1,0 +1,114 @@
+"""Meshes as a user names them, `cfg=2,seq=2`: read, checked against a job, chosen by default."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from cosmos3_jax.sharding import AXES, check_heads
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """`cfg=2,seq=2` -> {"cfg": 2, "seq": 2}. Raises ValueError on anything else."""
+    sizes: dict[str, int] = {}
+    for part in filter(None, text.replace(" ", "").split(",")):
+        name, _, size = part.partition("=")
+        if name not in AXES or name in sizes:
+            twice = "is there twice" if name in sizes else f"is none of {', '.join(AXES)}"
+            raise ValueError(f"mesh {text!r}: {name!r} {twice}; write for example cfg=2,seq=2")
+        if not size.isdecimal() or int(size) < 1:
+            raise ValueError(f"mesh {text!r}: {name}={size} must be a whole number from 1 on")
+        sizes[name] = int(size)
+    return sizes
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with all of our axes over these devices, all of this process and others' if None.
+
+    Neighbouring devices share tokens, which they exchange in every layer; the branches of guidance
+    meet once a step, and prompts never. Processes hold neighbouring devices, so that on several
+    machines tokens stay within one as far as they can.
+
+    Raises:
+        ValueError: if the product of the sizes is not the number of devices.
+    """
+    explicit = devices is not None
+    devices = list(jax.devices() if devices is None else devices)
+    shape = [sizes.get(name, 1) for name in AXES]
+    count = math.prod(shape)
+    if count > len(devices) or (count < len(devices) and (explicit or jax.process_count() > 1)):
+        raise ValueError(
+            f"mesh {describe(sizes)} has {count} devices, and there are {len(devices)}; the product "
+            f"of its axes must be {len(devices)}"
+        )
+    kinds = (AxisType.Auto,) * len(AXES)
+    return Mesh(np.asarray(devices[:count]).reshape(shape), AXES, axis_types=kinds)
+
+
+def describe(sizes: Mapping[str, int]) -> str:
+    """`cfg=2,seq=2`, axes of one device left out."""
+    return ",".join(f"{k}={sizes[k]}" for k in AXES if sizes.get(k, 1) > 1) or "of one device"
+
+
+def as_automatic(mesh: Mesh) -> Mesh:
+    """A mesh of ours or of a user's, its axes automatic. Raises ValueError if it has none of ours.
+
+    `jax.make_mesh` makes explicit axes unless told otherwise.
+    """
+    foreign = [k for k, size in mesh.shape.items() if k not in AXES and size > 1]
+    if foreign:
+        raise ValueError(
+            f"mesh axis {foreign[0]!r} is none of {', '.join(AXES)}, and would be idle; name it so"
+        )
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+
+def check_mesh(sizes: Mapping[str, int], *, kv_heads: int, batch: int, guidance: bool) -> None:
+    """Raise ValueError if a job does not divide over a mesh.
+
+    Args:
+        sizes: of the mesh's axes.
+        kv_heads: key/value heads of the model.
+        batch: prompts at a time.
+        guidance: whether there are two branches.
+    """
+    cfg, data = sizes.get("cfg", 1), sizes.get("data", 1)
+    if cfg not in (1, 2):
+        raise ValueError(f"mesh cfg={cfg}: guidance has two branches; choose cfg from 1, 2")
+    if cfg == 2 and not guidance:
+        raise ValueError(
+            "mesh cfg=2: with guidance_scale=1 there is one branch; leave cfg out, and give its "
+            "devices to seq"
+        )
+    if batch % data:
+        choices = ", ".join(str(n) for n in range(1, batch + 1) if batch % n == 0)
+        raise ValueError(
+            f"mesh data={data}: {batch} prompt{'s' * (batch > 1)} do not divide; choose data from "
+            f"{choices}, or give a multiple of {data} prompts"
+        )
+    check_heads(kv_heads, dict(sizes))
+
+
+def default_sizes(
+    devices: int, *, kv_heads: int, batch: int = 1, guidance: bool = True, shard_weights=False
+) -> dict[str, int] | None:
+    """The mesh for a job where nobody says: prompts first, for they share nothing, then branches of
+    guidance, then tokens; None if a job cannot be divided so.
+
+    Args:
+        devices: how many there are, all of which are used.
+        kv_heads, batch, guidance: see `check_mesh`.
+        shard_weights: divide the weights with the tokens, because they do not fit whole.
+    """
+    data = max(n for n in range(1, batch + 1) if batch % n == 0 and devices % n == 0)
+    while data:
+        rest = devices // data
+        for cfg in (2, 1) if guidance and not shard_weights else (1, 2) if guidance else (1,):
+            if rest % cfg == 0 and kv_heads % (rest // cfg) == 0:
+                sizes = {"data": data, "cfg": cfg}
+                return sizes | {"fsdp" if shard_weights else "seq": rest // cfg}
+        smaller = [n for n in range(1, data) if batch % n == 0 and devices % n == 0]
+        data = max(smaller, default=0)
+    return None

@@ -1,0 +1,221 @@
+"""Where arrays lie on a mesh of devices, said by the names of its axes; XLA moves the data.
+
+A model says how its arrays lie with `constrain`, which reads the mesh that `jax.set_mesh` made the
+ambient one. Without a mesh, or on one of size one, it is the identity: one device is no special
+case, and its programs have no trace of any of this. So `generate` under `jax.jit` composes with any
+mesh that has some of these axes:
+
+- `data`: prompts.
+- `cfg`: the two branches of classifier-free guidance, which then run as one batch.
+- `seq`: tokens; heads inside attention, as in DeepSpeed-Ulysses (Jacobs et al., arXiv:2309.14509).
+- `fsdp`: weights of both towers, gathered layer by layer where they are used (Rajbhandari et al.,
+  arXiv:1910.02054, stage 3); beside that it divides what `seq` does.
+
+In the autoencoders, which know no branches, tokens or heads, all but `data` divide the rows of the
+picture: XLA exchanges the rows at the borders for every convolution.
+"""
+
+import contextlib
+import contextvars
+import math
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import AxisType, PartitionSpec
+
+AXES = ("data", "cfg", "seq", "fsdp")
+PROMPTS = ("data",)
+BRANCHES = ("data", "cfg")  # both branches as one batch, see `join`
+TOKENS = HEADS = ("seq", "fsdp")
+ROWS = ("cfg", "seq", "fsdp")
+WEIGHTS = ("fsdp",)
+
+Axes = tuple[str, ...] | None
+
+
+def mesh_sizes() -> dict[str, int]:
+    """Sizes of the ambient mesh's axes, those of one device and those not ours left out.
+
+    Axes that are manual, inside a `jax.shard_map`, are left out too: there is nothing to divide.
+
+    Raises:
+        ValueError: on an axis in explicit mode, where sharding is part of an array's type.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return {}
+    found = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    ours = [(name, size, kind) for name, size, kind in found if name in AXES and size > 1]
+    explicit = [name for name, _, kind in ours if kind == AxisType.Explicit]
+    if explicit:
+        raise ValueError(
+            f"mesh axis {explicit[0]} is explicit, and models are written for automatic ones: make "
+            "the mesh with jax.sharding.Mesh, or with axis_types of jax.sharding.AxisType.Auto"
+        )
+    return {name: size for name, size, kind in ours if kind == AxisType.Auto}
+
+
+def ways(axes: Axes) -> int:
+    """Into how many parts these axes of the ambient mesh divide an array."""
+    sizes = mesh_sizes()
+    return math.prod(sizes.get(name, 1) for name in axes or ())
+
+
+def spec(*axes: Axes) -> PartitionSpec:
+    """What these axes are on the ambient mesh, for each axis of an array; None for undivided."""
+    sizes = mesh_sizes()
+    present = [tuple(name for name in names or () if name in sizes) for names in axes]
+    return PartitionSpec(*(names or None for names in present))
+
+
+def constrain(x: Array, *axes: Axes) -> Array:
+    """x, each of its axes divided by these of the ambient mesh, and by no others."""
+    if not mesh_sizes():
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(*axes))
+
+
+def join(*branches: Array, axis: int = 0) -> Array:
+    """The branches' examples as one batch on this axis; on a mesh those of a prompt side by side.
+
+    So the devices of a prompt have all its branches, and none has to be moved. See `part`.
+    """
+    if len(branches) == 1 or not mesh_sizes():
+        return jnp.concatenate(branches, axis)
+    first, second = (jnp.expand_dims(x, axis + 1) for x in branches)
+    index = jnp.arange(2).reshape(2, *[1] * (first.ndim - axis - 2))
+    both = jnp.where(index == 0, first, second)
+    # The other axes stay as they are: heads, of the text's keys.
+    others = [PartitionSpec.UNCONSTRAINED] * both.ndim
+    placed = [*others[:axis], *spec(("data",), ("cfg",)), *others[axis + 2 :]]
+    both = jax.lax.with_sharding_constraint(both, PartitionSpec(*placed))
+    return both.reshape(*both.shape[:axis], -1, *both.shape[axis + 2 :])
+
+
+def part(x: Array, count: int) -> list[Array]:
+    """The inverse of `join` on axis 0, for this many branches; each device gets its prompts'."""
+    if count == 1 or not mesh_sizes():
+        return jnp.split(x, count)
+    x = x.reshape(-1, count, *x.shape[1:])
+    x = constrain(x, ("data",), *[None] * (x.ndim - 1))
+    return [x[:, i] for i in range(count)]
+
+
+def whole(weight: Array) -> Array:
+    """A weight, gathered if `fsdp` divides it."""
+    return constrain(weight, *[None] * weight.ndim) if ways(WEIGHTS) > 1 else weight
+
+
+def weight_axes(path: str, shape: tuple[int, ...], ways: int) -> tuple[Axes, ...]:
+    """How `fsdp` divides a leaf of the parameters: the first axis of a tower's matrix that it can.
+
+    Vectors, biases and the autoencoders stay whole on each device: they weigh little.
+
+    Args:
+        path: of the leaf, `gen/layers/0/mlp/down/kernel`.
+        shape: of the leaf.
+        ways: the size of `fsdp`.
+    """
+    axes: list[Axes] = [None] * len(shape)
+    stacked = int("/layers/" in path and not path.split("/layers/")[1][0].isdigit())
+    if path.startswith(("und/", "gen/")) and path.endswith(("/kernel", "/embedding")):
+        divisible = [i for i in range(stacked, len(shape)) if shape[i] % ways == 0]
+        if divisible:
+            axes[divisible[0]] = WEIGHTS
+    return tuple(axes)
+
+
+def pad_tokens(x: Array) -> Array:
+    """x [B, M, ...] with zeros behind its tokens, so that they divide evenly."""
+    missing = -x.shape[1] % ways(TOKENS)
+    return jnp.pad(x, [(0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)]) if missing else x
+
+
+def over_heads(function: Callable, *arrays: Array | None, batch: tuple[str, ...]) -> Array:
+    """`function` of the arrays, each device on its own examples and heads; nothing moves inside.
+
+    Kernels that XLA cannot divide, it need not.
+
+    Args:
+        function: from arrays like these to one of the first's shape.
+        arrays: [B, S, heads, H], or [B], or None.
+        batch: what divides their examples.
+
+    Raises:
+        ValueError: heads that do not divide.
+    """
+    if not mesh_sizes():
+        return function(*arrays)
+    for x in arrays:
+        if x is not None and x.ndim == 4:
+            check_heads(x.shape[2], mesh_sizes())
+    batch_axes = batch if arrays[0].shape[0] % ways(batch) == 0 else None
+    specs = [
+        None if x is None else spec(batch_axes) if x.ndim == 1 else spec(batch_axes, None, HEADS)
+        for x in arrays
+    ]
+    # Not checked: a kernel does not say over which axes its result varies.
+    mapped = jax.shard_map(
+        function, in_specs=tuple(specs), out_specs=specs[0], check_vma=False
+    )
+    return mapped(*arrays)
+
+
+def check_heads(heads: int, sizes: dict[str, int]) -> None:
+    """Raise ValueError if this many key/value heads do not divide over the mesh."""
+    divided = math.prod(sizes.get(name, 1) for name in HEADS)
+    if heads % divided:
+        named = " x ".join(f"{name}={sizes[name]}" for name in HEADS if sizes.get(name, 1) > 1)
+        choices = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        raise ValueError(
+            f"mesh {named}: {heads} key/value heads do not divide; choose seq x fsdp from {choices}"
+        )
+
+
+# How many rows of latents there are, and how many with those added so that they divide evenly.
+_rows: contextvars.ContextVar[tuple[int, int]] = contextvars.ContextVar("rows", default=(1, 1))
+
+
+@contextlib.contextmanager
+def padded_rows(rows: int) -> Iterator[int]:
+    """Trace an autoencoder on pictures of `rows` rows of latents; yields how many to pad them to.
+
+    Rows divide evenly at every scale then, and no operation has to move whole pictures.
+    """
+    padded = rows + -rows % ways(ROWS)
+    token = _rows.set((rows, padded))
+    try:
+        yield padded
+    finally:
+        _rows.reset(token)
+
+
+def real_rows(padded: int) -> int:
+    """Of the rows of a picture, at any scale, those that are not padding."""
+    rows, all_rows = _rows.get()
+    return padded * rows // all_rows
+
+
+def picture(x: Array) -> Array:
+    """x [B, T, H, W, C], its rows divided, and zero where they are padding.
+
+    A convolution reads zeros behind the last row; after another layer, padding is no longer zero.
+    """
+    real = real_rows(x.shape[2])
+    if real < x.shape[2]:
+        x = jnp.where(jnp.arange(x.shape[2])[:, None, None] < real, x, 0)
+    return divide_rows(x)
+
+
+def divide_rows(x: Array) -> Array:
+    """x [B, T, H, W, C], its rows divided."""
+    return constrain(x, PROMPTS, None, ROWS, None, None)
+
+
+def whole_picture(pixels: Array, height: int, width: int) -> Array:
+    """Pixels [B, T, H W, C] -> all that are not padding, on each device."""
+    real = real_rows(height)
+    pixels = constrain(pixels, PROMPTS, None, None, None)
+    return pixels if real == height else pixels[:, :, : real * width]
