@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "cfg", "seq", "fsdp")
 PROMPTS = ("data",)
@@ -127,6 +127,37 @@ def weight_axes(path: str, shape: tuple[int, ...], ways: int) -> tuple[Axes, ...
     return tuple(axes)
 
 
+def weight_sharding(mesh: Mesh | None, path: str, shape: tuple[int, ...]) -> NamedSharding | None:
+    """Where a leaf of the parameters lies on a mesh; None without one: on the default device."""
+    if mesh is None:
+        return None
+    axes = weight_axes(path, shape, mesh.shape.get("fsdp", 1))
+    names = [name and tuple(x for x in name if x in mesh.shape) or None for name in axes]
+    return NamedSharding(mesh, PartitionSpec(*names))
+
+
+def divide_weights(prefix: str, params: dict) -> dict:
+    """Inside a program, the tree at `prefix` of the parameters as `place_params` places it."""
+
+    def divide(path: tuple, leaf: Array) -> Array:
+        name = "/".join([prefix, *(key.key for key in path)])
+        return constrain(leaf, *weight_axes(name, leaf.shape, ways(WEIGHTS)))
+
+    return jax.tree_util.tree_map_with_path(divide, params)
+
+
+def place_params(params: dict, mesh: Mesh | None) -> dict:
+    """A tree of parameters on the devices of a mesh; as it is without one."""
+    if mesh is None:
+        return params
+
+    def place(path: tuple, leaf: Array) -> Array:
+        name = "/".join(key.key for key in path)
+        return jax.device_put(leaf, weight_sharding(mesh, name, leaf.shape))
+
+    return jax.tree_util.tree_map_with_path(place, params)
+
+
 def pad_tokens(x: Array) -> Array:
     """x [B, M, ...] with zeros behind its tokens, so that they divide evenly."""
     missing = -x.shape[1] % ways(TOKENS)
@@ -157,9 +188,7 @@ def over_heads(function: Callable, *arrays: Array | None, batch: tuple[str, ...]
         for x in arrays
     ]
     # Not checked: a kernel does not say over which axes its result varies.
-    mapped = jax.shard_map(
-        function, in_specs=tuple(specs), out_specs=specs[0], check_vma=False
-    )
+    mapped = jax.shard_map(function, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)
     return mapped(*arrays)
 
 

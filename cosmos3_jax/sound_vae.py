@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
+from cosmos3_jax import sharding
 from cosmos3_jax.config import SoundVAEConfig, check_fps
 from cosmos3_jax.layers import precision
 
@@ -50,6 +51,8 @@ def decode(
         raise ValueError(
             f"sound latents of shape {latents.shape} are not [batch, frames, {channels}]"
         )
+    # Whole on each device that has the prompt: it is a hundredth of the video's work.
+    latents = sharding.constrain(latents, sharding.PROMPTS, None, None)
     waveform = Decoder(config, dtype).apply({"params": params["decoder"]}, latents)
     return jnp.clip(rearrange(waveform.astype(jnp.float32), "b n c -> b c n"), -1.0, 1.0)
 

@@ -228,26 +228,20 @@ class MediaTower(nn.Module):
         x, _ = layers(x, text, tuple(table), condition.text_length)
         x = RMSNorm(config.rms_norm_eps, dtype, name="norm")(x)
 
-        count = patches.shape[1]
-        proj_out = dense(config.patch_latent_dim, dtype, "proj_out", bias=True)
-        video = unpatchify(config, _project(proj_out, x, 0, count), grid)
+        # Where a mesh divides tokens, a part of them would have to move to be divided anew: both
+        # projections take all, and a part is taken of what is as small as the latents.
+        count, divided = patches.shape[1], sharding.ways(TOKENS) > 1
+        x, sound = (x, x) if divided else (x[:, :count], x[:, count:])
+        x = dense(config.patch_latent_dim, dtype, "proj_out", bias=True)(x)
+        x = constrain(x, BRANCHES, None, None)[:, :count] if divided else x
+        video = unpatchify(config, x, grid)
         video = video[:, :, : latents.video.shape[2], : latents.video.shape[3]]
         video = jnp.where(condition.frame_mask[:, :, None, None, None], 0, video)
         if latents.sound is None:
             return Latents(video)
-        proj_out = dense(config.sound_dim, dtype, "sound_proj_out", bias=True)
-        return Latents(video, _project(proj_out, x, count, tokens))
-
-
-def _project(linear: nn.Module, x: Array, start: int, stop: int) -> Array:
-    """`linear` of tokens start .. stop, all of them on each device where a mesh divides tokens.
-
-    There, a part of the tokens would have to move to be divided anew; it is cheaper to project all,
-    and to take the part of what is as small as the latents.
-    """
-    if sharding.ways(TOKENS) == 1:
-        return linear(x[:, start:stop])
-    return constrain(linear(x), BRANCHES, None, None)[:, start:stop]
+        sound = dense(config.sound_dim, dtype, "sound_proj_out", bias=True)(sound)
+        sound = constrain(sound, BRANCHES, None, None)[:, count:tokens] if divided else sound
+        return Latents(video, sound)
 
 
 def patch_grid(
@@ -362,6 +356,11 @@ def velocity(
     given = condition.frame_mask[:, :, None, None, None]
     latents = latents.replace(video=jnp.where(given, condition.clean_latents, latents.video))
     timestep = jnp.broadcast_to(jnp.asarray(timestep), condition.text_length.shape)
+    if sharding.ways(sharding.WEIGHTS) > 1:
+        # The weights now depend on the step. If not, XLA would gather those of all layers once,
+        # before the loop over steps, and each device would have to hold them whole.
+        params, timestep = jax.lax.optimization_barrier((params, timestep))
+        params = sharding.divide_weights("gen", params)
     tower = MediaTower(config, compute_dtype(params), is_unstacked(params))
     return tower.apply({"params": params}, latents, timestep, condition)
 

@@ -28,10 +28,16 @@ from cosmos3_jax.config import VideoVAEConfig
 from cosmos3_jax.layers import precision
 
 
-def conv2d(x: jax.Array, features: int, dtype: DTypeLike, size: int = 3, **kwargs: Any):
+class Conv2d(nn.Conv):
     """A convolution of each frame by itself."""
-    conv = nn.Conv(features, (size, size), dtype=dtype, precision=precision(dtype), **kwargs)
-    return sharding.divide_rows(conv(sharding.picture(x)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return sharding.divide_rows(super().__call__(sharding.picture(x)))
+
+
+def conv2d(features: int, dtype: DTypeLike, kernel_size: int = 3, **kwargs: Any) -> nn.Conv:
+    size = (kernel_size, kernel_size)
+    return Conv2d(features, size, dtype=dtype, precision=precision(dtype), **kwargs)
 
 
 class CausalConv(nn.Module):
@@ -123,14 +129,14 @@ class Attention(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         B, T, H, W, C = x.shape
         einsum = partial(jnp.einsum, precision=precision(self.dtype))
-        qkv = conv2d(RMSNorm(name="norm")(x), 3 * C, self.dtype, 1, name="to_qkv")
+        qkv = conv2d(3 * C, self.dtype, 1, name="to_qkv")(RMSNorm(name="norm")(x))
         q, k, v = rearrange(qkv, "B T H W (qkv C) -> qkv B T (H W) C", qkv=3)
         # Where a mesh divides the rows, these queries read the pixels of all.
         k, v = (sharding.whole_picture(x, H, W) for x in (k, v))
         logits = einsum("BTQC,BTKC->BTQK", q, k, preferred_element_type=jnp.float32)
         weights = nn.softmax(logits * C**-0.5).astype(self.dtype)
         h = einsum("BTQK,BTKC->BTQC", weights, v)
-        return x + conv2d(h.reshape(x.shape), C, self.dtype, 1, name="proj")
+        return x + conv2d(C, self.dtype, 1, name="proj")(h.reshape(x.shape))
 
 
 class MidBlock(nn.Module):
@@ -174,8 +180,7 @@ class Downsample(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, first: bool) -> jax.Array:
         C = x.shape[-1]
-        pad = ((0, 1), (0, 1))
-        x = conv2d(x, C, self.dtype, strides=(2, 2), padding=pad, name="resample_1")
+        x = conv2d(C, self.dtype, strides=(2, 2), padding=((0, 1), (0, 1)), name="resample_1")(x)
         if self.time == 1:
             return x
         # Frame 0 passes by. The convolution remembers it, and has no output until two more frames
@@ -199,7 +204,7 @@ class Upsample(nn.Module):
             later = rearrange(later, "B T H W (t C) -> B (T t) H W C", t=2)
             x = jnp.concatenate([x[:, : int(first)], later], axis=1)
         x = repeat(x, "B T H W C -> B T (H h) (W w) C", h=2, w=2)
-        return conv2d(x, C, self.dtype, padding=1, name="resample_1")
+        return conv2d(C, self.dtype, padding=1, name="resample_1")(x)
 
 
 class DownBlock(nn.Module):

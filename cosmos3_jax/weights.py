@@ -9,7 +9,9 @@ from contextlib import contextmanager
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from cosmos3_jax import sharding
 from cosmos3_jax.checkpoint import load
 
 
@@ -18,18 +20,24 @@ class Weights:
 
     Attributes:
         structs: the whole tree as `jax.ShapeDtypeStruct`s, whatever is on the device.
+        mesh: whose devices hold them, see `sharding.weight_sharding`; None is the default device.
     """
 
-    def __init__(self, params: dict):
+    def __init__(self, params: dict, mesh: Mesh | None = None):
         """Parts that are there already and stay."""
-        self.structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-        self._held = dict(params)
+        self.mesh = mesh
+        self._held = sharding.place_params(dict(params), mesh)
+        self.structs = jax.tree.map(self._struct, self._held)
         self._components: list[load.Component] = []
         self._dtype = None
 
     @classmethod
     def of_checkpoint(
-        cls, components: list[load.Component], dtype: jnp.dtype, offload: bool
+        cls,
+        components: list[load.Component],
+        dtype: jnp.dtype,
+        offload: bool,
+        mesh: Mesh | None = None,
     ) -> "Weights":
         """All parts of a checkpoint, now; with `offload` each when it is used.
 
@@ -37,9 +45,9 @@ class Weights:
 
         Raises CheckpointError as `load.load_params` does.
         """
-        weights = cls({})
+        weights = cls({}, mesh)
         weights._components, weights._dtype = components, dtype
-        weights.structs = load.param_structs(components, dtype, unstacked=True)
+        weights.structs = load.param_structs(components, dtype, True, mesh)
         if not offload:
             weights.all()
         return weights
@@ -80,7 +88,13 @@ class Weights:
     def compile_loading(self) -> None:
         """Compile what reading the missing parts would."""
         if not self.resident:
-            load.compile_loading(self._components, self._dtype, unstacked=True)
+            load.compile_loading(self._components, self._dtype, True, self.mesh)
 
     def _read(self, parts: list[str]) -> dict:
-        return load.load_params(self._components, self._dtype, parts=parts, unstacked=True)
+        return load.load_params(
+            self._components, self._dtype, parts=parts, unstacked=True, mesh=self.mesh
+        )
+
+    def _struct(self, leaf: jax.Array) -> jax.ShapeDtypeStruct:
+        placed = leaf.sharding if self.mesh is not None else None
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed)

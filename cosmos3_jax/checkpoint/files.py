@@ -1,9 +1,11 @@
 """Sharded safetensors files: read one tensor at a time, written whole or not at all."""
 
 import dataclasses
+import itertools
 import json
+import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -82,24 +84,43 @@ class TensorFiles:
                 )
             self._found[key] = stored
 
-    def read(self, key: str) -> np.ndarray:
-        """One tensor in its stored dtype. Raises CheckpointError if the file no longer gives it.
+    def read(self, key: str, index: Sequence[slice] | None = None) -> np.ndarray:
+        """One tensor in its stored dtype, or a part of it with a start and a stop on each axis:
+        nothing else is read. Raises CheckpointError if the file no longer gives it.
 
         Threads may read at the same time, and the interpreter is free meanwhile. Safetensors' own
         reader is not used: it holds the interpreter, and reads at half the rate.
         """
         stored = self._found[key]
-        values = _aligned(stored.size)
+        index = [slice(0, size) for size in stored.shape] if index is None else index
+        shape = [part.stop - part.start for part in index]
+        dtype = FLOAT_DTYPES[stored.dtype]
+        values = _aligned(math.prod(shape) * dtype.itemsize)
         done = 0
         try:
-            while done < stored.size:  # the system reads at most 2 GiB at a time
-                count = os.preadv(stored.file.fileno(), [values[done:]], stored.start + done)
-                if count == 0:
-                    raise OSError("the file has become shorter")
-                done += count
+            for start, size in _runs(stored.shape, index):
+                end = done + size * dtype.itemsize
+                at = stored.start + start * dtype.itemsize - done
+                while done < end:  # the system reads at most 2 GiB at a time
+                    count = os.preadv(stored.file.fileno(), [values[done:end]], at + done)
+                    if count == 0:
+                        raise OSError("the file has become shorter")
+                    done += count
         except OSError as error:
             raise CheckpointError(f"{stored.file.name}: {key} cannot be read ({error})") from error
-        return values.view(FLOAT_DTYPES[stored.dtype]).reshape(stored.shape)
+        return values.view(dtype).reshape(shape)
+
+
+def _runs(shape: Sequence[int], index: Sequence[slice]) -> Iterator[tuple[int, int]]:
+    """Where the elements of a part lie in an array: the start and the length of each run."""
+    cut = [i for i, part in enumerate(index) if part.stop - part.start != shape[i]]
+    depth = cut[-1] if cut else 0  # axes behind it are whole, so that it is in one run with them
+    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    last = index[depth] if shape else slice(0, 1)
+    stride = strides[depth] if shape else 1
+    for outer in itertools.product(*(range(part.start, part.stop) for part in index[:depth])):
+        start = sum(i * n for i, n in zip(outer, strides, strict=False)) + last.start * stride
+        yield start, (last.stop - last.start) * stride
 
 
 def _aligned(size: int) -> np.ndarray:

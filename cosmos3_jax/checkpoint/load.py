@@ -9,14 +9,16 @@ device as it comes (`place.py`): neither host nor device ever holds a second cop
 import dataclasses
 import re
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
-from cosmos3_jax import sound_vae, transformer, video_vae
+from cosmos3_jax import sharding, sound_vae, transformer, video_vae
 from cosmos3_jax.checkpoint.files import FLOAT_DTYPES, TensorFiles, has_tensors
 from cosmos3_jax.checkpoint.place import Piece, compile_placing, place_pieces
 from cosmos3_jax.checkpoint.rules import (
@@ -98,8 +100,12 @@ class Component:
             pieces.append(Piece(ours.key, leaf, place, shape, kept, filling))
         return pieces
 
-    def read(self, piece: Piece) -> np.ndarray:
-        """The values of a piece. Weight norm is folded before they are rounded to its dtype."""
+    def read(self, piece: Piece, index: tuple[slice, ...] | None = None) -> np.ndarray:
+        """The values of a piece, or of a part of it with a start and a stop on each axis. Weight
+        norm is folded before they are rounded to its dtype.
+        """
+        if index is not None and piece.shape != tuple(x.stop - x.start for x in index):
+            return self._read_part(piece, index)
         if [index for _, index in piece.parts] == [()]:  # one tensor is all of it: no copy if alike
             [(rule, _)] = piece.parts
             values = rule.to_leaf(*(self.files.read(key) for key in rule.keys))
@@ -107,6 +113,23 @@ class Component:
         values = np.empty(piece.shape, piece.dtype)
         for rule, index in piece.parts:
             values[index] = rule.to_leaf(*(self.files.read(key) for key in rule.keys))
+        return values
+
+    def _read_part(self, piece: Piece, index: tuple[slice, ...]) -> np.ndarray:
+        axes = range(len(index))
+        cut = [i for i in axes if index[i].stop - index[i].start != piece.shape[i]]
+        parts = [(rule, (*at, *[slice(None)] * (len(index) - len(at)))) for rule, at in piece.parts]
+        # Tensors share a piece along axes that they have all of: q, k and v the input.
+        if any(rule.weight_norm or at[i] != slice(None) for rule, at in parts for i in cut):
+            return self.read(piece)[index]
+        values = np.empty([part.stop - part.start for part in index], piece.dtype)
+        for rule, at in parts:
+            kept = [i for i in axes if isinstance(at[i], slice)]
+            sizes = [len(range(*at[i].indices(piece.shape[i]))) for i in kept]
+            wanted = [
+                index[i] if i in cut else slice(0, n) for i, n in zip(kept, sizes, strict=True)
+            ]
+            values[at] = rule.to_leaf(self.files.read(rule.key, rule.public_index(wanted, sizes)))
         return values
 
 
@@ -199,8 +222,9 @@ def load_params(
     on_bytes: Callable[[int], None] | None = None,
     parts: Collection[str] | None = None,
     unstacked: bool = False,
+    mesh: Mesh | None = None,
 ) -> dict:
-    """The parameter tree `{"und", "gen", "video_vae"[, "sound_vae"]}` on the default device.
+    """The parameter tree `{"und", "gen", "video_vae"[, "sound_vae"]}`.
 
     Args:
         components: see `open_components`.
@@ -208,6 +232,8 @@ def load_params(
         on_bytes: called with the size of each leaf once it is placed.
         parts: the top-level parts to load, for example `{"und"}`; None loads all.
         unstacked: the media tower's layers apart, see `transformer.unstack_layers`.
+        mesh: whose devices get the parameters, each what `sharding.weight_sharding` says; of a file
+            only what devices of this process get is read. None is the default device.
 
     Raises:
         CheckpointError: a file no longer gives what it held when it was opened.
@@ -215,28 +241,47 @@ def load_params(
     tree: dict = {}
     for component in components:
         pieces = component.pieces(dtype, parts, unstacked)
-        for path, leaf in place_pieces(component.read, pieces, component.leaves):
+        where = partial(_sharding, component, mesh)
+        for path, leaf in place_pieces(component.read, pieces, component.leaves, where):
             _hang(tree, component, path, leaf)
             if on_bytes is not None:
                 on_bytes(leaf.nbytes)
     return tree
 
 
-def param_structs(components: list[Component], dtype: jnp.dtype, unstacked: bool = False) -> dict:
+def param_structs(
+    components: list[Component],
+    dtype: jnp.dtype,
+    unstacked: bool = False,
+    mesh: Mesh | None = None,
+) -> dict:
     """The tree of `load_params` as `jax.ShapeDtypeStruct`s. No tensor is read."""
     tree: dict = {}
     for component in components:
         for piece in component.pieces(dtype, unstacked=unstacked):
             shape = component.leaves[piece.leaf] if piece.place else piece.shape
-            struct = jax.ShapeDtypeStruct(shape, piece.dtype)
+            where = _sharding(component, mesh, piece.leaf, shape)
+            struct = jax.ShapeDtypeStruct(shape, piece.dtype, sharding=where)
             _hang(tree, component, piece.leaf, struct)
     return tree
 
 
-def compile_loading(components: list[Component], dtype: jnp.dtype, unstacked: bool = False) -> None:
+def compile_loading(
+    components: list[Component],
+    dtype: jnp.dtype,
+    unstacked: bool = False,
+    mesh: Mesh | None = None,
+) -> None:
     """Compile the small programs with which `load_params` fills stacked leaves."""
     for component in components:
-        compile_placing(component.pieces(dtype, unstacked=unstacked), component.leaves)
+        where = partial(_sharding, component, mesh)
+        compile_placing(component.pieces(dtype, unstacked=unstacked), component.leaves, where)
+
+
+def _sharding(
+    component: Component, mesh: Mesh | None, leaf: str, shape: tuple[int, ...]
+) -> NamedSharding | None:
+    return sharding.weight_sharding(mesh, f"{component.prefix}/{leaf}".strip("/"), shape)
 
 
 def _hang(tree: dict, component: Component, path: str, leaf: Any) -> None:

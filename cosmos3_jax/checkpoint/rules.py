@@ -8,6 +8,7 @@ all that differs.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -49,6 +50,31 @@ class Rule:
         """Public tensors (in the order of `keys`) -> the values of `leaf[index]`."""
         tensor = fold_weight_norm(*tensors) if self.weight_norm else tensors[0]
         return einops.rearrange(tensor, self.rearrange, **dict(self.sizes))
+
+    def public_index(self, index: Sequence[slice], shape: Sequence[int]) -> tuple[slice, ...]:
+        """The part of the public tensor that holds a part of `leaf[self.index]`.
+
+        Args:
+            index: with a start and a stop on each axis.
+            shape: of `leaf[self.index]`.
+
+        Raises:
+            ValueError: if that part is not in one piece.
+        """
+        if self.rearrange == "... -> ...":
+            return tuple(index)
+        public, ours = self.rearrange.split("->")
+        axes = ours.split()
+        cut = dict(zip(axes, zip(index, shape, strict=True), strict=True))
+        found = []
+        for group in re.findall(r"\(([^)]*)\)|(\S+)", public):
+            first, *inner = (group[0] or group[1]).split()
+            if any(part.stop - part.start != size for part, size in (cut[x] for x in inner)):
+                raise ValueError(f"{self.key} has no part for {index} of {self.leaf}")
+            step = math.prod(cut[name][1] for name in inner)
+            part = cut[first][0]
+            found.append(slice(part.start * step, part.stop * step))
+        return tuple(found)
 
     def to_public(self, leaf: np.ndarray) -> np.ndarray:
         """The inverse: our leaf -> the public tensor (the folded one under weight norm)."""
