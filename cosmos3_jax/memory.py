@@ -9,6 +9,7 @@ sizes measured.
 
 import functools
 import math
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,8 +19,9 @@ from cosmos3_jax.attention import fused_obstacle, logit_bytes
 from cosmos3_jax.checkpoint.rules import leaf_shapes
 from cosmos3_jax.config import Config, check_fps
 from cosmos3_jax.device import AnyDevice
-from cosmos3_jax.generate import ONE_BATCH_TOKENS
+from cosmos3_jax.generate import is_one_batch
 from cosmos3_jax.request import T2VRequest
+from cosmos3_jax.sharding import ROWS, TOKENS
 
 STAGES = {  # by the part of the weights that they read
     "und": "text stage",
@@ -37,6 +39,8 @@ _NAMES = {
 }
 # Where attention is XLA's: logits, their exponentials, and most of a third. Measured, 2.0 to 2.7.
 LOGIT_COPIES = 3
+GATHERED_LAYERS = 2  # where `fsdp` divides the weights: one that computes, one that arrives
+ONE_DEVICE: Mapping[str, int] = {}
 ENCODER_TENSORS = 8  # of the encoder's first stage; measured, 7.8 to 8.0, for one video at a time
 
 
@@ -60,14 +64,23 @@ def _trees(config: Config) -> dict[str, dict]:
 
 
 def _attention(
-    config: Config, shape: tuple, sound_frames: int, guidance: bool, batch: int, text_tokens: int
+    config: Config,
+    shape: tuple,
+    sound_frames: int,
+    guidance: bool,
+    batch: int,
+    text_tokens: int,
+    mesh: Mapping[str, int],
 ) -> tuple[int, int, int, int]:
-    """Of the media tower: batch, with both branches where they are run as one, heads, queries and
-    keys.
+    """Of the media tower on one device: batch, with those branches that are run as one, heads,
+    queries and keys.
     """
     queries = math.prod(transformer.patch_grid(config.transformer, shape)) + sound_frames
-    at_once = 2 if guidance and batch * queries <= ONE_BATCH_TOKENS else 1
-    return at_once * batch, config.transformer.num_attention_heads, queries, queries + text_tokens
+    prompts = -(-batch // mesh.get("data", 1))
+    as_one = guidance and is_one_batch(batch * queries, mesh)
+    at_once = 2 // mesh.get("cfg", 1) if as_one else 1
+    heads = config.transformer.num_attention_heads // ways(mesh, TOKENS)
+    return at_once * prompts, heads, queries, queries + text_tokens
 
 
 def generation_bytes(
@@ -88,8 +101,10 @@ def generation_bytes(
     dtype: str = "bfloat16",
     offload: bool = False,
     device: AnyDevice | None = None,
+    mesh: Mapping[str, int] = ONE_DEVICE,
 ) -> dict[str, int]:
-    """Device memory of one generation in bytes: what needs it, each stage's sum, and the `peak`.
+    """Memory of one generation on each device in bytes: what needs it, each stage's sum, and the
+    `peak`.
 
     Args:
         config: the checkpoint's, as loaded: the weights of its sound count whether or not `sound`
@@ -106,6 +121,8 @@ def generation_bytes(
         dtype: of weights and computation.
         offload: whether each part is on the device only in its own stage.
         device: that computes; None for the default one.
+        mesh: sizes of the axes of the mesh of devices (`sharding`). On more than one device this is
+            arithmetic alone, and nothing of it was measured.
 
     Returns:
         `und`, `gen`, `video_vae`[, `sound_vae`]: weights. `condition`, `latents`, `trajectory`,
@@ -120,14 +137,22 @@ def generation_bytes(
     shape = video_vae.pixel_to_latent_shape(vae, num_frames, height, width)
     check_fps(fps)
     sound_frames = sound_vae.sound_latent_length(config.sound_vae, num_frames, fps) if sound else 0
-    attention = _attention(config, shape, sound_frames, guidance, batch, text_tokens)
+    attention = _attention(config, shape, sound_frames, guidance, batch, text_tokens, mesh)
+    by_tokens, by_rows = ways(mesh, TOKENS), ways(mesh, ROWS)
     fused = fused_obstacle(jnp.dtype(dtype), model.head_dim, device) is None
     logits = 0 if fused else logit_bytes(*attention)
-    branches, at_once, tokens = 1 + guidance, attention[0] // batch, batch * attention[2]
+    batch = -(-batch // mesh.get("data", 1))
+    at_once, tokens = attention[0] // batch, batch * -(-attention[2] // by_tokens)
+    branches = max(at_once, (1 + guidance) // mesh.get("cfg", 1))
     weights = {part: _tree_bytes(tree, itemsize) for part, tree in _trees(config).items()}
+    gathered = 0
+    if (fsdp := mesh.get("fsdp", 1)) > 1:
+        layers = _tree_bytes({"layers": _trees(config)["gen"]["layers"]}, itemsize)
+        gathered = GATHERED_LAYERS * layers // model.num_hidden_layers
+        weights |= {part: weights[part] // fsdp for part in ("und", "gen")}
 
     key_value = 2 * model.num_key_value_heads * model.head_dim
-    keys_values = itemsize * model.num_hidden_layers * batch * text_tokens * key_value
+    keys_values = itemsize * model.num_hidden_layers * batch * text_tokens * key_value // by_tokens
     video_latents = 4 * batch * math.prod(shape) * model.latent_channel
     latents = video_latents + 4 * batch * sound_frames * (model.sound_dim or 0)
     condition = keys_values + 4 * tokens * model.head_dim + video_latents
@@ -136,7 +161,7 @@ def generation_bytes(
         "condition": branches * condition,
         "latents": latents,
         "trajectory": 2 * trajectory_steps * latents,
-        "pixels": 4 * 3 * batch * num_frames * height * width,
+        "pixels": 4 * 3 * batch * num_frames * height * width // by_rows,
         "waveform": 4 * (config.sound_vae.dec_out_channels if sound else 0) * samples,
         "clean pixels": 4 * 3 * batch * clean_frames * height * width,
         "logits": logits,
@@ -144,11 +169,13 @@ def generation_bytes(
 
     # A token at the end of the SwiGLU: residual, gate and up, their product.
     token = itemsize * (model.hidden_size + 3 * model.intermediate_size)
-    layer = weights["und"] - _tree_bytes({"embed": _trees(config)["und"]["embed"]}, itemsize)
+    text_layers = {name: x for name, x in _trees(config)["und"].items() if name != "embed"}
+    layer = _tree_bytes(text_layers, itemsize)
     decoder = _tree_bytes(_trees(config)["video_vae"]["decoder"], itemsize)
     chunk = decode_chunk_size or video_vae.decode_chunk_size(*shape[1:], device)
     frames, chunk = min(vae.scale_factor_temporal, num_frames), min(chunk, shape[0])
-    pixel_features = itemsize * batch * height * width // vae.patch_size**2  # of one frame
+    rows = vae.scale_factor_spatial * -(-height // vae.scale_factor_spatial // by_rows)
+    pixel_features = itemsize * batch * rows * width // vae.patch_size**2  # of one frame
     last_stage = pixel_features * frames * vae.decoder_base_dim
     first_stage = pixel_features * min(vae.scale_factor_temporal, clean_frames) * vae.base_dim
     work = {
@@ -164,6 +191,7 @@ def generation_bytes(
         + 6 * latents
         + (branches * condition if at_once == 2 else 0)
         + LOGIT_COPIES * logits
+        + gathered
         + arrays["trajectory"],
         # The kernels with time folded into their channels, and tensors of the last stage.
         "video decoding work": decoder + (7 + 10 * chunk) * last_stage,
@@ -189,6 +217,11 @@ def generation_bytes(
         encoding = arrays["clean pixels"] + video_latents + work["video encoding work"]
         stages[ENCODING] = held("video_vae") + encoding
     return weights | arrays | work | stages | {"peak": max(stages.values())}
+
+
+def ways(mesh: Mapping[str, int], axes: tuple[str, ...]) -> int:
+    """Into how many parts these axes of a mesh divide an array."""
+    return math.prod(mesh.get(name, 1) for name in axes)
 
 
 def request_sizes(config: Config, request: T2VRequest) -> dict:

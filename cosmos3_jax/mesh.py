@@ -1,5 +1,6 @@
 """Meshes as a user names them, `cfg=2,seq=2`: read, checked against a job, chosen by default."""
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 
@@ -40,8 +41,8 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     count = math.prod(shape)
     if count > len(devices) or (count < len(devices) and (explicit or jax.process_count() > 1)):
         raise ValueError(
-            f"mesh {describe(sizes)} has {count} devices, and there are {len(devices)}; the product "
-            f"of its axes must be {len(devices)}"
+            f"mesh {describe(sizes)} has {count} devices, and there are {len(devices)}: the "
+            f"product of its axes must be {len(devices)}"
         )
     kinds = (AxisType.Auto,) * len(AXES)
     return Mesh(np.asarray(devices[:count]).reshape(shape), AXES, axis_types=kinds)
@@ -112,3 +113,72 @@ def default_sizes(
         smaller = [n for n in range(1, data) if batch % n == 0 and devices % n == 0]
         data = max(smaller, default=0)
     return None
+
+
+class Meshes:
+    """The mesh of each job: the one that was asked for, or the default one over the same devices.
+
+    Attributes:
+        weights: the mesh whose devices hold the weights; None where there is one device, and
+            nobody asked.
+    """
+
+    def __init__(self, asked: Mesh | str | None, kv_heads: int, shard_weights: bool = False):
+        """Whether the model divides is checked here, whether a job does in `of`.
+
+        Args:
+            asked: a mesh, or one as `parse_mesh` reads it; None for the default ones.
+            kv_heads: key/value heads of the model.
+            shard_weights: see `default_sizes`.
+
+        Raises:
+            ValueError: see `parse_mesh`, `make_mesh`, `as_automatic` and `check_mesh`.
+        """
+        self._kv_heads, self._shard_weights = kv_heads, shard_weights
+        self._asked = None
+        self.weights = None
+        if asked is not None:
+            mesh = make_mesh(parse_mesh(asked)) if isinstance(asked, str) else as_automatic(asked)
+            batch = mesh.shape.get("data", 1)
+            check_mesh(mesh.shape, kv_heads=kv_heads, batch=batch, guidance=True)
+            self._asked = self.weights = mesh
+        elif jax.config.jax_default_device is None and len(jax.devices()) > 1:
+            count = len(jax.devices())
+            while self._default(count) is None:
+                count -= 1
+            self.weights = make_mesh(self._default(count))
+
+    def of(self, batch: int, guidance: bool) -> Mesh | None:
+        """The mesh for a job. Raises ValueError if it does not divide."""
+        if self._asked is not None:
+            sizes = self._asked.shape
+            check_mesh(sizes, kv_heads=self._kv_heads, batch=batch, guidance=guidance)
+            return self._asked
+        if self.weights is None:
+            return None
+        devices = list(self.weights.devices.flat)
+        sizes = self._default(len(devices), batch, guidance)
+        if sizes is None:
+            branches = "with" if guidance else "without"
+            raise ValueError(
+                f"{batch} prompt{'s' * (batch > 1)} {branches} guidance do not divide over "
+                f"{len(devices)} devices, at {self._kv_heads} key/value heads; ask for a smaller "
+                'mesh, for example mesh="seq=2"'
+            )
+        return make_mesh(sizes, devices)
+
+    def sizes(self, batch: int, guidance: bool) -> dict[str, int]:
+        """Of the axes of a job's mesh, empty without one. One asked for is not checked."""
+        mesh = self._asked or self.of(batch, guidance)
+        return {} if mesh is None else dict(mesh.shape)
+
+    def _default(self, devices: int, batch: int = 1, guidance: bool = True) -> dict | None:
+        return default_sizes(
+            devices, kv_heads=self._kv_heads, batch=batch, guidance=guidance,
+            shard_weights=self._shard_weights,
+        )  # fmt: skip
+
+
+def ambient(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+    """Programs that are traced in here lie on this mesh; None is the default device."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)

@@ -8,7 +8,8 @@ Axes: B batch, C channels, T frames, H rows, W columns; latents t, h, w; s sound
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -16,12 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
 from cosmos3_jax import device, memory, memory_limits
 from cosmos3_jax.checkpoint import load
 from cosmos3_jax.config import Config
 from cosmos3_jax.frontend import find_checkpoint, load_frontend
 from cosmos3_jax.generate import params_dtype
+from cosmos3_jax.mesh import Meshes, ambient
 from cosmos3_jax.prepare import TEXT_BUCKET, prepare_request
 from cosmos3_jax.programs import (
     compile_for,
@@ -63,11 +66,20 @@ class Cosmos3:
         config: its configuration.
         tokenizer: its tokenizer and chat template.
         weights: its parameters by part, on the device or read when they are used.
+        meshes: the mesh of devices for each job.
     """
 
-    def __init__(self, config: Config, params: dict | Weights, tokenizer: Tokenizer):
-        self.config, self.tokenizer = config, tokenizer
-        self.weights = params if isinstance(params, Weights) else Weights(params)
+    def __init__(
+        self,
+        config: Config,
+        params: dict | Weights,
+        tokenizer: Tokenizer,
+        mesh: Mesh | Meshes | str | None = None,
+    ):
+        if not isinstance(mesh, Meshes):
+            mesh = Meshes(mesh, config.transformer.num_key_value_heads)
+        self.config, self.tokenizer, self.meshes = config, tokenizer, mesh
+        self.weights = params if isinstance(params, Weights) else Weights(params, mesh.weights)
 
     @classmethod
     def from_pretrained(
@@ -76,6 +88,7 @@ class Cosmos3:
         dtype: str = "bfloat16",
         load_sound: bool | None = None,
         offload: bool | None = None,
+        mesh: Mesh | str | None = None,
     ) -> "Cosmos3":
         """Load a checkpoint in the public or the converted layout.
 
@@ -91,20 +104,30 @@ class Cosmos3:
                 tower and autoencoders are read from the checkpoint one after the other, each when
                 it is used, and leave the device afterwards; every call reads them again. The
                 results are the same. None offloads if the recipe's job would not fit otherwise.
+            mesh: the devices and what they divide, with axes `data` (prompts), `cfg` (branches of
+                guidance), `seq` (tokens) and `fsdp` (weights, and tokens): a mesh of JAX's, or for
+                example `cfg=2,seq=2`. None uses all devices, for each job as suits it; it divides
+                the weights if they do not fit whole.
 
         Raises:
+            ValueError: the mesh does not fit the devices or the model.
             CheckpointError: the folder is no checkpoint, or its files do not fit the model.
             ConfigError: a configuration asks for what is not implemented.
         """
         if dtype not in ("bfloat16", "float32"):
             raise ValueError(f"dtype={dtype!r} is not supported; choose bfloat16 or float32")
         config, tokenizer = load_frontend(find_checkpoint(path_or_hub_id, False), load_sound)
+        limit, job = device.memory_limit(), memory.recipe_sizes(config) | {"dtype": dtype}
+        large = offload is None and memory_limits.should_offload(config, limit, **job)
+        meshes = Meshes(mesh, config.transformer.num_key_value_heads, large)
         components = load.open_components(find_checkpoint(path_or_hub_id), config)
-        if offload is None:
-            offload = memory_limits.should_offload(
-                config, device.memory_limit(), **memory.recipe_sizes(config), dtype=dtype
-            )
-        return cls(config, Weights.of_checkpoint(components, jnp.dtype(dtype), offload), tokenizer)
+        if large:
+            job["mesh"] = meshes.sizes(1, guidance=True)
+            large = memory_limits.should_offload(config, limit, **job)
+        weights = Weights.of_checkpoint(
+            components, jnp.dtype(dtype), bool(offload or large), meshes.weights
+        )
+        return cls(config, weights, tokenizer, meshes)
 
     @property
     def params(self) -> dict:
@@ -117,7 +140,7 @@ class Cosmos3:
 
     @params.setter
     def params(self, params: dict) -> None:
-        self.weights = Weights(params)
+        self.weights = Weights(params, self.meshes.weights)
 
     @_settings_of(prepare_request)
     def generate(
@@ -204,6 +227,18 @@ class Cosmos3:
         job = self._job(request, output, return_trajectory, decode_chunk_size)
         memory_limits.check_fits(**job)
         request = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), request)
+        with ambient(self._mesh_of(request)):
+            self._compile(request, output, return_trajectory, progress, decode_chunk_size)
+            self.weights.compile_loading()
+
+    def _compile(
+        self,
+        request: T2VRequest,
+        output: str,
+        return_trajectory: bool,
+        progress: bool,
+        decode_chunk_size: int | None,
+    ) -> None:
         structs, config = self.weights.structs, self.config
         if request.clean_video is not None:
             pixels = request.clean_video, request.frame_mask
@@ -226,7 +261,6 @@ class Cosmos3:
             compile_for(
                 decode_sound, structs["sound_vae"], latents["sound"], config=config.sound_vae
             )
-        self.weights.compile_loading()
 
     @property
     def dtype(self) -> str:
@@ -246,6 +280,12 @@ class Cosmos3:
         """A request -> final latents `{"video"[, "sound"]}`, channels first, and the trajectory or
         None.
         """
+        with ambient(self._mesh_of(request)):
+            return self._denoise(request, return_trajectory, progress)
+
+    def _denoise(
+        self, request: T2VRequest, return_trajectory: bool, progress: bool
+    ) -> tuple[dict[str, Array], dict | None]:
         if request.clean_video is not None:
             pixels = request.clean_video, request.frame_mask
             with self.weights.borrow("video_vae") as vae:
@@ -280,7 +320,7 @@ class Cosmos3:
         """
         _check_axes("latents", latents, "[B, C, t, h, w]", self.config.video_vae.z_dim)
         config = self.config.video_vae
-        with self.weights.borrow("video_vae") as params:
+        with self._autoencoder("video_vae", latents) as params:
             video = decode_video(params, latents, config=config, chunk_size=chunk_size)
             return jax.block_until_ready(video)
 
@@ -292,7 +332,7 @@ class Cosmos3:
         """
         _check_axes("video", video, "[B, 3, T, H, W]", 3)
         config = self.config.video_vae
-        with self.weights.borrow("video_vae") as params:
+        with self._autoencoder("video_vae", video) as params:
             latents = encode_video(params, video, config=config, chunk_size=chunk_size)
             return jax.block_until_ready(latents)
 
@@ -304,7 +344,7 @@ class Cosmos3:
         self._check_sound()
         channels = self.config.transformer.sound_dim
         _check_axes("sound latents", latents, "[B, C_sound, s]", channels)
-        with self.weights.borrow("sound_vae") as params:
+        with self._autoencoder("sound_vae", latents) as params:
             sound = decode_sound(params, latents, config=self.config.sound_vae)
             return jax.block_until_ready(sound)
 
@@ -318,9 +358,17 @@ class Cosmos3:
         self._check_sound()
         channels = self.config.sound_vae.dec_out_channels
         _check_axes("waveform", waveform, "[B, channels, samples]", channels)
-        with self.weights.borrow("sound_vae") as params:
+        with self._autoencoder("sound_vae", waveform) as params:
             latents = encode_sound(params, waveform, config=self.config.sound_vae)
             return jax.block_until_ready(latents)
+
+    def _mesh_of(self, request: T2VRequest) -> Mesh | None:
+        return self.meshes.of(len(request.text_ids), request.neg_text_ids is not None)
+
+    @contextmanager
+    def _autoencoder(self, part: str, array: Array) -> Iterator[dict]:
+        with ambient(self.meshes.of(len(array), guidance=True)), self.weights.borrow(part) as vae:
+            yield vae
 
     def _job(
         self, request: T2VRequest, output: str, trajectory: bool, chunk_size: int | None
@@ -331,6 +379,7 @@ class Cosmos3:
             "limit_bytes": device.memory_limit(),
             "offload": not self.weights.resident,
             "dtype": self.dtype,
+            "mesh": dict(mesh.shape) if (mesh := self._mesh_of(request)) else {},
             "decode": output == "media",
             "decode_chunk_size": chunk_size,
             "trajectory_steps": request.num_inference_steps if trajectory else 0,

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from cosmos3_jax import sound_vae, unipc, video_vae
+from cosmos3_jax import sharding, sound_vae, unipc, video_vae
 from cosmos3_jax.config import Config, SoundVAEConfig, VideoVAEConfig
 from cosmos3_jax.generate import (
     channels_first,
@@ -154,5 +154,11 @@ def encode_sound(params: dict, waveform: Array, *, config: SoundVAEConfig) -> Ar
 
 def compile_for(program: Callable, *arguments, **options) -> Any:
     """Compile for arguments of these shapes; what it would return. A later call finds it ready."""
-    program.lower(*arguments, **options).compile()
-    return program.eval_shape(*arguments, **options)
+    compiled = program.lower(*arguments, **options).compile()
+    made = program.eval_shape(*arguments, **options)
+    if not sharding.mesh_sizes():
+        return made
+    return jax.tree.map(
+        lambda x, placed: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed),
+        made, compiled.output_shardings,
+    )  # fmt: skip
