@@ -14,6 +14,7 @@ from cosmos3_jax import (
     bench,
     bench_measure,
     device,
+    distributed,
     media,
     memory,
     memory_limits,
@@ -40,13 +41,26 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            return options.run(options)
+            status = options.run(options)
     except (ValueError, OSError) as error:
         print(f"cosmos3-jax: error: {error}", file=sys.stderr)
-        return 2
+        status = 2
+    except jax.errors.JaxRuntimeError as error:
+        if not distributed.are_several():
+            raise
+        reason = str(error).partition("\n")[0]
+        print(
+            f"cosmos3-jax: error: the devices of {jax.process_count()} processes did not finish; "
+            f"perhaps one of them ended, see what the others say ({reason})",
+            file=sys.stderr,
+        )
+        status = 1
     except KeyboardInterrupt:
         print("cosmos3-jax: interrupted", file=sys.stderr)
-        return 130
+        status = 130
+    if status and distributed.are_several():
+        distributed.leave(status)
+    return status
 
 
 def _show_warning(message: Warning, *_, **__) -> None:
@@ -140,11 +154,27 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
         help="have each part of the weights on the device only while it is used; auto: if the "
         "video does not fit otherwise (%(default)s)",
     )
+    _add_mesh(command)
     command.add_argument(
         "--no-compilation-cache",
         action="store_true",
         help="do not keep compiled programs for the next run",
     )
+
+
+def _add_mesh(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--mesh",
+        help="what the devices divide: data (prompts), cfg (branches of guidance), seq (tokens), "
+        "fsdp (weights, and tokens), as in cfg=2,seq=2 (default: all devices, as suits the job)",
+    )
+    command.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="of several processes, where number 0 is; srun and mpirun say so themselves",
+    )
+    command.add_argument("--processes", type=int, help="how many there are")
+    command.add_argument("--process-id", type=int, help="which this is, from 0 on")
 
 
 def _add_convert(command: argparse.ArgumentParser) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import os
 import platform
 import sys
 import time
@@ -16,7 +17,8 @@ import numpy as np
 import PIL
 
 import cosmos3_jax
-from cosmos3_jax import device, media, memory, memory_limits, startup
+from cosmos3_jax import device, distributed, media, memory, memory_limits, startup
+from cosmos3_jax.mesh import Meshes
 from cosmos3_jax.pipeline import Cosmos3, find_checkpoint, load_frontend
 from cosmos3_jax.prepare import prepare_request, resolve_batch, resolve_sigmas
 from cosmos3_jax.prompt import read_prompt
@@ -24,6 +26,11 @@ from cosmos3_jax.request import T2VRequest
 
 
 def run_generate(options: argparse.Namespace) -> int:
+    distributed.start(
+        distributed.find_processes(
+            os.environ, options.coordinator, options.processes, options.process_id
+        )
+    )
     out = options.out or Path("output.png" if options.num_frames == 1 else "output.mp4")
     record_path = out.with_suffix(".json")
     outputs = {out: (".mp4", *media.IMAGE_SUFFIXES), record_path: None}
@@ -37,7 +44,8 @@ def run_generate(options: argparse.Namespace) -> int:
     for path, suffixes in outputs.items():
         if path.resolve() in read:
             raise ValueError(f"{path} would be written and is also read; choose another --out")
-        media.check_writable(path, options.overwrite, suffixes)
+        if distributed.is_writer():
+            media.check_writable(path, options.overwrite, suffixes)
     given = {name: _file(getattr(options, name)) for name in ("image", "video")}
     settings = _settings(options)
     prompt = read_prompt(options.prompt_file) if options.prompt_file else options.prompt
@@ -55,21 +63,31 @@ def run_generate(options: argparse.Namespace) -> int:
     dtype = options.dtype or startup.default_dtype()
     limit = device.memory_limit()
     job = memory.request_sizes(config, request) | {"dtype": dtype}
+    large = options.offload == "auto" and memory_limits.should_offload(config, limit, **job)
+    meshes = Meshes(options.mesh, config.transformer.num_key_value_heads, large)
+    mesh = meshes.of(job["batch"], job["guidance"])
+    job["mesh"] = {} if mesh is None else dict(mesh.shape)
     offload = options.offload == "yes"
-    if options.offload == "auto":
+    if large:
         offload = memory_limits.should_offload(config, limit, **job)
     memory_limits.check_fits(config, limit, offload=offload, **job)
     with memory_limits.exhaustion_explained(config, limit, offload=offload, **job):
         with _timed(times, "model_load"):
-            model = Cosmos3.from_pretrained(options.checkpoint, dtype, options.sound, offload)
+            model = Cosmos3.from_pretrained(options.checkpoint, dtype, options.sound, offload, mesh)
         with _timed(times, "denoise"):
-            latents, _ = model.denoise(request, progress=sys.stderr.isatty())
+            # The loop with a bar is another program, and all processes must run the same one.
+            progress = sys.stderr.isatty() and not distributed.are_several()
+            latents, _ = model.denoise(request, progress=progress)
         if options.save_latents:
-            _save_arrays(options.save_latents, latents)
+            arrays = distributed.to_host(latents)
+            if distributed.is_writer():
+                _save_arrays(options.save_latents, arrays)
         with _timed(times, "decode"):
             result = jax.block_until_ready(model.decode(latents))
     with _timed(times, "to_cpu"):
-        result = {name: np.asarray(value) for name, value in result.items()}
+        result = distributed.to_host(result)
+    if not distributed.is_writer():
+        return 0
     fps = float(request.fps)
     with _timed(times, "encode"):
         if one_frame:
@@ -127,9 +145,9 @@ def _load_noise(path: Path) -> dict[str, np.ndarray]:
     return found
 
 
-def _save_arrays(path: Path, arrays: dict[str, jax.Array]) -> None:
+def _save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     temporary = path.with_name(f".{path.name}.partial.npz")
-    np.savez(temporary, **{name: np.asarray(value) for name, value in arrays.items()})
+    np.savez(temporary, **arrays)
     temporary.replace(path)
 
 
@@ -189,6 +207,8 @@ def _record(
         "dtype": model.dtype,
         "offload": not model.weights.resident,
         "device": device.default_device().device_kind,
+        "mesh": model.meshes.sizes(1, request.neg_text_ids is not None),
+        "processes": jax.process_count(),
         "peak_memory_bytes": device.memory_peak(),
         "versions": {
             "cosmos3_jax": cosmos3_jax.__version__,
