@@ -1,0 +1,149 @@
+"""What `test_sharding.py` asks of eight simulated devices, run in a process that has them.
+
+It prints one JSON object: the result of each case, by its name. Axes as in `cosmos3_jax.generate`.
+"""
+
+import json
+import math
+import re
+import sys
+from functools import partial
+
+import jax
+import numpy as np
+
+from cosmos3_jax import T2VRequest, generate, sharding, transformer, unipc, video_vae
+from cosmos3_jax.config import Config, TransformerConfig, VideoVAEConfig
+from cosmos3_jax.mesh import make_mesh, parse_mesh
+
+MODEL = TransformerConfig(
+    hidden_size=80, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4, head_dim=16,
+    intermediate_size=96, vocab_size=128, rope_axes_dim=(4, 2, 2),
+)  # fmt: skip
+CONFIG = Config(transformer=MODEL)
+VAE = VideoVAEConfig(base_dim=8, decoder_base_dim=8, num_res_blocks=1)
+STEPS = 2
+# The machine code is made in a hurry: what moves is settled before.
+XLA_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+
+GENERATE = {  # mesh, prompts, sound latents, latent grid
+    "cfg2": ("cfg=2", 1, 0, (3, 3, 5)),
+    "seq4": ("seq=4", 1, 0, (3, 4, 6)),
+    "seq4, odd, with sound": ("seq=4", 1, 5, (3, 3, 5)),
+    "cfg2 x seq2": ("cfg=2,seq=2", 1, 0, (3, 3, 3)),
+    "data2 x cfg2 x seq2, sound": ("data=2,cfg=2,seq=2", 2, 4, (3, 3, 5)),
+    "data2": ("data=2", 2, 0, (3, 3, 5)),
+    "fsdp4, sound": ("fsdp=4", 1, 5, (3, 3, 5)),
+}
+VIDEO = {  # mesh, videos, rows of latents
+    "seq4, odd": ("seq=4", 1, 3),
+    "data2 x cfg2 x seq2, odd": ("data=2,cfg=2,seq=2", 2, 5),
+}
+# The kind, the dtype and shape of the results, and where in the program it comes from.
+COLLECTIVE = re.compile(
+    r"= (\(.*?\)|\S+) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)"
+    r"(?:-start)?\(.*?op_name=\"([^\"]*)\""
+)
+
+
+def collectives(text: str) -> list[dict]:
+    """Every collective of a compiled program: kind, elements of its result, origin, and whether it
+    is in a loop.
+    """
+    found, entry = [], False
+    for line in text.splitlines():
+        if line.startswith(("ENTRY", "%")):  # a computation begins
+            entry = line.startswith("ENTRY")
+        if match := COLLECTIVE.search(line):
+            shapes, kind, origin = match.groups()
+            arrays = [
+                [int(n) for n in filter(None, shape.split(","))]
+                for shape in re.findall(r"\w+\[([\d,]*)\]", shapes)
+            ]
+            found.append(
+                {"kind": kind, "size": sum(map(math.prod, arrays)), "shapes": arrays,
+                 "origin": origin, "looped": not entry}
+            )  # fmt: skip
+    return found
+
+
+def relative_l2(ours: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(ours - expected) / np.linalg.norm(expected))
+
+
+def random_params(shapes: dict) -> dict:
+    random = np.random.RandomState(0)
+
+    def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        values = random.standard_normal(leaf.shape).astype(np.float32)
+        if path[-1].key == "scale":
+            return 1 + 0.1 * values
+        stacked = any(key.key == "layers" for key in path)
+        inputs = math.prod(leaf.shape[stacked:-1])
+        return values / np.sqrt(inputs) if len(leaf.shape) > 1 + stacked else 0.1 * values
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def request(batch: int, sound: int, shape: tuple) -> T2VRequest:
+    random = np.random.RandomState(1)
+    ids = [random.randint(0, 128, (batch, tokens)).astype(np.int32) for tokens in (16, 24)]
+    lengths = [random.randint(tokens // 2, tokens, (batch, 1)) for tokens in (16, 24)]
+    masks = [np.arange(x.shape[1]) < length for x, length in zip(ids, lengths, strict=True)]
+    mask = np.zeros((batch, shape[0]), bool)
+    mask[:, 0] = True
+    sound_noise = random.standard_normal((batch, 64, sound))
+    return T2VRequest(
+        text_ids=ids[0], text_mask=masks[0], neg_text_ids=ids[1], neg_text_mask=masks[1],
+        video_shape=shape, num_inference_steps=STEPS, guidance_scale=np.float32(3),
+        fps=np.float32(24), noise=random.standard_normal((batch, 48, *shape)).astype(np.float32),
+        sound_frames=sound,
+        sound_noise=sound_noise.astype(np.float32) if sound else None,
+        sampler=unipc.tableau(unipc.sigmas("native", STEPS)),
+        clean_latents=random.standard_normal((batch, 48, *shape)).astype(np.float32),
+        frame_mask=mask,
+    )  # fmt: skip
+
+
+def on_mesh(name: str, function, params: dict, inputs) -> dict:
+    """A function of parameters and inputs on a mesh: how far off one device's, and its moves."""
+    mesh = make_mesh(parse_mesh(name))
+    placed = sharding.place_params(params, mesh)
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(function).lower(placed, inputs).compile()
+        ours = compiled(placed, inputs)
+    expected = jax.jit(function)(params, inputs)
+    errors = jax.tree.map(lambda a, b: relative_l2(np.asarray(a), np.asarray(b)), ours, expected)
+    leaves = jax.tree.leaves(placed)
+    return {
+        "error": float(max(jax.tree.leaves(errors))),
+        "collectives": collectives(compiled.as_text()),
+        "shards": [str(x.sharding.spec) for x in jax.tree.leaves(ours)],
+        "held": sum(x.addressable_shards[0].data.size for x in leaves),
+        "weights": sum(x.size for x in leaves),
+    }
+
+
+def main() -> dict:
+    params = random_params(transformer.param_shapes(MODEL))
+    params["gen"] = jax.tree.map(np.asarray, transformer.unstack_layers(params["gen"]))
+    run = partial(generate, config=CONFIG, output="latents")
+    results = {}
+    for name, (mesh, *sizes) in GENERATE.items():
+        results[f"generate {name}"] = on_mesh(mesh, run, params, request(*sizes))
+    vae = {"video_vae": random_params(video_vae.param_shapes(VAE))}
+    random = np.random.RandomState(2)
+    for name, (mesh, batch, rows) in VIDEO.items():
+        latents = random.standard_normal((batch, 3, rows, 2, 48)).astype(np.float32)
+        results[f"decode {name}"] = on_mesh(
+            mesh, lambda p, x: video_vae.decode(p["video_vae"], VAE, x), vae, latents
+        )
+        pixels = random.uniform(size=(batch, 3, 9, 16 * rows, 32)).astype(np.float32)
+        results[f"encode {name}"] = on_mesh(
+            mesh, lambda p, x: video_vae.encode(p["video_vae"], VAE, x), vae, pixels
+        )
+    return results
+
+
+if __name__ == "__main__":
+    json.dump(main(), sys.stdout)

@@ -1,0 +1,187 @@
+"""Several processes: how they find each other, that they make one video, and what a death does."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cosmos3_jax import media, tiny
+from cosmos3_jax.distributed import Processes, find_processes, first_host, local_devices
+
+ROOT = Path(__file__).parents[1]
+SRUN = {
+    "SLURM_JOB_ID": "70001", "SLURM_NTASKS": "16", "SLURM_PROCID": "11", "SLURM_LOCALID": "3",
+    "SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_STEP_NODELIST": "gpu[07-08]",
+}  # fmt: skip
+MPIRUN = {
+    "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+}  # fmt: skip
+HEAD = {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911"}
+
+
+@pytest.mark.parametrize(
+    "environment, arguments, expected",
+    [
+        ({}, {}, None),
+        (SRUN, {}, Processes("gpu07:61809", 16, 11, 8, 3)),
+        (SRUN | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, {}, None),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}, {}, None),  # in a batch script, before srun
+        (MPIRUN | HEAD, {}, Processes("10.96.0.1:62728", 4, 2, 2, 0)),
+        (MPIRUN, {"coordinator": "a:1"}, Processes("a:1", 4, 2, 2, 0)),
+        (SRUN, {"coordinator": "a:1", "count": 2, "index": 1}, Processes("a:1", 2, 1)),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "b:2", "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "0"},
+            {},
+            Processes("b:2", 3, 0),
+        ),
+    ],
+)
+def test_processes_are_found(environment, arguments, expected):
+    found = find_processes(environment, **arguments)
+    if "hnp" in str(environment):  # the job's number decides the port, and only that
+        assert found.coordinator.startswith("10.96.0.1:")
+        found = Processes(expected.coordinator, *list(vars(found).values())[1:])
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    "environment, arguments, message",
+    [
+        ({}, {"coordinator": "a:1"}, "their number of processes, process id: give --coordinator"),
+        ({}, {"count": 2, "index": 0}, "not their coordinator"),
+        ({}, {"coordinator": "a:1", "count": 2, "index": 2}, "process id 2 must be from 0 to 1"),
+        ({}, {"coordinator": "host", "count": 2, "index": 0}, "must be HOST:PORT"),
+        (MPIRUN, {}, "not their coordinator"),
+        (SRUN | {"SLURM_PROCID": "x"}, {}, "SLURM_PROCID='x', which is not a whole number"),
+    ],
+)
+def test_what_is_missing_is_said(environment, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        find_processes(environment, **arguments)
+
+
+@pytest.mark.parametrize(
+    "nodes, host",
+    [("a1", "a1"), ("a1,b2", "a1"), ("n[001-004]", "n001"), ("n[3,5],m", "n3")],
+)
+def test_the_first_host(nodes, host):
+    assert first_host(nodes) == host
+
+
+@pytest.mark.parametrize(
+    "here, visible, devices",
+    [
+        ((1, 0), None, None),  # one process has all
+        ((4, 3), None, [3]),
+        ((4, 3), "0,1,2,3", [3]),
+        ((2, 1), "4,5,6,7", [6, 7]),
+        ((4, 3), "0", None),  # the launcher gave each its own
+    ],
+)
+def test_gpus_of_a_machine_are_shared_out(here, visible, devices):
+    environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    assert local_devices(Processes("a:1", 8, 5, *here), environment) == devices
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The embedded one with four key/value heads, which eight devices can share out."""
+    folder = tmp_path_factory.mktemp("four") / "heads"
+    with pytest.MonkeyPatch.context() as patch:
+        heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 2}
+        patch.setattr(tiny, "TRANSFORMER", tiny.TRANSFORMER | heads)
+        patch.setattr(tiny, "VIDEO_VAE", tiny.VIDEO_VAE | {"base_dim": 8, "decoder_base_dim": 8})
+        tiny.write_tiny_checkpoint(folder)
+    return folder
+
+
+class Command:
+    """`cosmos3-jax generate` in a process of its own, with simulated devices."""
+
+    def __init__(self, folder: Path, checkpoint: Path, devices: int, *options: str):
+        folder.mkdir()
+        self.folder = folder
+        environment = os.environ | {
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
+            "--xla_backend_optimization_level=0",
+            "COSMOS3_JAX_HEARTBEAT_SECONDS": "10",
+        }
+        self.process = subprocess.Popen(
+            [
+                sys.executable, "-m", "cosmos3_jax.cli", "generate", "--checkpoint", checkpoint,
+                "--num-frames", "5", "--height", "48", "--width", "32", "--steps", "2",
+                "--no-compilation-cache", "--out", folder / "out.mp4",
+                "--save-latents", folder / "latents.npz", *options,
+            ],
+            cwd=ROOT, env=environment, stdout=(folder / "log").open("w"), stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def log(self) -> str:
+        return (self.folder / "log").read_text()
+
+    def wait(self, seconds: float = 240) -> int:
+        return self.process.wait(seconds)
+
+
+@pytest.fixture
+def run(tmp_path, checkpoint):
+    """Start commands; whatever happens, they end with the test."""
+    started = []
+
+    def run(name: str, devices: int, *options: str) -> Command:
+        started.append(Command(tmp_path / name, checkpoint, devices, *options))
+        return started[-1]
+
+    yield run
+    for command in started:
+        command.process.kill()
+        command.process.wait()
+
+
+def run_two(run, *options: str) -> list[Command]:
+    """Two processes of four devices each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    together = ("--coordinator", f"localhost:{port}", "--processes", "2", *options)
+    return [run(str(i), 4, *together, "--process-id", str(i)) for i in range(2)]
+
+
+def test_two_processes_make_the_video_of_one(run):
+    """Of weights that no device has whole, and tokens that are on both sides."""
+    two = run_two(run, "--mesh", "cfg=2,seq=2,fsdp=2")
+    assert [command.wait() for command in two] == [0, 0], two[0].log() + two[1].log()
+    one = run("one", 1)
+    assert one.wait() == 0, one.log()
+    written = [sorted(path.name for path in command.folder.iterdir()) for command in two]
+    assert written == [["latents.npz", "log", "out.json", "out.mp4"], ["log"]]
+    record = json.loads((two[0].folder / "out.json").read_text())
+    assert record["processes"] == 2 and record["mesh"]["fsdp"] == 2
+    ours, expected = (np.load(x.folder / "latents.npz")["video"] for x in (two[0], one))
+    # Rounding, by other orders of summation: measured, 1e-6.
+    assert np.linalg.norm(ours - expected) <= 5e-6 * np.linalg.norm(expected)
+    pixels = [media.read_video(x.folder / "out.mp4")[0] for x in (two[0], one)]
+    difference = np.abs(pixels[0].astype(int) - pixels[1])
+    assert pixels[0].shape[0] == 5 and difference.max() <= 2 and difference.mean() < 0.01
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_who_waits_for_a_dead_process_fails(run, victim):
+    two = run_two(run, "--mesh", "cfg=2,seq=4")
+    other = two[1 - victim]
+    deadline = time.monotonic() + 120
+    while not all("is connected" in command.log() for command in two):  # their devices have met
+        assert time.monotonic() < deadline, two[0].log() + two[1].log()
+        time.sleep(0.1)
+    two[victim].process.send_signal(signal.SIGKILL)
+    assert other.wait(60) != 0
+    assert "another task died" in other.log() or "one of them ended" in other.log(), other.log()
+    assert not (other.folder / "out.mp4").exists()
