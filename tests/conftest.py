@@ -1,10 +1,16 @@
 """Fixtures that several test files share."""
 
 import functools
+import os
 
 import pytest
 import torch
 from oracle import load_pipeline, save_pipeline
+
+# Most of the time of most tests goes into machine code that runs for milliseconds: it is made in a
+# hurry, here and in the processes that tests start. What is computed in which order XLA has settled
+# before that. JAX reads this when it first needs a device.
+os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
 
 
 @pytest.fixture(scope="session")
