@@ -1,9 +1,9 @@
 """One video on 1, 2, 4 devices and several at once: seconds, memory, bytes between devices.
 
 python benchmarks/scaling.py --out FILE.json [--size 720p] [--steps 35] [--num-frames 189]
-    [--meshes "one;cfg=2;cfg=2,seq=2;data=4"] [--checkpoint FOLDER] [--dry]
+    [--meshes "one;cfg=2;cfg=2,seq=2;data=4"] [--model nano|super] [--dry]
 
-Random weights, of Nano's sizes or of those in FOLDER's configuration files; no weights are read.
+Random weights of the published sizes; no weights are read.
 Of an axis `data`, there are as many prompts. Bytes are what each device sends, counted in the
 compiled programs, and beside it what the arithmetic of `sent_on_paper` says. `--dry` takes tiny
 sizes, to see that it runs: XLA_FLAGS=--xla_force_host_platform_device_count=4 simulates devices.
@@ -11,6 +11,7 @@ sizes, to see that it runs: XLA_FLAGS=--xla_force_host_platform_device_count=4 s
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -23,8 +24,8 @@ import numpy as np
 
 from cosmos3_jax import bench, bench_inputs, sharding, startup, transformer
 from cosmos3_jax.bench_measure import GIB, environment, measure
-from cosmos3_jax.checkpoint.load import load_config
 from cosmos3_jax.config import Config, TransformerConfig, VideoVAEConfig
+from cosmos3_jax.generate import is_one_batch
 from cosmos3_jax.media import write_text
 from cosmos3_jax.mesh import make_mesh, parse_mesh
 from cosmos3_jax.programs import decode_video, encode_conditions, sample_latents
@@ -39,6 +40,16 @@ DRY = Config(
     video_vae=VideoVAEConfig(base_dim=8, decoder_base_dim=8, num_res_blocks=1),
     sound_vae=None,
 )  # fmt: skip
+NANO = bench_inputs.silent(Config())
+SUPER = dataclasses.replace(
+    NANO,
+    transformer=dataclasses.replace(
+        NANO.transformer, hidden_size=5120, num_hidden_layers=64, num_attention_heads=64,
+        intermediate_size=25600,
+    ),
+)  # fmt: skip
+MODELS = {"nano": NANO, "super": SUPER}
+BLOCK_BITS = 22  # 4 million random weights, which all are taken from
 ITEM_BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "u8": 1}
 KINDS = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
@@ -113,7 +124,8 @@ def sent_on_paper(config: Config, request: T2VRequest, sizes: dict, itemsize: in
     weights, fsdp = 0, sizes.get("fsdp", 1)
     if fsdp > 1:
         shapes = transformer.param_shapes(model)["gen"]
-        weights = itemsize * sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
+        passes = 1 if is_one_batch(len(request.text_ids) * math.prod(grid), sizes) else 2
+        weights = passes * itemsize * sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
     return {
         "all-to-all": int(steps * model.num_hidden_layers * moved * (ways - 1) / ways),
         "all-gather": int(
@@ -123,21 +135,33 @@ def sent_on_paper(config: Config, request: T2VRequest, sizes: dict, itemsize: in
 
 
 def random_params(config: Config, dtype: jnp.dtype, mesh: jax.sharding.Mesh) -> dict:
-    """Normal weights, each device's part made by itself."""
+    """Normal weights, each device's part made by itself: values of one block, in scattered order.
 
-    def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    Drawing 64 billion would take longer than what is measured, and a GPU cannot tell.
+    """
+
+    @functools.cache
+    def drawing(shape: tuple[int, ...], dtype: jnp.dtype, placed: jax.sharding.Sharding):
+        def draw(block: jax.Array, seed: int, mean: float, spread: float) -> jax.Array:
+            index = jnp.uint32(seed)
+            for axis in range(len(shape)):
+                place = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+                index = (index ^ (index >> 15)) * jnp.uint32(0x9E3779B1) + place
+            index = (index ^ (index >> 13)) * jnp.uint32(0x85EBCA6B)
+            return (mean + spread * block[index >> (32 - BLOCK_BITS)]).astype(dtype)
+
+        return jax.jit(draw, out_shardings=placed)
+
+    block = jax.random.normal(jax.random.key(0), 2**BLOCK_BITS)
+    block = jax.device_put(block, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    leaves, tree = jax.tree.flatten_with_path(bench_inputs.weight_shapes(config, dtype))
+    made = []
+    for seed, (path, leaf) in enumerate(leaves):
         name = "/".join(key.key for key in path)
         mean, spread = (1.0, 0.1) if path[-1].key == "scale" else (0.0, 0.02)
-
-        def values(key: jax.Array) -> jax.Array:
-            return (mean + spread * jax.random.normal(key, leaf.shape, leaf.dtype)).astype(
-                leaf.dtype
-            )
-
         placed = sharding.weight_sharding(mesh, name, leaf.shape)
-        return jax.jit(values, out_shardings=placed)(jax.random.key(len(name)))
-
-    return jax.tree.map_with_path(draw, bench_inputs.weight_shapes(config, dtype))
+        made.append(drawing(leaf.shape, leaf.dtype, placed)(block, seed, mean, spread))
+    return tree.unflatten(made)
 
 
 def several(config: Config, request: T2VRequest, batch: int) -> T2VRequest:
@@ -197,20 +221,18 @@ def main() -> None:
     parser.add_argument(
         "--meshes", default="one;cfg=2;cfg=2,seq=2;seq=4;data=4", help="%(default)s"
     )
-    parser.add_argument("--checkpoint", type=Path, help="whose sizes to take, instead of Nano's")
+    parser.add_argument("--model", choices=MODELS, default="nano")
     parser.add_argument("--dry", action="store_true", help="tiny sizes")
     options = parser.parse_args()
     height, width = (48, 64) if options.dry else bench.SIZES[options.size]
-    config = bench.silent(
-        load_config(options.checkpoint, False) if options.checkpoint else Config()
-    )
-    config = DRY if options.dry else config
+    config = DRY if options.dry else MODELS[options.model]
     job = bench.Job(
         num_frames=5 if options.dry else options.num_frames, height=height, width=width,
         steps=options.steps, repeats=options.repeats,
     )  # fmt: skip
     dtype = jnp.dtype(startup.default_dtype())
-    record = environment() | {"job": dataclasses.asdict(job), "dtype": str(dtype), "runs": {}}
+    record = environment() | {"job": dataclasses.asdict(job), "dtype": str(dtype)}
+    record |= {"model": "dry" if options.dry else options.model, "runs": {}}
     for name in options.meshes.split(";"):
         found = run(config, job, name, dtype)
         alone = record["runs"].get("one")
