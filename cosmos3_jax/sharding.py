@@ -239,8 +239,35 @@ def picture(x: Array) -> Array:
 
 
 def divide_rows(x: Array) -> Array:
-    """x [B, T, H, W, C], its rows divided."""
-    return constrain(x, PROMPTS, None, ROWS, None, None)
+    """x [B, T, H, W, C], or in blocks of rows, [B, T, n, rows, W, C]: H or n divided."""
+    return constrain(x, PROMPTS, None, ROWS, *[None] * (x.ndim - 3))
+
+
+def blocks_of_rows(x: Array) -> Array:
+    """x [B, T, H, W, C] -> [B, T, n, H / n + 2, W, C]: each device's rows, and one of each
+    neighbour's; zeros beyond the picture.
+    """
+    n = ways(ROWS)
+    blocks = divide_rows(x.reshape(*x.shape[:2], n, -1, *x.shape[3:]))
+    # Placed once more, or else XLA would first move whole blocks and then take their ends.
+    last, first = (divide_rows(x) for x in (blocks[:, :, :, -1:], blocks[:, :, :, :1]))
+    others = [(0, 0)] * 3
+    above = jnp.pad(last[:, :, :-1], [(0, 0), (0, 0), (1, 0), *others])
+    below = jnp.pad(first[:, :, 1:], [(0, 0), (0, 0), (0, 1), *others])
+    return divide_rows(jnp.concatenate([above, blocks, below], axis=3))
+
+
+def over_blocks(function: Callable, blocks: Array, *whole: Array) -> Array:
+    """`function` of what `blocks_of_rows` made and of arrays that each device has whole: each
+    device on its own block, [B, T, rows + 2, W, C] -> [B, T, rows, W, C'] -> [B, T, H, W, C'].
+    """
+    placed = spec(PROMPTS, None, ROWS)
+    mapped = jax.shard_map(
+        lambda blocks, *whole: function(blocks[:, :, 0], *whole)[:, :, None],
+        in_specs=(placed, *[spec()] * len(whole)), out_specs=placed, check_vma=False,
+    )  # fmt: skip
+    y = mapped(blocks, *whole)
+    return y.reshape(*y.shape[:2], -1, *y.shape[4:])
 
 
 def whole_picture(pixels: Array, height: int, width: int) -> Array:

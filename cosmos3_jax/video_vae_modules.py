@@ -61,6 +61,9 @@ class CausalConv(nn.Module):
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         x = sharding.picture(x.astype(self.dtype))  # before it is remembered
+        apart = self.size[1] > 1 and sharding.ways(sharding.ROWS) > 1
+        if apart:  # a row of each neighbour comes once, and is remembered with the frame
+            x = sharding.blocks_of_rows(x)
         (B, T), history = x.shape[:2], self.size[0] - self.stride
         past = self.variable("cache", "past", jnp.zeros, (B, history, *x.shape[2:]), x.dtype)
         frames = (T - self.stride) // self.stride + 1
@@ -68,16 +71,29 @@ class CausalConv(nn.Module):
         before = sharding.divide_rows(past.value)
         windows = [_window(before, x, i, span)[:, :: self.stride] for i in range(self.size[0])]
         past.value = sharding.divide_rows(_window(before, x, T, history))
-        x = rearrange(jnp.concatenate(windows, axis=-1), "B T H W C -> (B T) H W C")
-        y = lax.conv_general_dilated(
-            x,
-            rearrange(kernel, "t h w c d -> h w (t c) d"),
-            window_strides=(1, 1),
-            padding=[(n // 2, n // 2) for n in self.size[1:]],
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            precision=precision(self.dtype),
-        )
-        return sharding.divide_rows(rearrange(y + bias, "(B T) H W C -> B T H W C", B=B))
+        x = jnp.concatenate(windows, axis=-1)
+        kernel = rearrange(kernel, "t h w c d -> h w (t c) d")
+        y = sharding.over_blocks(_conv_inside, x, kernel) if apart else _conv(x, kernel)
+        return sharding.divide_rows(y + bias)
+
+
+def _conv(x: jax.Array, kernel: jax.Array, pad_rows: bool = True) -> jax.Array:
+    """Each frame with a kernel [h, w, C, C'], zeros around it; without those above and below, the
+    picture loses its first and last row.
+    """
+    height, width = kernel.shape[:2]
+    y = lax.conv_general_dilated(
+        rearrange(x, "B T H W C -> (B T) H W C"),
+        kernel,
+        window_strides=(1, 1),
+        padding=[(height // 2 * pad_rows,) * 2, (width // 2,) * 2],
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=precision(x.dtype),
+    )
+    return rearrange(y, "(B T) H W C -> B T H W C", B=len(x))
+
+
+_conv_inside = partial(_conv, pad_rows=False)
 
 
 def _window(past: jax.Array, x: jax.Array, start: int, length: int) -> jax.Array:
@@ -87,7 +103,8 @@ def _window(past: jax.Array, x: jax.Array, start: int, length: int) -> jax.Array
 
     def place(frames: jax.Array, at: int) -> jax.Array:
         ends = (at - start, length - (at - start) - frames.shape[1], 0)
-        return lax.pad(frames, jnp.zeros((), x.dtype), [(0, 0, 0), ends, *[(0, 0, 0)] * 3])
+        none = [(0, 0, 0)] * (x.ndim - 2)
+        return lax.pad(frames, jnp.zeros((), x.dtype), [(0, 0, 0), ends, *none])
 
     return place(past, 0) + place(x, past.shape[1])
 

@@ -144,7 +144,7 @@ def _watched_attention(witness: Witness, call: dict, name: str) -> Iterator[None
     """Our attention function becomes an operation as any other."""
     attention = transformer.attention
 
-    def watched(query, key, value, *, text: tuple | None = None, causal: bool = False):
+    def watched(query, key, value, *, text: tuple | None = None, causal: bool = False, **mesh):
         own = {"query": query, "key": key, "value": value}
         count = key.shape[1]  # the reference has the text's keys in front of the media's
         exact = {part: jnp.asarray(call[part][:, -x.shape[1] :]) for part, x in own.items()}
@@ -155,7 +155,7 @@ def _watched_attention(witness: Witness, call: dict, name: str) -> Iterator[None
             theirs = call["key"].shape[1] - count
             for part, x in (("key", text[0]), ("value", text[1])):
                 witness.compare(f"{name}: text {part}", x[:, :theirs], call[part][:, :theirs])
-        made = attention(*exact.values(), text=text, causal=causal)
+        made = attention(*exact.values(), text=text, causal=causal, **mesh)
         witness.compare(f"{name}: softmax(q k) v", made, call["made"])
         return jnp.asarray(call["made"])
 
