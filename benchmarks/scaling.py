@@ -86,8 +86,9 @@ def sent_bytes(text: str, ways: int) -> dict[str, int]:
                     ITEM_BYTES.get(dtype, 4) * math.prod(map(int, filter(None, shape.split(","))))
                     for dtype, shape in arrays
                 ]
-                # Begun and ended apart, a collective also names what it starts from.
-                size = max(sizes) if match[3] and kind != "all-to-all" else sum(sizes)
+                size = sum(sizes)
+                if match[3]:  # begun and ended apart, it also names what it starts from
+                    size = size / 2 if kind == "all-to-all" else max(sizes)
                 n = group_size(line) or ways
                 share = 1 if kind == "collective-permute" else (n - 1) / max(n, 1)
                 sent[kind] += int(times * size * share * (2 if kind == "all-reduce" else 1))
@@ -164,6 +165,16 @@ def random_params(config: Config, dtype: jnp.dtype, mesh: jax.sharding.Mesh) -> 
     return tree.unflatten(made)
 
 
+def meet(mesh: jax.sharding.Mesh) -> None:
+    """Let the devices find each other: what a first collective does, and no later one."""
+    each, all_of_it = (
+        jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(axes))
+        for axes in (mesh.axis_names, None)
+    )
+    numbers = jax.device_put(np.arange(mesh.size), each)
+    jax.block_until_ready(jax.jit(jnp.copy, out_shardings=all_of_it)(numbers))
+
+
 def several(config: Config, request: T2VRequest, batch: int) -> T2VRequest:
     """A request for one prompt -> for as many, each with noise of its own."""
     repeat = {
@@ -182,6 +193,7 @@ def run(config: Config, job: bench.Job, name: str, dtype: jnp.dtype) -> dict:
     batch, ways = sizes.get("data", 1), mesh.size
     request = several(config, bench_inputs.random_request(config, job), batch)
     found: dict = {"devices": mesh.size, "prompts": batch, "stages": {}}
+    meet(mesh)
     with jax.set_mesh(mesh):
         params = jax.block_until_ready(random_params(config, dtype, mesh))
 

@@ -243,6 +243,12 @@ def divide_rows(x: Array) -> Array:
     return constrain(x, PROMPTS, None, ROWS, *[None] * (x.ndim - 3))
 
 
+def are_divided(rows: int) -> bool:
+    """Whether a mesh divides this many rows, evenly."""
+    n = ways(ROWS)
+    return n > 1 and rows % n == 0
+
+
 def blocks_of_rows(x: Array) -> Array:
     """x [B, T, H, W, C] -> [B, T, n, H / n + 2, W, C]: each device's rows, and one of each
     neighbour's; zeros beyond the picture.

@@ -61,7 +61,7 @@ class CausalConv(nn.Module):
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         x = sharding.picture(x.astype(self.dtype))  # before it is remembered
-        apart = self.size[1] > 1 and sharding.ways(sharding.ROWS) > 1
+        apart = self.size[1] > 1 and sharding.are_divided(x.shape[2])
         if apart:  # a row of each neighbour comes once, and is remembered with the frame
             x = sharding.blocks_of_rows(x)
         (B, T), history = x.shape[:2], self.size[0] - self.stride

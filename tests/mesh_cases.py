@@ -7,12 +7,24 @@ import json
 import math
 import re
 import sys
+import tempfile
 from functools import partial
+from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
 
-from cosmos3_jax import T2VRequest, generate, sharding, transformer, unipc, video_vae
+from cosmos3_jax import (
+    Cosmos3,
+    T2VRequest,
+    generate,
+    sharding,
+    tiny,
+    transformer,
+    unipc,
+    video_vae,
+)
 from cosmos3_jax.config import Config, TransformerConfig, VideoVAEConfig
 from cosmos3_jax.mesh import make_mesh, parse_mesh
 
@@ -124,6 +136,61 @@ def on_mesh(name: str, function, params: dict, inputs) -> dict:
     }
 
 
+def transforms(params: dict) -> dict:
+    """`jax.grad` by the noise, and `jax.vmap` over guidance scales, on a mesh and on one device."""
+    inputs = request(1, 5, (3, 3, 5))
+    target = jax.tree.map(lambda x: 0.1 * x, inputs.noise)
+
+    def loss(noise, params, inputs):
+        out = generate(params, inputs.replace(noise=noise), config=CONFIG, output="latents")
+        return ((out["video"] - target) ** 2).sum() + (out["sound"] ** 2).sum()
+
+    def scaled(params, inputs):
+        def one(scale):
+            return generate(
+                params, inputs.replace(guidance_scale=scale), config=CONFIG, output="latents"
+            )
+
+        return jax.vmap(one)(np.float32([1.5, 3]))
+
+    gradient = on_mesh("cfg=2,seq=2", lambda p, x: jax.grad(loss)(x.noise, p, x), params, inputs)
+    return {"gradient": gradient, "vmap": on_mesh("cfg=2,seq=2", scaled, params, inputs)}
+
+
+def whole_model() -> dict:
+    """`Cosmos3` from a checkpoint on a mesh: warmed up, then run, beside one device."""
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
+    )
+    settings = dict(
+        num_frames=5, height=48, width=32, num_inference_steps=2, sound=True, output="latents"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoint(Path(folder) / "heads")
+        one, many = (
+            Cosmos3.from_pretrained(Path(folder) / "heads", "float32", mesh=mesh)
+            for mesh in ("data=1", "cfg=2,seq=2,fsdp=2")
+        )
+    expected = one.generate("A red ball.", seed=1, **settings)
+    many.warmup(**settings)
+    compiled.clear()
+    ours = many.generate("A red ball.", seed=1, **settings)
+    errors = [relative_l2(np.asarray(ours[name]), np.asarray(expected[name])) for name in expected]
+    return {"compiled_after_warmup": len(compiled), "error": max(errors)}
+
+
+def write_checkpoint(folder: Path) -> None:
+    """The embedded one with four key/value heads, which eight devices can share out."""
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 2}
+    parts = {
+        "TRANSFORMER": heads, "VIDEO_VAE": {"base_dim": 8, "decoder_base_dim": 8},
+    }  # fmt: skip
+    changed = {name: getattr(tiny, name) | values for name, values in parts.items()}
+    with mock.patch.multiple(tiny, **changed):
+        tiny.write_tiny_checkpoint(folder)
+
+
 def main() -> dict:
     params = random_params(transformer.param_shapes(MODEL))
     params["gen"] = jax.tree.map(np.asarray, transformer.unstack_layers(params["gen"]))
@@ -142,7 +209,7 @@ def main() -> dict:
         results[f"encode {name}"] = on_mesh(
             mesh, lambda p, x: video_vae.encode(p["video_vae"], VAE, x), vae, pixels
         )
-    return results
+    return results | transforms(params) | {"model": whole_model()}
 
 
 if __name__ == "__main__":

@@ -9,10 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import mesh_cases
 import numpy as np
 import pytest
 
-from cosmos3_jax import media, tiny
+from cosmos3_jax import media
 from cosmos3_jax.distributed import Processes, find_processes, first_host, local_devices
 
 ROOT = Path(__file__).parents[1]
@@ -93,13 +94,8 @@ def test_gpus_of_a_machine_are_shared_out(here, visible, devices):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """The embedded one with four key/value heads, which eight devices can share out."""
     folder = tmp_path_factory.mktemp("four") / "heads"
-    with pytest.MonkeyPatch.context() as patch:
-        heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 2}
-        patch.setattr(tiny, "TRANSFORMER", tiny.TRANSFORMER | heads)
-        patch.setattr(tiny, "VIDEO_VAE", tiny.VIDEO_VAE | {"base_dim": 8, "decoder_base_dim": 8})
-        tiny.write_tiny_checkpoint(folder)
+    mesh_cases.write_checkpoint(folder)
     return folder
 
 

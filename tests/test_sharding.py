@@ -125,6 +125,20 @@ def test_rows_of_pictures_are_divided_exactly(results, way, name):
         assert divided and ("seq" in result["shards"][0])
 
 
+@pytest.mark.parametrize("transform", ["gradient", "vmap"])
+def test_transforms_compose_with_a_mesh(results, transform):
+    """A gradient sums over what every device has, both branches and all layers."""
+    assert results[transform]["error"] <= SAME
+    assert of_kind(results[transform], "all-to-all")
+
+
+def test_a_model_on_a_mesh(results):
+    """`from_pretrained(..., mesh=)`: warmed up, nothing is compiled; the result is one device's."""
+    found = results["model"]
+    assert found["compiled_after_warmup"] == 0
+    assert found["error"] <= SAME
+
+
 @pytest.mark.parametrize(
     "text, sizes",
     [("cfg=2,seq=2", {"cfg": 2, "seq": 2}), ("fsdp=4", {"fsdp": 4}), (" data = 2 ", {"data": 2})],
