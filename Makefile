@@ -12,7 +12,8 @@ demo: $(VENV)/.runtime  ## a video with sound from the embedded random checkpoin
 	$(BIN)/cosmos3-jax generate --checkpoint tiny --sound --out $(DEMO) --overwrite
 
 test: $(VENV)/.dev  ## every test that needs no GPU
-	$(BIN)/python -m pytest -q -m "not gpu" --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -q -m "not gpu" --numprocesses 2 --dist loadfile \
+		--no-loadscope-reorder
 
 gpu-test:  ## the tests that need a CUDA GPU, in the environment at hand
 	$(PYTHON) -m pytest -q -m gpu

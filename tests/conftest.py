@@ -12,6 +12,19 @@ from oracle import load_pipeline, save_pipeline
 # before that. JAX reads this when it first needs a device.
 os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
 
+# Two processes share the files out, one after the other: the longest first, so that neither is left
+# alone with one at the end.
+LONGEST = (
+    "test_verify", "test_pipeline", "test_verify_mutations", "test_video_vae", "test_cli",
+    "test_notebook", "test_sharding", "test_distributed", "test_generate", "test_conditioning",
+    "test_readme", "test_bench",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    names = [*LONGEST, None]
+    items.sort(key=lambda item: names.index(item.path.stem if item.path.stem in names else None))
+
 
 @pytest.fixture(scope="session")
 def public_checkpoint(tmp_path_factory):

@@ -268,10 +268,10 @@ def test_wrong_attention_is_named(
 
 
 def test_attention_to_padding_is_named(public_checkpoint, tmp_path, monkeypatch, new_programs):
-    def wrong(query, key, value, *, text=None, causal=False):
+    def wrong(query, key, value, *, text=None, **others):
         if text is not None:
             text = (*text[:2], jnp.full_like(text[2], text[0].shape[1]))
-        return attention.attention(query, key, value, text=text, causal=causal)
+        return attention.attention(query, key, value, text=text, **others)
 
     monkeypatch.setattr(transformer, "attention", wrong)
     status, report = verify(tmp_path, public_checkpoint, "transformer", "--layers", "1")
