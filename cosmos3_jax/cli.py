@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,13 +46,13 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"cosmos3-jax: error: {error}", file=sys.stderr)
         status = 2
-    except jax.errors.JaxRuntimeError as error:
+    except jax.errors.JaxRuntimeError:
         if not distributed.are_several():
             raise
-        reason = str(error).partition("\n")[0]
+        traceback.print_exc()
         print(
             f"cosmos3-jax: error: the devices of {jax.process_count()} processes did not finish; "
-            f"perhaps one of them ended, see what the others say ({reason})",
+            "perhaps one of them ended, see what the others say",
             file=sys.stderr,
         )
         status = 1
@@ -165,8 +166,8 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
 def _add_mesh(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--mesh",
-        help="what the devices divide: data (prompts), cfg (branches of guidance), seq (tokens), "
-        "fsdp (weights, and tokens), as in cfg=2,seq=2 (default: all devices, as suits the job)",
+        help="what the devices divide: cfg (branches of guidance), seq (tokens), fsdp (weights, "
+        "and tokens), as in cfg=2,seq=2; data=1 is one device (default: all, as suits the job)",
     )
     command.add_argument(
         "--coordinator",

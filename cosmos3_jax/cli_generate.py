@@ -1,6 +1,7 @@
 """`cosmos3-jax generate`: from the command line's options to a file and the record beside it."""
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ import PIL
 
 import cosmos3_jax
 from cosmos3_jax import device, distributed, media, memory, memory_limits, startup
-from cosmos3_jax.mesh import Meshes
+from cosmos3_jax.mesh import IDLE, describe
 from cosmos3_jax.pipeline import Cosmos3, find_checkpoint, load_frontend
 from cosmos3_jax.prepare import prepare_request, resolve_batch, resolve_sigmas
 from cosmos3_jax.prompt import read_prompt
@@ -63,13 +64,16 @@ def run_generate(options: argparse.Namespace) -> int:
     dtype = options.dtype or startup.default_dtype()
     limit = device.memory_limit()
     job = memory.request_sizes(config, request) | {"dtype": dtype}
-    large = options.offload == "auto" and memory_limits.should_offload(config, limit, **job)
-    meshes = Meshes(options.mesh, config.transformer.num_key_value_heads, large)
+    wanted = {"auto": None, "yes": True, "no": False}[options.offload]
+    meshes, offload = memory_limits.choose_devices(config, limit, options.mesh, wanted, **job)
     mesh = meshes.of(job["batch"], job["guidance"])
     job["mesh"] = {} if mesh is None else dict(mesh.shape)
-    offload = options.offload == "yes"
-    if large:
-        offload = memory_limits.should_offload(config, limit, **job)
+    _check_alike(options, request, dtype, offload, job["mesh"])
+    if mesh is not None and distributed.is_writer():
+        used = mesh.size // mesh.shape.get(IDLE, 1)
+        print(
+            f"mesh {describe(mesh.shape)}: {used} of {len(jax.devices())} devices", file=sys.stderr
+        )
     memory_limits.check_fits(config, limit, offload=offload, **job)
     with memory_limits.exhaustion_explained(config, limit, offload=offload, **job):
         with _timed(times, "model_load"):
@@ -101,6 +105,16 @@ def run_generate(options: argparse.Namespace) -> int:
         print(f"{stage:>10}  {seconds:8.2f} s")
     print(f"wrote {', '.join(map(str, outputs))}")
     return 0
+
+
+def _check_alike(
+    options: argparse.Namespace, request: T2VRequest, dtype: str, offload: bool, mesh: dict
+) -> None:
+    """Raise if processes that work together were told different things."""
+    said = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
+    said["sampler"] = [np.asarray(x).tolist() for x in jax.tree.leaves(request.sampler)]
+    said |= {"--checkpoint": str(options.checkpoint), "--dtype": dtype, "--offload": offload}
+    distributed.check_alike(said | {"--mesh": mesh, "sound": options.sound})
 
 
 def _settings(options: argparse.Namespace) -> dict:

@@ -6,10 +6,14 @@ dies: whoever waits for a dead process's share would wait for ever.
 """
 
 import dataclasses
+import hashlib
 import os
 import re
+import socket
 import sys
+import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
@@ -18,7 +22,10 @@ import numpy as np
 PORTS = range(61440, 65536)  # for the coordinator; which of them, the job's number decides
 # Seconds of silence after which a process is given up: COSMOS3_JAX_HEARTBEAT_SECONDS, or these.
 HEARTBEAT_SECONDS = 60
-SHUTDOWN_SECONDS = 60  # that who has finished waits for the others: the writer encodes meanwhile
+# Who has finished waits for the writer, which encodes meanwhile, on a slow disk for long; should it
+# die, its heartbeat stops.
+SHUTDOWN_SECONDS = 24 * 3600
+MEETING_SECONDS = 300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +69,12 @@ def find_processes(
     index = _integer(env, "JAX_PROCESS_ID") if index is None else index
     local = (1, 0)
     if count is None and index is None:
-        if (_integer(env, "SLURM_NTASKS") or 1) > 1 and "SLURM_PROCID" in env:
-            count, index = _integer(env, "SLURM_NTASKS"), _integer(env, "SLURM_PROCID")
-            tasks = re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", "1"))
-            local = (int(tasks[0]) if tasks else 1, _integer(env, "SLURM_LOCALID") or 0)
+        # Of the step: a batch script has a SLURM_PROCID, too, and is alone.
+        if (_integer(env, "SLURM_STEP_NUM_TASKS") or 1) > 1:
+            count, index = (_integer(env, f"SLURM_{x}") for x in ("STEP_NUM_TASKS", "PROCID"))
+            tasks = tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+            node = min(_integer(env, "SLURM_NODEID") or 0, len(tasks) - 1)
+            local = (tasks[node], _integer(env, "SLURM_LOCALID") or 0)
             nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
             port = _port(_integer(env, "SLURM_JOB_ID") or 0)
             coordinator = coordinator or f"{first_host(nodes)}:{port}"
@@ -75,8 +84,10 @@ def find_processes(
                 _integer(env, f"OMPI_COMM_WORLD_LOCAL_{x}") or 0 for x in ("SIZE", "RANK")
             )
             coordinator = coordinator or _open_mpi_coordinator(env, local[0] == count)
-    if count is None and index is None and coordinator is None:
+    if coordinator is None and index is None and count in (None, 1):
         return None
+    if count is not None and count < 1:
+        raise ValueError(f"{count} processes are asked for; there must be 1 or more")
     if None in (coordinator, count, index):
         said = {"coordinator": coordinator, "number of processes": count, "process id": index}
         missing = ", ".join(name for name, value in said.items() if value is None)
@@ -84,8 +95,9 @@ def find_processes(
             f"several processes are asked for, but not their {missing}: give --coordinator "
             "HOST:PORT, --processes N and --process-id I, or start them with srun or mpirun"
         )
-    if not re.fullmatch(r".+:\d+", coordinator):
-        raise ValueError(f"coordinator {coordinator!r} must be HOST:PORT")
+    port = re.fullmatch(r".+:(\d+)", coordinator)
+    if port is None or not 0 < int(port[1]) < 2**16:
+        raise ValueError(f"coordinator {coordinator!r} must be HOST:PORT, a port from 1 to 65535")
     if not 0 <= index < count:
         raise ValueError(f"process id {index} must be from 0 to {count - 1}, of {count} processes")
     return Processes(coordinator, count, index, *local) if count > 1 else None
@@ -101,35 +113,131 @@ def first_host(nodes: str) -> str:
     return match[1] + (match[2] or "")
 
 
-def local_devices(processes: Processes, environment: Mapping[str, str]) -> list[int] | None:
-    """Which of the machine's GPUs are this process's, if it shares them; None for all it sees."""
-    if processes.local_count == 1:
+def tasks_per_node(text: str) -> list[int]:
+    """As SLURM writes it: `8(x2),4` -> [8, 8, 4]."""
+    parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
+    return [int(tasks) for tasks, times in parts for _ in range(int(times or 1))] or [1]
+
+
+def local_devices(
+    processes: Processes, environment: Mapping[str, str], gpus: int | None = None
+) -> list[int] | None:
+    """Which of the GPUs that it sees are this process's, counted from 0; None for all.
+
+    Args:
+        processes: how many share the machine.
+        environment: whose `CUDA_VISIBLE_DEVICES` says how many GPUs each sees.
+        gpus: of the machine, where it does not say.
+
+    Raises:
+        ValueError: if they cannot be shared out evenly.
+    """
+    count, visible = processes.local_count, environment.get("CUDA_VISIBLE_DEVICES")
+    seen = gpus if visible is None else len(visible.split(","))
+    if count == 1 or not seen or seen < count:  # alone, or no GPUs, or each sees its own already
         return None
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return [processes.local_index]
-    share, rest = divmod(len(visible.split(",")), processes.local_count)
-    if share == 0 or rest:  # each sees its own already
-        return None
-    ids = [int(i) for i in visible.split(",")] if re.fullmatch(r"[\d,]+", visible) else None
-    start = share * processes.local_index
-    return ids and ids[start : start + share]
+    share, rest = divmod(seen, count)
+    if rest:
+        raise ValueError(
+            f"{count} processes on this machine cannot share {seen} GPUs evenly: start one process "
+            "a machine or one a GPU"
+        )
+    return list(range(share * processes.local_index, share * (processes.local_index + 1)))
 
 
 def start(processes: Processes | None) -> None:
-    """Meet the other processes; before JAX starts its backend."""
+    """Meet the other processes; before JAX starts its backend.
+
+    Raises:
+        ValueError: if they cannot meet at the coordinator's address.
+    """
     if processes is None:
         return
+    print(
+        f"process {processes.index} of {processes.count}: to meet at {processes.coordinator}",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
+    host, _, port = processes.coordinator.rpartition(":")
+    if processes.index == 0:
+        _check_port(int(port))
+    else:
+        _wait_for(host.strip("[]"), int(port))
     jax.distributed.initialize(
         processes.coordinator,
         processes.count,
         processes.index,
-        local_devices(processes, os.environ),
+        local_devices(processes, os.environ, _count_gpus()),
         cluster_detection_method="deactivate",
         heartbeat_timeout_seconds=_integer(os.environ, "COSMOS3_JAX_HEARTBEAT_SECONDS")
         or HEARTBEAT_SECONDS,
+        initialization_timeout=MEETING_SECONDS,
         shutdown_timeout_seconds=SHUTDOWN_SECONDS,
     )
+
+
+def _check_port(port: int) -> None:
+    """JAX's service would end the process where another program has the port."""
+    with socket.socket() as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind(("", port))
+        except OSError as error:
+            raise ValueError(
+                f"port {port} of this machine cannot be used ({error.strerror}): give all "
+                "processes --coordinator HOST:PORT with another"
+            ) from error
+
+
+def _wait_for(host: str, port: int) -> None:
+    """Until process 0 listens. JAX's own waiting cannot be interrupted, and ends in an abort."""
+    deadline = time.monotonic() + MEETING_SECONDS
+    while True:
+        try:
+            return socket.create_connection((host, port), timeout=5).close()
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"nobody listens at {host}:{port} after {MEETING_SECONDS} s ({error}): start "
+                    "process 0 there, or give all processes its --coordinator HOST:PORT"
+                ) from error
+        time.sleep(0.5)
+
+
+def _count_gpus() -> int | None:
+    """NVIDIA's, of this machine, without starting a driver."""
+    folder = Path("/proc/driver/nvidia/gpus")
+    return len(list(folder.iterdir())) if folder.is_dir() else None
+
+
+def check_alike(said: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming what differs, unless all processes say the same.
+
+    Each runs the program on what it was given itself: a seed that differs would make a video of two
+    halves, and nobody would notice.
+
+    Args:
+        said: arrays, numbers and texts by name; the names are the same in all processes.
+    """
+    if not are_several():
+        return
+    from jax.experimental import multihost_utils
+
+    digests = [hashlib.sha256(_as_bytes(value)).digest()[:8] for value in said.values()]
+    mine = np.frombuffer(b"".join(digests), np.uint8).reshape(len(said), 8)
+    everyones = np.asarray(multihost_utils.process_allgather(mine))
+    differ = (everyones != everyones[0]).any(axis=(0, 2))
+    if differ.any():
+        names = ", ".join(name for name, other in zip(said, differ, strict=True) if other)
+        raise ValueError(
+            f"the processes were not told the same: {names} differ; start all with one command"
+        )
+
+
+def _as_bytes(value: Any) -> bytes:
+    if isinstance(value, np.ndarray | jax.Array):
+        value = np.asarray(value)
+        return f"{value.dtype}{value.shape}".encode() + value.tobytes()
+    return repr(value).encode()
 
 
 def are_several() -> bool:

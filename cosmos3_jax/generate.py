@@ -108,7 +108,7 @@ def sample_latents(
     if trajectory is not None:
         states = {"latents": trajectory.latents, "clean": trajectory.clean}
         trajectory = {name: jax.vmap(keep)(state) for name, state in states.items()}
-    return keep(final), trajectory
+    return _divided(keep(final)), trajectory
 
 
 def start_sampling(

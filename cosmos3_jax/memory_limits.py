@@ -9,10 +9,12 @@ from contextlib import contextmanager
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from cosmos3_jax import memory
 from cosmos3_jax.attention import check_logits, fused_obstacle
 from cosmos3_jax.config import Config
+from cosmos3_jax.mesh import Meshes
 
 PUBLISHED_SIZES = ((720, 1280), (480, 832), (192, 320))
 LONG_PROMPT = 2048  # tokens; a longer one is named as what to shorten
@@ -30,6 +32,33 @@ def should_offload(config: Config, limit_bytes: int | None, **job) -> bool:
     # Logits are left out: offloading does not lessen them.
     needed[memory.STAGES["gen"]] -= memory.LOGIT_COPIES * needed["logits"]
     return max(needed.get(stage, 0) for stage in memory.STAGE_NAMES) > limit_bytes
+
+
+def choose_devices(
+    config: Config, limit_bytes: int | None, asked: Mesh | str | None, offload: bool | None, **job
+) -> tuple[Meshes, bool]:
+    """The mesh of devices for a job, and whether to offload.
+
+    Where nobody says: weights whole on each device if that fits, else divided, else offloaded.
+
+    Args:
+        config, limit_bytes, **job: as in `check_fits`.
+        asked: the mesh, if somebody says.
+        offload: whether to, if somebody says.
+
+    Raises:
+        ValueError: the mesh does not fit the devices, the model or the job.
+    """
+    heads = config.transformer.num_key_value_heads
+    batch, guidance = job.get("batch", 1), job.get("guidance", True)
+    whole, divided = (Meshes(asked, heads, shard_weights=shard) for shard in (False, True))
+    if offload:
+        return whole, True
+    for meshes in (whole, divided):
+        mesh = meshes.sizes(batch, guidance)
+        if not should_offload(config, limit_bytes, **job | {"mesh": mesh}):
+            return meshes, False
+    return (whole, True) if offload is None else (divided, False)
 
 
 def check_fits(config: Config, limit_bytes: int | None, *, offload: bool, **job) -> None:

@@ -3,12 +3,15 @@
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cosmos3_jax.sharding import AXES, check_heads
+
+IDLE = "idle"  # the axis of devices that a job does not divide over
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -16,17 +19,22 @@ def parse_mesh(text: str) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for part in filter(None, text.replace(" ", "").split(",")):
         name, _, size = part.partition("=")
+        if ";" in part:
+            raise ValueError(f"mesh {text!r}: separate its axes with commas, as in cfg=2,seq=2")
         if name not in AXES or name in sizes:
             twice = "is there twice" if name in sizes else f"is none of {', '.join(AXES)}"
             raise ValueError(f"mesh {text!r}: {name!r} {twice}; write for example cfg=2,seq=2")
         if not size.isdecimal() or int(size) < 1:
             raise ValueError(f"mesh {text!r}: {name}={size} must be a whole number from 1 on")
         sizes[name] = int(size)
+    if not sizes:
+        raise ValueError(f"mesh {text!r} names no axis; write for example cfg=2,seq=2, or data=1")
     return sizes
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with all of our axes over these devices, all of this process and others' if None.
+    """A mesh with all of our axes over these devices, all of this process and others' if None;
+    devices along an axis `idle` do the same as each other.
 
     Neighbouring devices share tokens, which they exchange in every layer; the branches of guidance
     meet once a step, and prompts never. Processes hold neighbouring devices, so that on several
@@ -37,15 +45,17 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     """
     explicit = devices is not None
     devices = list(jax.devices() if devices is None else devices)
-    shape = [sizes.get(name, 1) for name in AXES]
+    axes = (IDLE, *AXES) if IDLE in sizes else AXES
+    shape = [sizes.get(name, 1) for name in axes]
     count = math.prod(shape)
     if count > len(devices) or (count < len(devices) and (explicit or jax.process_count() > 1)):
+        fewer = " at most" if not explicit and jax.process_count() == 1 else ""
         raise ValueError(
             f"mesh {describe(sizes)} has {count} devices, and there are {len(devices)}: the "
-            f"product of its axes must be {len(devices)}"
+            f"product of its axes must be{fewer} {len(devices)}"
         )
-    kinds = (AxisType.Auto,) * len(AXES)
-    return Mesh(np.asarray(devices[:count]).reshape(shape), AXES, axis_types=kinds)
+    kinds = (AxisType.Auto,) * len(axes)
+    return Mesh(np.asarray(devices[:count]).reshape(shape), axes, axis_types=kinds)
 
 
 def describe(sizes: Mapping[str, int]) -> str:
@@ -58,7 +68,9 @@ def as_automatic(mesh: Mesh) -> Mesh:
 
     `jax.make_mesh` makes explicit axes unless told otherwise.
     """
-    foreign = [k for k, size in mesh.shape.items() if k not in AXES and size > 1]
+    if not isinstance(mesh, Mesh):
+        raise ValueError(f"mesh={mesh!r}: give a jax.sharding.Mesh, or a text as cfg=2,seq=2")
+    foreign = [k for k, size in mesh.shape.items() if k not in (*AXES, IDLE) and size > 1]
     if foreign:
         raise ValueError(
             f"mesh axis {foreign[0]!r} is none of {', '.join(AXES)}, and would be idle; name it so"
@@ -85,9 +97,10 @@ def check_mesh(sizes: Mapping[str, int], *, kv_heads: int, batch: int, guidance:
         )
     if batch % data:
         choices = ", ".join(str(n) for n in range(1, batch + 1) if batch % n == 0)
+        many = f"{batch} prompts do" if batch > 1 else "one prompt does"
         raise ValueError(
-            f"mesh data={data}: {batch} prompt{'s' * (batch > 1)} do not divide; choose data from "
-            f"{choices}, or give a multiple of {data} prompts"
+            f"mesh data={data}: {many} not divide; choose data from {choices}, or, in Python, give "
+            f"a list of a multiple of {data} prompts"
         )
     check_heads(kv_heads, dict(sizes))
 
@@ -113,6 +126,15 @@ def default_sizes(
         smaller = [n for n in range(1, data) if batch % n == 0 and devices % n == 0]
         data = max(smaller, default=0)
     return None
+
+
+def reachable(mesh: Mesh | None, x: Any) -> Any:
+    """An array where a program on this mesh can read it: copied, if other devices have it."""
+    if mesh is None or not isinstance(x, jax.Array) or not x.committed:
+        return x
+    if x.sharding.device_set == set(mesh.devices.flat):
+        return x
+    return jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
 
 
 class Meshes:
@@ -144,9 +166,9 @@ class Meshes:
             self._asked = self.weights = mesh
         elif jax.config.jax_default_device is None and len(jax.devices()) > 1:
             count = len(jax.devices())
-            while self._default(count) is None:
+            while self._default(count) is None and jax.process_count() == 1:
                 count -= 1
-            self.weights = make_mesh(self._default(count))
+            self.weights = self._default_mesh(jax.devices()[:count])
 
     def of(self, batch: int, guidance: bool) -> Mesh | None:
         """The mesh for a job. Raises ValueError if it does not divide."""
@@ -156,21 +178,21 @@ class Meshes:
             return self._asked
         if self.weights is None:
             return None
-        devices = list(self.weights.devices.flat)
-        sizes = self._default(len(devices), batch, guidance)
-        if sizes is None:
-            branches = "with" if guidance else "without"
-            raise ValueError(
-                f"{batch} prompt{'s' * (batch > 1)} {branches} guidance do not divide over "
-                f"{len(devices)} devices, at {self._kv_heads} key/value heads; ask for a smaller "
-                'mesh, for example mesh="seq=2"'
-            )
-        return make_mesh(sizes, devices)
+        return self._default_mesh(list(self.weights.devices.flat), batch, guidance)
 
     def sizes(self, batch: int, guidance: bool) -> dict[str, int]:
         """Of the axes of a job's mesh, empty without one. One asked for is not checked."""
         mesh = self._asked or self.of(batch, guidance)
         return {} if mesh is None else dict(mesh.shape)
+
+    def _default_mesh(self, devices: Sequence, batch: int = 1, guidance: bool = True) -> Mesh:
+        """As many of the devices as the job divides over; the others do the same once more."""
+        total = len(devices)
+        divisors = [n for n in range(total, 0, -1) if total % n == 0]
+        count, sizes = next(
+            (n, sizes) for n in divisors if (sizes := self._default(n, batch, guidance))
+        )
+        return make_mesh(sizes if count == total else sizes | {IDLE: total // count}, devices)
 
     def _default(self, devices: int, batch: int = 1, guidance: bool = True) -> dict | None:
         return default_sizes(

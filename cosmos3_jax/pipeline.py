@@ -24,7 +24,7 @@ from cosmos3_jax.checkpoint import load
 from cosmos3_jax.config import Config
 from cosmos3_jax.frontend import find_checkpoint, load_frontend
 from cosmos3_jax.generate import params_dtype
-from cosmos3_jax.mesh import Meshes, ambient
+from cosmos3_jax.mesh import Meshes, ambient, reachable
 from cosmos3_jax.prepare import TEXT_BUCKET, prepare_request
 from cosmos3_jax.programs import (
     compile_for,
@@ -117,16 +117,12 @@ class Cosmos3:
         if dtype not in ("bfloat16", "float32"):
             raise ValueError(f"dtype={dtype!r} is not supported; choose bfloat16 or float32")
         config, tokenizer = load_frontend(find_checkpoint(path_or_hub_id, False), load_sound)
-        limit, job = device.memory_limit(), memory.recipe_sizes(config) | {"dtype": dtype}
-        large = offload is None and memory_limits.should_offload(config, limit, **job)
-        meshes = Meshes(mesh, config.transformer.num_key_value_heads, large)
-        components = load.open_components(find_checkpoint(path_or_hub_id), config)
-        if large:
-            job["mesh"] = meshes.sizes(1, guidance=True)
-            large = memory_limits.should_offload(config, limit, **job)
-        weights = Weights.of_checkpoint(
-            components, jnp.dtype(dtype), bool(offload or large), meshes.weights
+        job = memory.recipe_sizes(config) | {"dtype": dtype}
+        meshes, offload = memory_limits.choose_devices(
+            config, device.memory_limit(), mesh, offload, **job
         )
+        components = load.open_components(find_checkpoint(path_or_hub_id), config)
+        weights = Weights.of_checkpoint(components, jnp.dtype(dtype), offload, meshes.weights)
         return cls(config, weights, tokenizer, meshes)
 
     @property
@@ -280,7 +276,9 @@ class Cosmos3:
         """A request -> final latents `{"video"[, "sound"]}`, channels first, and the trajectory or
         None.
         """
-        with ambient(self._mesh_of(request)):
+        mesh = self._mesh_of(request)
+        request = jax.tree.map(partial(reachable, mesh), request)
+        with ambient(mesh):
             return self._denoise(request, return_trajectory, progress)
 
     def _denoise(
@@ -320,7 +318,7 @@ class Cosmos3:
         """
         _check_axes("latents", latents, "[B, C, t, h, w]", self.config.video_vae.z_dim)
         config = self.config.video_vae
-        with self._autoencoder("video_vae", latents) as params:
+        with self._autoencoder("video_vae", latents) as (params, latents):
             video = decode_video(params, latents, config=config, chunk_size=chunk_size)
             return jax.block_until_ready(video)
 
@@ -332,7 +330,7 @@ class Cosmos3:
         """
         _check_axes("video", video, "[B, 3, T, H, W]", 3)
         config = self.config.video_vae
-        with self._autoencoder("video_vae", video) as params:
+        with self._autoencoder("video_vae", video) as (params, video):
             latents = encode_video(params, video, config=config, chunk_size=chunk_size)
             return jax.block_until_ready(latents)
 
@@ -344,7 +342,7 @@ class Cosmos3:
         self._check_sound()
         channels = self.config.transformer.sound_dim
         _check_axes("sound latents", latents, "[B, C_sound, s]", channels)
-        with self._autoencoder("sound_vae", latents) as params:
+        with self._autoencoder("sound_vae", latents) as (params, latents):
             sound = decode_sound(params, latents, config=self.config.sound_vae)
             return jax.block_until_ready(sound)
 
@@ -358,7 +356,7 @@ class Cosmos3:
         self._check_sound()
         channels = self.config.sound_vae.dec_out_channels
         _check_axes("waveform", waveform, "[B, channels, samples]", channels)
-        with self._autoencoder("sound_vae", waveform) as params:
+        with self._autoencoder("sound_vae", waveform) as (params, waveform):
             latents = encode_sound(params, waveform, config=self.config.sound_vae)
             return jax.block_until_ready(latents)
 
@@ -366,9 +364,11 @@ class Cosmos3:
         return self.meshes.of(len(request.text_ids), request.neg_text_ids is not None)
 
     @contextmanager
-    def _autoencoder(self, part: str, array: Array) -> Iterator[dict]:
-        with ambient(self.meshes.of(len(array), guidance=True)), self.weights.borrow(part) as vae:
-            yield vae
+    def _autoencoder(self, part: str, array: Array) -> Iterator[tuple[dict, Array]]:
+        """Its parameters, and the array on its devices."""
+        mesh = self.meshes.of(len(array), guidance=True)
+        with ambient(mesh), self.weights.borrow(part) as params:
+            yield params, reachable(mesh, array)
 
     def _job(
         self, request: T2VRequest, output: str, trajectory: bool, chunk_size: int | None

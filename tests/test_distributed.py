@@ -13,13 +13,20 @@ import mesh_cases
 import numpy as np
 import pytest
 
-from cosmos3_jax import media
-from cosmos3_jax.distributed import Processes, find_processes, first_host, local_devices
+from cosmos3_jax import distributed, media
+from cosmos3_jax.distributed import (
+    Processes,
+    find_processes,
+    first_host,
+    local_devices,
+    tasks_per_node,
+)
 
 ROOT = Path(__file__).parents[1]
 SRUN = {
-    "SLURM_JOB_ID": "70001", "SLURM_NTASKS": "16", "SLURM_PROCID": "11", "SLURM_LOCALID": "3",
-    "SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_STEP_NODELIST": "gpu[07-08]",
+    "SLURM_JOB_ID": "70001", "SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "11",
+    "SLURM_LOCALID": "3", "SLURM_NODEID": "1", "SLURM_STEP_TASKS_PER_NODE": "12,4",
+    "SLURM_STEP_NODELIST": "gpu[07-08]",
 }  # fmt: skip
 MPIRUN = {
     "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2",
@@ -32,9 +39,11 @@ HEAD = {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911"
     "environment, arguments, expected",
     [
         ({}, {}, None),
-        (SRUN, {}, Processes("gpu07:61809", 16, 11, 8, 3)),
-        (SRUN | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, {}, None),
-        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}, {}, None),  # in a batch script, before srun
+        (SRUN, {}, Processes("gpu07:61809", 16, 11, 4, 3)),
+        (SRUN | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, {}, None),
+        # In a batch script, before srun.
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, {}, None),
+        ({}, {"count": 1}, None),
         (MPIRUN | HEAD, {}, Processes("10.96.0.1:62728", 4, 2, 2, 0)),
         (MPIRUN, {"coordinator": "a:1"}, Processes("a:1", 4, 2, 2, 0)),
         (SRUN, {"coordinator": "a:1", "count": 2, "index": 1}, Processes("a:1", 2, 1)),
@@ -60,6 +69,8 @@ def test_processes_are_found(environment, arguments, expected):
         ({}, {"count": 2, "index": 0}, "not their coordinator"),
         ({}, {"coordinator": "a:1", "count": 2, "index": 2}, "process id 2 must be from 0 to 1"),
         ({}, {"coordinator": "host", "count": 2, "index": 0}, "must be HOST:PORT"),
+        ({}, {"coordinator": "host:99999", "count": 2, "index": 0}, "a port from 1 to 65535"),
+        ({}, {"count": 0}, "0 processes are asked for"),
         (MPIRUN, {}, "not their coordinator"),
         (SRUN | {"SLURM_PROCID": "x"}, {}, "SLURM_PROCID='x', which is not a whole number"),
     ],
@@ -78,18 +89,46 @@ def test_the_first_host(nodes, host):
 
 
 @pytest.mark.parametrize(
-    "here, visible, devices",
+    "text, tasks", [("8(x2),4", [8, 8, 4]), ("3", [3]), ("2,1(x2)", [2, 1, 1]), ("", [1])]
+)
+def test_tasks_of_each_machine(text, tasks):
+    assert tasks_per_node(text) == tasks
+
+
+@pytest.mark.parametrize(
+    "here, visible, gpus, devices",
     [
-        ((1, 0), None, None),  # one process has all
-        ((4, 3), None, [3]),
-        ((4, 3), "0,1,2,3", [3]),
-        ((2, 1), "4,5,6,7", [6, 7]),
-        ((4, 3), "0", None),  # the launcher gave each its own
+        ((1, 0), None, 8, None),  # one process has all
+        ((4, 3), None, 4, [3]),
+        ((4, 3), None, 8, [6, 7]),
+        ((4, 3), None, None, None),  # a machine without NVIDIA's driver
+        # CUDA counts anew what is visible.
+        ((2, 1), "4,5,6,7", 8, [2, 3]),
+        ((2, 1), "GPU-8932f937,GPU-1a9a5565", 8, [1]),
+        ((4, 3), "0", 8, None),  # the launcher gave each its own
     ],
 )
-def test_gpus_of_a_machine_are_shared_out(here, visible, devices):
+def test_gpus_of_a_machine_are_shared_out(here, visible, gpus, devices):
     environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-    assert local_devices(Processes("a:1", 8, 5, *here), environment) == devices
+    assert local_devices(Processes("a:1", 8, 5, *here), environment, gpus) == devices
+
+
+def test_gpus_that_cannot_be_shared_out_are_said():
+    with pytest.raises(ValueError, match="4 processes on this machine cannot share 6 GPUs"):
+        local_devices(Processes("a:1", 8, 5, 4, 1), {}, 6)
+
+
+def test_an_address_where_processes_cannot_meet_is_said(monkeypatch):
+    """Before JAX's service would end the process, or wait where nothing can interrupt it."""
+    monkeypatch.setattr(distributed, "MEETING_SECONDS", 0)
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        address = f"localhost:{taken.getsockname()[1]}"
+        with pytest.raises(ValueError, match="cannot be used .*give all processes --coordinator"):
+            distributed.start(Processes(address, 2, 0))
+    with pytest.raises(ValueError, match=f"nobody listens at {address}"):
+        distributed.start(Processes(address, 2, 1))
 
 
 @pytest.fixture(scope="module")
@@ -142,13 +181,13 @@ def run(tmp_path, checkpoint):
         command.process.wait()
 
 
-def run_two(run, *options: str) -> list[Command]:
-    """Two processes of four devices each."""
+def run_two(run, *options: str, each: tuple = ((), ())) -> list[Command]:
+    """Two processes of four devices each, with the same options, and `each` its own."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     together = ("--coordinator", f"localhost:{port}", "--processes", "2", *options)
-    return [run(str(i), 4, *together, "--process-id", str(i)) for i in range(2)]
+    return [run(str(i), 4, *together, "--process-id", str(i), *each[i]) for i in range(2)]
 
 
 def test_two_processes_make_the_video_of_one(run):
@@ -167,6 +206,13 @@ def test_two_processes_make_the_video_of_one(run):
     pixels = [media.read_video(x.folder / "out.mp4")[0] for x in (two[0], one)]
     difference = np.abs(pixels[0].astype(int) - pixels[1])
     assert pixels[0].shape[0] == 5 and difference.max() <= 2 and difference.mean() < 0.01
+
+
+def test_processes_that_were_told_different_things_say_so(run):
+    """Or their devices would make a video of two halves."""
+    two = run_two(run, "--mesh", "seq=4,cfg=2", each=(("--seed", "1"), ("--seed", "2")))
+    assert [command.wait() for command in two] == [2, 2], two[0].log() + two[1].log()
+    assert all("not told the same: noise differ" in command.log() for command in two)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
