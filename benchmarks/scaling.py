@@ -103,7 +103,7 @@ def group_size(line: str) -> int | None:
         return len(match[1].split(","))
     if match := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
         return int(match[2])
-    if match := re.search(r"replica_groups=mesh\[(.*?)\]\s*\{(.*?)\}", line):
+    if match := re.search(r"replica_groups=mesh\[(.*?)\][^{]*\{(.*?)\}", line):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
         return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", match[2]))
     return None

@@ -22,6 +22,9 @@ def scaling():
 GROUPS = {
     "lists": "replica_groups={{0,1},{2,3}}",
     "iota": "replica_groups=[2,2]<=[4]",
+    "mesh, devices in another order": (
+        "replica_groups=mesh['axis_0'=2,'axis_1'=2], device_ids=(0,2,1,3) {'axis_1'}"
+    ),
     "mesh": "replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_1'}",
 }
 PROGRAM = """HloModule m
