@@ -5,9 +5,9 @@ our kernels fuse several of them, and one pair of matrices for a fused kernel wo
 that no other program can read. A family of modules, one a layer, is stacked over layers as its
 kernel is.
 
-`attach` hangs the pairs beside their kernels, where `layers.Dense` adds B (A x): for training, which
-then holds no second copy of a weight. `merge` adds B A to the kernels: for inference. Files are in
-`lora_files.py`.
+`attach` hangs the pairs beside their kernels, where `layers.Dense` adds B (A x): for training,
+which then holds no second copy of a weight. `merge` adds B A to the kernels, and `merge_on_read`
+does so while a checkpoint is read: for inference. Files are in `lora_files.py`.
 
 Axes: L layers, R rank; i inputs and o outputs of a module, flat and in public order.
 """
@@ -15,7 +15,7 @@ Axes: L layers, R rank; i inputs and o outputs of a module, flat and in public o
 import dataclasses
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -240,6 +240,36 @@ def unmerge(merged: dict, replaced: dict[str, Array]) -> dict:
 def _replace(tree: dict, path: list[str], value: Array) -> dict:
     name, *rest = path
     return tree | {name: _replace(tree[name], rest, value) if rest else value}
+
+
+def merge_on_read(
+    loras: Sequence[Lora], config: TransformerConfig
+) -> Callable[[str, int | None], np.ndarray | None]:
+    """For a checkpoint's reader: (path of a kernel, layer or None) -> what to add, or None.
+
+    On the host and in float32, one layer of one kernel at a time.
+
+    Raises ValueError if an adapter changes nothing.
+    """
+    known, by_leaf = families(config), {}
+    for lora in loras:
+        check_changes(lora)
+        for name, pair in lora.adapters.items():
+            pair = {half: np.asarray(x, np.float32) for half, x in pair.items()}
+            by_leaf.setdefault(known[name].leaf, []).append((known[name], pair, lora.scale))
+
+    def addition(leaf: str, layer: int | None) -> np.ndarray | None:
+        if leaf not in by_leaf:
+            return None
+        place = () if layer is None else (layer,)
+        total = np.zeros(by_leaf[leaf][0][0].kernel, np.float32)
+        for family, pair, scale in by_leaf[leaf]:
+            product = scale * (pair["a"][place] @ pair["b"][place])
+            shape = (*family.kernel[: family.inputs], *family.part)
+            total[(slice(None),) * family.inputs + family.outputs] += product.reshape(shape)
+        return total
+
+    return addition
 
 
 def check_changes(lora: Lora) -> None:

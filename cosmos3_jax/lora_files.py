@@ -11,6 +11,7 @@ Axes: L layers, R rank, i inputs, o outputs of a module.
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -45,10 +46,10 @@ def save(lora: Lora, path: str | Path, config: TransformerConfig, dtype: str = "
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype={dtype!r} is not supported; choose float32 or bfloat16")
     path = _file(Path(path))
-    tensors, ranks = {}, {}
+    known, tensors, ranks = families(config), {}, {}
     for name, pair in lora.adapters.items():
         a, b = np.asarray(pair["a"], np.float32), np.asarray(pair["b"], np.float32)
-        for module, layer in _modules(families(config)[name]):
+        for module, layer in _modules(known[name]):
             if a[layer].any() or b[layer].any():
                 tensors[f"{PREFIX}{module}.lora_A.weight"] = a[layer].T
                 tensors[f"{PREFIX}{module}.lora_B.weight"] = b[layer].T * lora.scale
@@ -91,8 +92,9 @@ def load(path: str | Path, config: TransformerConfig) -> Lora:
     path = _file(Path(path))
     tensors, settings = _read(path)
     pairs = _pairs(path, tensors, config)
+    known = families(config)
     adapters = {}
-    for name, family in families(config).items():
+    for name, family in known.items():
         found = {module: pairs[module] for module in family.modules if module in pairs}
         if not found:
             continue
@@ -181,10 +183,24 @@ def _scale(module: str, rank: int, alpha: np.ndarray | None, settings: dict) -> 
     elif "lora_alpha" in settings:
         value = settings["lora_alpha"]
         for pattern, special in (settings.get("alpha_pattern") or {}).items():
-            # PEFT anchors at a dot or the start, and at the end.
-            if re.match(rf"(.*\.)?({pattern.removeprefix('^')})$", module):
+            if re.match(rf"(.*\.)?({pattern})$", module):  # as PEFT looks it up
                 value = special
                 break
     else:
         return 1.0
     return value / (np.sqrt(rank) if settings.get("use_rslora") else rank)
+
+
+def load_scaled(
+    loras: str | Path | Sequence[str | Path | tuple[str | Path, float]], config: TransformerConfig
+) -> list[Lora]:
+    """Adapters from one path, or from several, each with or without a factor of its own.
+
+    Raises as `load` does, and ValueError on a factor of 0.
+    """
+    several = [loras] if isinstance(loras, str | Path) else loras
+    pairs = [(each, 1.0) if isinstance(each, str | Path) else each for each in several]
+    found = [load(path, config).replace(scale=float(scale)) for path, scale in pairs]
+    for lora in found:
+        check_changes(lora)
+    return found

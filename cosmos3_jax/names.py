@@ -26,6 +26,11 @@ def find(patterns: Sequence[str], names: Mapping[str, Iterable[str]]) -> set[str
 
 
 def near(word: str, names: Mapping[str, Iterable[str]]) -> str:
-    """A few spellings that look like a word, as a list for a message."""
+    """A few spellings that look like a word, or a part of which does, as a list for a message."""
     words = sorted({spelling for spellings in names.values() for spelling in spellings})
-    return ", ".join(difflib.get_close_matches(word, words, n=5, cutoff=0.3) or words[:5])
+
+    def likeness(spelling: str) -> float:
+        parts = [spelling, *re.split(r"[./]", spelling)]
+        return max(difflib.SequenceMatcher(None, word, part).ratio() for part in parts)
+
+    return ", ".join(sorted(words, key=likeness, reverse=True)[:5])

@@ -7,6 +7,7 @@ compiles and shows progress. Research code that wants none of that calls `prepar
 Axes: B batch, C channels, T frames, H rows, W columns; latents t, h, w; s sound latents.
 """
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,11 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from cosmos3_jax import device, memory, memory_limits
+from cosmos3_jax import device, lora_files, memory, memory_limits
 from cosmos3_jax.checkpoint import load
 from cosmos3_jax.config import Config
 from cosmos3_jax.frontend import find_checkpoint, load_frontend
 from cosmos3_jax.generate import params_dtype
+from cosmos3_jax.lora import merge_on_read
 from cosmos3_jax.prepare import TEXT_BUCKET, prepare_request
 from cosmos3_jax.programs import (
     compile_for,
@@ -76,6 +78,7 @@ class Cosmos3:
         dtype: str = "bfloat16",
         load_sound: bool | None = None,
         offload: bool | None = None,
+        lora: str | Path | Sequence[str | Path | tuple[str | Path, float]] | None = None,
     ) -> "Cosmos3":
         """Load a checkpoint in the public or the converted layout.
 
@@ -91,15 +94,23 @@ class Cosmos3:
                 tower and autoencoders are read from the checkpoint one after the other, each when
                 it is used, and leave the device afterwards; every call reads them again. The
                 results are the same. None offloads if the recipe's job would not fit otherwise.
+            lora: a LoRA file in diffusers' layout, or a list of files or of (file, factor). They
+                are merged into the weights as these are read, and cost nothing afterwards.
 
         Raises:
-            CheckpointError: the folder is no checkpoint, or its files do not fit the model.
+            CheckpointError: the folder is no checkpoint, or its files do not fit the model; or a
+                LoRA does not.
             ConfigError: a configuration asks for what is not implemented.
+            ValueError: a LoRA changes nothing.
         """
         if dtype not in ("bfloat16", "float32"):
             raise ValueError(f"dtype={dtype!r} is not supported; choose bfloat16 or float32")
         config, tokenizer = load_frontend(find_checkpoint(path_or_hub_id, False), load_sound)
+        loras = [] if lora is None else lora_files.load_scaled(lora, config.transformer)
         components = load.open_components(find_checkpoint(path_or_hub_id), config)
+        if loras:
+            addition = merge_on_read(loras, config.transformer)
+            components[0] = dataclasses.replace(components[0], addition=addition)
         if offload is None:
             offload = memory_limits.should_offload(
                 config, device.memory_limit(), **memory.recipe_sizes(config), dtype=dtype

@@ -17,8 +17,9 @@ import numpy as np
 import optax
 import pytest
 import torch
+from checkpoint_files import assert_same_folder, assert_same_tree, read_tensors
 from diffusers import Cosmos3OmniTransformer
-from oracle import TRANSFORMER, perturb, relative_l2, tree_from_state_dict
+from oracle import TRANSFORMER, load_pipeline, perturb, relative_l2, tree_from_state_dict
 from training_oracle import oracle_loss
 from training_run import (
     CONFIG,
@@ -30,13 +31,17 @@ from training_run import (
     run,
 )
 
+from cosmos3_jax import Cosmos3
+from cosmos3_jax.checkpoint.rules import CheckpointError
 from cosmos3_jax.checkpoint.transformer_layout import transformer_layout
 from cosmos3_jax.training import flow
 from cosmos3_jax.training.checkpoints import Checkpoints
+from cosmos3_jax.training.export import write_public_checkpoint
 from cosmos3_jax.training.params import join_params, split_params
 from cosmos3_jax.training.step import init_state
 from cosmos3_jax.transformer import Latents, param_shapes
 
+VAES = ("video_vae", "sound_vae")
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
@@ -67,7 +72,7 @@ loss_and_gradients = compiled(
 )
 
 
-def reference(batch: flow.Batch, noise: Latents, sigma: np.ndarray):
+def reference(batch: flow.Batch, noise: Latents, sigma: np.ndarray, model=None):
     """The same by the oracle. Its prompts are lists, so there is no padding to get wrong."""
     examples = []
     for i in range(len(batch.video)):
@@ -86,7 +91,7 @@ def reference(batch: flow.Batch, noise: Latents, sigma: np.ndarray):
                 weight=float(batch.weight[i]),
             )
         )
-    return oracle_loss(oracle(), examples, vars(WEIGHTS))
+    return oracle_loss(model or oracle(), examples, vars(WEIGHTS))
 
 
 @pytest.mark.parametrize("sound", [True, False], ids=["sound", "silent"])
@@ -263,3 +268,87 @@ def test_a_killed_run_continues_to_the_same_numbers(tmp_path):
         smaller, _ = split_params(random_params(), ["gen/layers/mlp"])
         with pytest.raises(ValueError):
             checkpoints.restore(init_state(smaller, optax.adam(1e-3), jax.random.key(0), ema=True))
+
+
+# ---------------------------------------------------------------- as a checkpoint for everybody
+
+
+def test_what_was_trained_is_a_public_checkpoint(public_checkpoint, tmp_path):
+    """Ours reads back what was written, bit for bit; diffusers' pipeline computes the same."""
+    base = Cosmos3.from_pretrained(public_checkpoint, "bfloat16", offload=False).params
+    random = np.random.RandomState(8)
+    towers = {"und": base["und"], "gen": base["gen"]}
+    trained = jax.tree.map(
+        lambda x: (x + 0.02 * random.standard_normal(x.shape)).astype(x.dtype), towers
+    )
+    folder = write_public_checkpoint(
+        tmp_path / "trained", trained, public_checkpoint, max_shard_bytes=200_000
+    )
+    assert len(list((folder / "transformer").glob("*.safetensors"))) > 1
+    assert not list(tmp_path.glob("*partial*"))
+    again = Cosmos3.from_pretrained(folder, "bfloat16", offload=False).params
+    assert_same_tree(again, base | trained)
+    before, after = (read_tensors(x / "transformer") for x in (public_checkpoint, folder))
+    layout = transformer_layout(CONFIG)
+    kept = {key for key in before if np.array_equal(before[key], after[key])}
+    assert before.keys() == after.keys() and kept == {k for k in before if layout.is_unused(k)}
+    for name in ("vae", "sound_tokenizer", "text_tokenizer", "scheduler"):
+        assert_same_folder(folder / name, public_checkpoint / name)
+
+    together = Cosmos3.from_pretrained(folder, "float32", offload=False).params["gen"]
+    count = CONFIG.num_hidden_layers
+    layers = [together["layers"][str(i)] for i in range(count)]
+    together = together | {"layers": jax.tree.map(lambda *x: jnp.stack(x), *layers)}
+    other = write_public_checkpoint(
+        tmp_path / "apart", {"gen": together}, folder, dtype="float32", max_shard_bytes=10**9
+    )
+    gen = Cosmos3.from_pretrained(other, "bfloat16", offload=False).params["gen"]
+    assert_same_tree(gen, trained["gen"])
+
+    model = load_pipeline(folder).transformer
+    batch = make_batch()
+    noise, sigma = draw(batch)
+    float32 = jax.tree.map(lambda x: x.astype(jnp.float32), trained)
+    float32["gen"]["layers"] = jax.tree.map(
+        lambda *x: jnp.stack(x), *(float32["gen"]["layers"][str(i)] for i in range(count))
+    )
+    (loss, _), _ = loss_and_gradients(float32, batch, noise, sigma)
+    expected, _, _ = reference(batch, noise, sigma, model)
+    assert abs(loss - expected) <= 1e-5 * expected
+
+
+def test_a_sound_autoencoder_is_written_too(public_checkpoint, tmp_path):
+    """Its weight norm is folded when it is read: what is written folds to the same weights."""
+    base = Cosmos3.from_pretrained(public_checkpoint, "float32", offload=False).params
+    trained = {name: jax.tree.map(lambda x: 1.5 * x, base[name]) for name in VAES}
+    folder = write_public_checkpoint(
+        tmp_path / "trained", trained, public_checkpoint, dtype="float32"
+    )
+    again = Cosmos3.from_pretrained(folder, "float32", offload=False).params
+    assert_same_tree(again["gen"], base["gen"])
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
+    for name in VAES:
+        jax.tree.map(close, again[name], trained[name])
+
+
+def test_what_cannot_be_written(public_checkpoint, tmp_path):
+    def write(params, target="new", base=public_checkpoint, **options):
+        return write_public_checkpoint(tmp_path / target, params, base, **options)
+
+    with pytest.raises(ValueError, match=r"params has \['lora'\]"):
+        write({"lora": {}})
+    with pytest.raises(ValueError, match="int8"):
+        write(params(), dtype="int8")
+    with pytest.raises(ValueError, match="overlap"):
+        write_public_checkpoint(public_checkpoint / "inside", params(), public_checkpoint)
+    with pytest.raises(CheckpointError, match="do not fit") as caught:
+        norm = {"scale": np.ones(3, np.float32)}
+        write(
+            {"gen": {k: v for k, v in params()["gen"].items() if k != "proj_in"} | {"norm": norm}}
+        )
+    assert "gen/proj_in/kernel" in str(caught.value)
+    assert "gen/norm/scale: (3,), expected (64,)" in str(caught.value)
+    (tmp_path / "other").mkdir()
+    with pytest.raises(FileExistsError):
+        write(params(), "other")
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]

@@ -24,8 +24,8 @@ compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimizatio
 CONFIG = TransformerConfig.from_dict(
     dict(
         hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=16, intermediate_size=96, vocab_size=264, rope_scaling={"mrope_section": [4, 2, 2]},
-        latent_channel=6, patch_latent_dim=24, sound_gen=True, sound_dim=5,
+        head_dim=16, intermediate_size=96, vocab_size=264, latent_channel=6,
+        rope_scaling={"mrope_section": [4, 2, 2]}, patch_latent_dim=24, sound_gen=True, sound_dim=5,
     )
 )  # fmt: skip
 FRAMES, HEIGHT, WIDTH, SOUND = 3, 3, 5, 4
@@ -74,7 +74,7 @@ def random_params() -> dict:
 
 @functools.cache
 def compiled_step(**changes):
-    """The step of the options above, but for `changes`: of them, or of `optimizer` and `combine`."""
+    """The step of the options above, but for `changes`: of them, or of the step's arguments."""
     arguments = {"optimizer": OPTIMIZER}
     for name in ("optimizer", "combine"):
         if name in changes:

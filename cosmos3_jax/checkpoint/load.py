@@ -61,6 +61,8 @@ class Component:
         files: its tensors.
         layout: how they are stored.
         leaves: path -> shape of our tree, and `prefix` where that tree hangs in the whole one.
+        addition: (path, layer or None) -> what is added to a leaf, or to its layer, as it is read,
+            or None; see `lora.merge_on_read`.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Component:
     layout: Layout
     leaves: dict[str, tuple[int, ...]]
     prefix: str
+    addition: Callable[[str, int | None], np.ndarray | None] | None = None
 
     def pieces(
         self, dtype: jnp.dtype, parts: Collection[str] | None = None, unstacked: bool = False
@@ -99,7 +102,18 @@ class Component:
         return pieces
 
     def read(self, piece: Piece) -> np.ndarray:
-        """The values of a piece. Weight norm is folded before they are rounded to its dtype."""
+        """The values of a piece. Weight norm is folded, and what is to be added is, before they are
+        rounded to its dtype.
+        """
+        if self.addition is not None:
+            leaf, layer = _layer_of(piece)
+            added = self.addition(leaf, layer)
+            if added is not None:
+                wide = dataclasses.replace(piece, dtype=np.dtype(np.float32))
+                return (self._stored(wide) + added).astype(piece.dtype)
+        return self._stored(piece)
+
+    def _stored(self, piece: Piece) -> np.ndarray:
         if [index for _, index in piece.parts] == [()]:  # one tensor is all of it: no copy if alike
             [(rule, _)] = piece.parts
             values = rule.to_leaf(*(self.files.read(key) for key in rule.keys))
@@ -237,6 +251,13 @@ def compile_loading(components: list[Component], dtype: jnp.dtype, unstacked: bo
     """Compile the small programs with which `load_params` fills stacked leaves."""
     for component in components:
         compile_placing(component.pieces(dtype, unstacked=unstacked), component.leaves)
+
+
+def _layer_of(piece: Piece) -> tuple[str, int | None]:
+    """The path of a piece's leaf, and which of its layers it is, together or apart."""
+    if apart := re.search(r"/layers/(\d+)/", piece.leaf):
+        return piece.leaf.replace(apart[0], "/layers/"), int(apart[1])
+    return piece.leaf, piece.place[0] if piece.place else None
 
 
 def _hang(tree: dict, component: Component, path: str, leaf: Any) -> None:
