@@ -130,18 +130,22 @@ def init(
         module: (module, family.leaf) for family in known.values() for module in family.modules
     }
     chosen = find(patterns, names)
-    adapters = {}
-    for name, family in known.items():
-        wanted = np.array([module in chosen for module in family.modules])
-        if not wanted.any():
-            continue
-        key, for_a = jax.random.split(key)
-        layers = (len(wanted),) if family.stacked else ()
-        inputs, outputs = family.sizes
-        a = jax.random.uniform(for_a, (*layers, inputs, rank), minval=-1) / np.sqrt(inputs)
-        a = jnp.where(wanted.reshape(*layers, 1, 1), a, 0)
-        adapters[name] = {"a": a, "b": jnp.zeros((*layers, rank, outputs))}
-    return Lora(adapters, 1.0 if alpha is None else alpha / rank)
+
+    def draw(key: Array) -> dict[str, dict[str, Array]]:
+        adapters = {}
+        for name, family in known.items():
+            wanted = np.array([module in chosen for module in family.modules])
+            if not wanted.any():
+                continue
+            key, for_a = jax.random.split(key)
+            layers = (len(wanted),) if family.stacked else ()
+            inputs, outputs = family.sizes
+            a = jax.random.uniform(for_a, (*layers, inputs, rank), minval=-1) / np.sqrt(inputs)
+            a = jnp.where(wanted.reshape(*layers, 1, 1), a, 0)
+            adapters[name] = {"a": a, "b": jnp.zeros((*layers, rank, outputs))}
+        return adapters
+
+    return Lora(jax.jit(draw)(key), 1.0 if alpha is None else alpha / rank)
 
 
 def attach(lora: Lora, params: dict, config: TransformerConfig) -> dict:
@@ -150,7 +154,15 @@ def attach(lora: Lora, params: dict, config: TransformerConfig) -> dict:
     Nothing of the size of a weight is made. Differentiable in both; the fused kernel's pair is
     [i, sum of R] and [sum of R, o], zero where a part's rank meets another part's outputs.
     """
-    known, by_leaf = families(config), {}
+    for leaf, pair in _fused_pairs(lora, config).items():
+        params = _with_pair(params, leaf.split("/")[:-1], pair)
+    return params
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _fused_pairs(lora: Lora, config: TransformerConfig) -> dict[str, dict[str, Array]]:
+    """Path of a kernel -> the pair that `layers.Dense` reads beside it."""
+    known, by_leaf, fused = families(config), {}, {}
     for name in lora.adapters:
         by_leaf.setdefault(known[name].leaf, []).append(known[name])
     for leaf, members in by_leaf.items():
@@ -166,8 +178,8 @@ def attach(lora: Lora, params: dict, config: TransformerConfig) -> dict:
             values = pair["b"].reshape(*leading, stop - start, *family.part) * lora.scale
             b = b.at[(*layers, slice(start, stop), *family.outputs)].set(values.astype(b.dtype))
             start = stop
-        params = _with_pair(params, leaf.split("/")[:-1], {"lora_a": a, "lora_b": b})
-    return params
+        fused[leaf] = {"lora_a": a, "lora_b": b}
+    return fused
 
 
 def _with_pair(tree: dict, path: list[str], pair: dict[str, Array]) -> dict:

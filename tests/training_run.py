@@ -8,14 +8,14 @@ import functools
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from cosmos3_jax.config import TransformerConfig
 from cosmos3_jax.training import flow
 from cosmos3_jax.training.checkpoints import Checkpoints
-from cosmos3_jax.training.step import TrainOptions, init_state, train_step
+from cosmos3_jax.training.params import split_params
+from cosmos3_jax.training.step import TrainOptions, TrainState, init_state, train_step
 from cosmos3_jax.transformer import Latents, param_shapes
 
 # LLVM at its fastest: these programs run for milliseconds.
@@ -72,6 +72,12 @@ def random_params() -> dict:
     return jax.tree.map(lambda x: 0.1 * normal(random, *x.shape), param_shapes(CONFIG))
 
 
+def start(optimizer: optax.GradientTransformation = OPTIMIZER) -> tuple[TrainState, dict]:
+    """The MLPs of both towers learn: few leaves compile fast. Their state, and the rest."""
+    learns, frozen = split_params(random_params(), ["/layers/mlp/"])
+    return init_state(learns, optimizer, jax.random.key(7), ema=True), frozen
+
+
 @functools.cache
 def compiled_step(**changes):
     """The step of the options above, but for `changes`: of them, or of the step's arguments."""
@@ -83,21 +89,19 @@ def compiled_step(**changes):
     return compiled(functools.partial(train_step, config=CONFIG, options=options, **arguments))
 
 
-def run(folder, steps: int, every: int = 1) -> list[float]:
+def run(folder, steps: int) -> list[float]:
     """Train up to `steps`, from what the folder holds or from the start; the losses."""
-    state, losses = init_state(random_params(), OPTIMIZER, jax.random.key(7), ema=True), []
+    (state, frozen), losses = start(), []
     with Checkpoints(folder, keep=2) as checkpoints:
         if checkpoints.last is not None:
             state = checkpoints.restore(state)
         for step in range(int(state.step), steps):
-            state, metrics = compiled_step()(state, {}, make_batch(step))
+            state, metrics = compiled_step()(state, frozen, make_batch(step))
             losses.append(float(metrics["loss"]))
-            if every:
-                print("saving", step + 1, losses[-1], flush=True)
-                checkpoints.save(state)
+            print("saving", step + 1, losses[-1], flush=True)
+            checkpoints.save(state)
     return losses
 
 
 if __name__ == "__main__":
-    jnp.zeros(())  # the backend, before anything is timed
     run(sys.argv[1], int(sys.argv[2]))

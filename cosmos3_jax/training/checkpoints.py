@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
+from cosmos3_jax.checkpoint.rules import raise_problems
 from cosmos3_jax.training.step import TrainState
 
 
@@ -25,7 +26,9 @@ class Checkpoints:
         if keep < 1:
             raise ValueError(f"keep={keep} would keep no state; choose at least 1")
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(Path(folder).resolve(), options=options)
+        self._manager = ocp.CheckpointManager(
+            Path(folder).resolve(), options=options, item_handlers=ocp.StandardCheckpointHandler()
+        )
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -66,6 +69,7 @@ class Checkpoints:
                 f"{self._manager.directory} has no state of step {step}, it has {found}"
             )
         template = jax.tree.map(ocp.utils.to_shape_dtype_struct, _storable(like))
+        _check(f"the state of step {step}", self._manager.item_metadata(step), template)
         found = self._manager.restore(step, args=ocp.args.StandardRestore(template))
         impl = jax.random.key_impl(like.key)
         return found.replace(key=jax.random.wrap_key_data(found.key, impl=impl))
@@ -73,3 +77,31 @@ class Checkpoints:
 
 def _storable(state: TrainState) -> TrainState:
     return state.replace(key=jax.random.key_data(state.key))
+
+
+def _check(title: str, stored, wanted) -> None:
+    """Raise ValueError, with all that differ, unless two trees have the same leaves."""
+    stored, wanted = _leaves(stored), _leaves(wanted)
+    problems = {
+        "only on disk": sorted(set(stored) - set(wanted)),
+        "only in the run": sorted(set(wanted) - set(stored)),
+        "another shape": [
+            f"{path}: {stored[path]} on disk, {shape} in the run"
+            for path, shape in wanted.items()
+            if stored.get(path, shape) != shape
+        ],
+    }
+    raise_problems(f"{title} is not one of this run", problems)
+
+
+def _leaves(tree) -> dict[str, tuple[int, ...]]:
+    """Path -> shape; orbax has numbers where a tuple is, and names where a dataclass is."""
+
+    def name(key) -> str:
+        found = (getattr(key, kind, None) for kind in ("name", "key", "idx"))
+        return str(next(x for x in found if x is not None))
+
+    return {
+        "/".join(map(name, path)): tuple(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }

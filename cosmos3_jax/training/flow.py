@@ -31,7 +31,7 @@ class Batch:
         sound: [B, s, C_sound], clean and channels last, or None for silent examples.
         fps: frames per second of the videos, [B] or a scalar.
         frame_mask: bool [B, t], the latent frames that are given rather than generated; None: none.
-        uncond_ids, uncond_mask: [B, S'] or [S'], S' <= S: the prompt that stands for no prompt.
+        uncond_ids, uncond_mask: [B, S'] or [S'], the prompt that stands for no prompt.
             Needed for text dropout alone.
         weight: [B], how much each example counts; None: all the same.
     """
@@ -118,35 +118,29 @@ def check_batch(batch: Batch, config: TransformerConfig, text_dropout: float = 0
         raise ValueError(
             f"text_dropout={text_dropout} needs uncond_ids and uncond_mask in the batch"
         )
-    longest, room = (0 if x is None else x.shape[-1] for x in (batch.uncond_ids, batch.text_ids))
-    if longest > room:
-        raise ValueError(f"uncond_ids has {longest} tokens, text_ids room for {room}; pad text_ids")
 
 
 def fill_batch(batch: Batch) -> Batch:
     """Every optional field but `sound` as an array with a leading B, so that it can be split.
 
-    The unconditional prompt, if there is one, is padded to S.
+    The prompts, and the unconditional ones if there are any, are padded to one length.
     """
     count, frames = batch.video.shape[:2]
+    text = {"text_ids": batch.text_ids, "text_mask": batch.text_mask}
+    if batch.uncond_ids is not None:
+        text |= {"uncond_ids": batch.uncond_ids, "uncond_mask": batch.uncond_mask}
+    width = max(x.shape[-1] for x in text.values())
 
-    def rows(values: Array, width: int) -> Array:
-        values = jnp.broadcast_to(values, (count, values.shape[-1]))
+    def rows(values: Array) -> Array:
+        values = jnp.broadcast_to(jnp.asarray(values), (count, values.shape[-1]))
         return jnp.pad(values, [(0, 0), (0, width - values.shape[-1])])
 
-    uncond = {}
-    if batch.uncond_ids is not None:
-        width = batch.text_ids.shape[1]
-        uncond = {
-            "uncond_ids": rows(jnp.asarray(batch.uncond_ids), width),
-            "uncond_mask": rows(jnp.asarray(batch.uncond_mask), width),
-        }
     mask, weight = batch.frame_mask, batch.weight
     return batch.replace(
         fps=jnp.broadcast_to(jnp.asarray(batch.fps, jnp.float32), (count,)),
         frame_mask=jnp.zeros((count, frames), bool) if mask is None else jnp.asarray(mask, bool),
         weight=jnp.ones(count) if weight is None else jnp.asarray(weight, jnp.float32),
-        **uncond,
+        **{name: rows(values) for name, values in text.items()},
     )
 
 

@@ -1,16 +1,33 @@
-"""Which parameters learn: a tree taken apart by the paths of its leaves, cast, put together."""
+"""The parameters to train: read, taken apart by the paths of their leaves, cast, put together."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
+from cosmos3_jax.checkpoint import load
 from cosmos3_jax.checkpoint.rules import leaf_shapes
 from cosmos3_jax.checkpoint.transformer_layout import transformer_layout
-from cosmos3_jax.config import TransformerConfig
+from cosmos3_jax.config import Config, TransformerConfig
+from cosmos3_jax.frontend import find_checkpoint
 from cosmos3_jax.names import find
 
 TOWERS = ("und", "gen")
+
+
+def load_towers(
+    path_or_hub_id: str | Path, dtype: str = "bfloat16", load_sound: bool | None = None
+) -> tuple[dict, Config]:
+    """Both towers of a checkpoint, layers stacked, and its configuration.
+
+    Stacked, one layer is compiled, forwards and backwards; `Cosmos3` takes them apart for speed.
+
+    Args and errors as for `Cosmos3.from_pretrained`.
+    """
+    config = load.load_config(find_checkpoint(path_or_hub_id, False), load_sound)
+    components = load.open_components(find_checkpoint(path_or_hub_id), config)
+    return load.load_params(components, jnp.dtype(dtype), parts=TOWERS), config
 
 
 def split_params(params: dict, patterns: Sequence[str]) -> tuple[dict, dict]:
