@@ -125,27 +125,32 @@ def init(
         raise ValueError(f"rank={rank} must be at least 1")
     if alpha == 0:
         raise ValueError("alpha=0 would change nothing")
-    known = families(config)
     names = {
-        module: (module, family.leaf) for family in known.values() for module in family.modules
+        module: (module, family.leaf)
+        for family in families(config).values()
+        for module in family.modules
     }
     chosen = find(patterns, names)
+    adapters = _draw(key, config, frozenset(chosen), rank)
+    return Lora(adapters, 1.0 if alpha is None else alpha / rank)
 
-    def draw(key: Array) -> dict[str, dict[str, Array]]:
-        adapters = {}
-        for name, family in known.items():
-            wanted = np.array([module in chosen for module in family.modules])
-            if not wanted.any():
-                continue
-            key, for_a = jax.random.split(key)
-            layers = (len(wanted),) if family.stacked else ()
-            inputs, outputs = family.sizes
-            a = jax.random.uniform(for_a, (*layers, inputs, rank), minval=-1) / np.sqrt(inputs)
-            a = jnp.where(wanted.reshape(*layers, 1, 1), a, 0)
-            adapters[name] = {"a": a, "b": jnp.zeros((*layers, rank, outputs))}
-        return adapters
 
-    return Lora(jax.jit(draw)(key), 1.0 if alpha is None else alpha / rank)
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _draw(
+    key: Array, config: TransformerConfig, chosen: frozenset[str], rank: int
+) -> dict[str, dict[str, Array]]:
+    adapters = {}
+    for name, family in families(config).items():
+        wanted = np.array([module in chosen for module in family.modules])
+        if not wanted.any():
+            continue
+        key, for_a = jax.random.split(key)
+        layers = (len(wanted),) if family.stacked else ()
+        inputs, outputs = family.sizes
+        a = jax.random.uniform(for_a, (*layers, inputs, rank), minval=-1) / np.sqrt(inputs)
+        a = jnp.where(wanted.reshape(*layers, 1, 1), a, 0)
+        adapters[name] = {"a": a, "b": jnp.zeros((*layers, rank, outputs))}
+    return adapters
 
 
 def attach(lora: Lora, params: dict, config: TransformerConfig) -> dict:
