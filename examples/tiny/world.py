@@ -26,7 +26,7 @@ SAMPLES_PER_LATENT = 1_920
 SIZE = 96
 ONSET, DECAY = 0.004, 0.13  # seconds
 HARMONICS = (1.0, 0.3, 0.12)
-LOUDNESS = 0.74  # the peak is then between 0.85 and 0.95 for every pitch
+LOUDNESS = 0.93  # the peak is then close to 0.92 for every pitch
 NEVER = 1e6  # the time of an event that does not happen
 
 
