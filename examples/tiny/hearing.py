@@ -50,7 +50,7 @@ def listen(sound: np.ndarray, sample_rate: int = 48_000) -> Heard:
     for onset in _onsets(level):
         begin = int(max(onset, 0) / STEP)
         left, right = power[:, begin : begin + round(0.1 / STEP)].sum(1) ** 0.5
-        tones.append(Tone(onset, float(right / (left + right + 1e-9))))
+        tones.append(Tone(float(onset), float(right / (left + right + 1e-9))))
     hertz, pure = _pitch(sound, [tone.time for tone in tones], sample_rate)
     nearest = min(sc.PITCHES | sc.NEW_PITCHES, key=lambda name: abs(np.log(hertz / sc.pitch_hz(name))))
     near = abs(np.log(hertz / sc.pitch_hz(nearest))) < np.log(SEMITONE)

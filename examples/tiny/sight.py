@@ -77,10 +77,12 @@ def watch(video: np.ndarray, fps: float = sc.FPS) -> Sight:
 
 def _covers(video: np.ndarray) -> list[tuple[str, np.ndarray]]:
     """Up to two colours, and how much of each pixel that shape covers: float [T, H, W]."""
-    chroma = video.max(-1) - video.min(-1)
+    red, green, blue = np.moveaxis(video, -1, 0)
+    chroma = np.maximum(np.maximum(red, green), blue) - np.minimum(np.minimum(red, green), blue)
     inside = chroma > max(MIN_CHROMA, 0.6 * np.quantile(chroma[::4], 0.98))
-    if inside.mean() < 0.005:
-        return []
+    calm = chroma[::8] < MIN_CHROMA / 2
+    if inside.mean() < 0.005 or calm.mean() < 0.1:
+        return []  # nothing stands out, or everything does
     names = list(sc.COLOURS | sc.NEW_COLOURS)
     palette = np.array([sc.colour_rgb(name) for name in names], np.float32) / 255
     pixels = video[inside]
@@ -94,14 +96,15 @@ def _covers(video: np.ndarray) -> list[tuple[str, np.ndarray]]:
         # Two shapes are apart; a shape of two tones is in one place.
         if np.linalg.norm(middles[0] - middles[1]) > video.shape[1] / 8:
             found.append(second)
-    ground = np.median(video[chroma < MIN_CHROMA / 2], 0)
+    ground = np.median(video[::8][calm], 0)
     tones = np.array([np.median(pixels[labels == label], 0) for label in found])
-    owner = _nearest(video.reshape(-1, 3), tones).reshape(chroma.shape)
     covers = []
     for i, label in enumerate(found):
         towards = tones[i] - ground
         cover = np.clip((video - ground) @ towards / (towards @ towards), 0, 1)
-        cover = np.where(owner == i, cover, 0)
+        if len(found) > 1:
+            near, far = (np.square(video - tones[j]) @ np.ones(3, np.float32) for j in (i, 1 - i))
+            cover = np.where(near < far, cover, 0)
         covers.append((names[label], np.stack([_largest(frame) for frame in cover])))
     return covers
 
@@ -137,7 +140,7 @@ def _follow(colour: str, cover: np.ndarray, fps: float, scale: float) -> Seen | 
     when = np.arange(frames)
     centre = [np.interp(when, when[visible], path[visible]) for path in (x, y)]
     path = scale * np.stack(centre, 1)
-    shape, radius = _portrait(cover, centre, scale)
+    shape, radius = _portrait(cover[::2], [path[::2] for path in centre], scale)
     velocity, times = zip(*(_turns(path[:, axis], fps) for axis in (0, 1)), strict=True)
     turns = [
         Turn(time, *(float(np.interp(time * fps, when, path[:, axis])) for axis in (0, 1)))
