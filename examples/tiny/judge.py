@@ -264,19 +264,29 @@ def save_scenes(folder: Path, scenes: Sequence[Scene], sentences: Sequence[str])
     return [folder / name for name in names]
 
 
-def judge_folder(folder: Path) -> tuple[list[Scene], list[str], list[Verdict]]:
-    """Read and judge every clip that scenes.json names. A file without sound is silent."""
-    entries = json.loads((Path(folder) / SCENES_FILE).read_text())
-    verdicts = []
-    for entry in entries:
+class StoredClip(NamedTuple):
+    """A clip of a folder: uint8 [T, H, W, 3], frames a second, float32 [2, S], Hz, its words."""
+
+    video: np.ndarray
+    fps: float
+    sound: np.ndarray
+    sample_rate: int
+    scene: Scene
+    sentence: str
+
+
+def read_folder(folder: Path, limit: int | None = None) -> list[StoredClip]:
+    """The clips that scenes.json names, or the first `limit`. A file without sound is silent."""
+    clips = []
+    for entry in json.loads((Path(folder) / SCENES_FILE).read_text())[:limit]:
         path = Path(folder) / entry["file"]
         video, fps = media.read_video(path)
-        sound, rate = np.zeros((2, 1)), 48_000
+        sound, rate = np.zeros((1, 1), np.float32), 48_000
         if media.probe(path).channels:
             sound, rate = media.read_sound(path)
-        verdicts.append(judge(video, np.broadcast_to(sound, (2, sound.shape[1])), fps, rate))
-    scenes = [Scene(**entry["scene"]) for entry in entries]
-    return scenes, [entry["sentence"] for entry in entries], verdicts
+        sound = np.broadcast_to(sound, (2, sound.shape[1]))
+        clips.append(StoredClip(video, fps, sound, rate, Scene(**entry["scene"]), entry["sentence"]))
+    return clips
 
 
 def report(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -297,8 +307,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the table here")
     parser.add_argument("--markdown", type=Path, help="write it here too, for a README")
     args = parser.parse_args()
-    scenes, _, verdicts = judge_folder(args.folder)
-    rows = score(scenes, verdicts)
+    clips = read_folder(args.folder)
+    verdicts = [judge(clip.video, clip.sound, clip.fps, clip.sample_rate) for clip in clips]
+    rows = score([clip.scene for clip in clips], verdicts)
     if args.json:
         media.write_text(args.json, json.dumps(report(rows), indent=1) + "\n", overwrite=True)
     if args.markdown:
