@@ -52,7 +52,9 @@ def listen(sound: np.ndarray, sample_rate: int = 48_000) -> Heard:
         left, right = power[:, begin : begin + round(0.1 / STEP)].sum(1) ** 0.5
         tones.append(Tone(float(onset), float(right / (left + right + 1e-9))))
     hertz, pure = _pitch(sound, [tone.time for tone in tones], sample_rate)
-    nearest = min(sc.PITCHES | sc.NEW_PITCHES, key=lambda name: abs(np.log(hertz / sc.pitch_hz(name))))
+    nearest = min(
+        sc.PITCHES | sc.NEW_PITCHES, key=lambda name: abs(np.log(hertz / sc.pitch_hz(name)))
+    )
     near = abs(np.log(hertz / sc.pitch_hz(nearest))) < np.log(SEMITONE)
     return Heard(tones, nearest if near and pure else None, hertz)
 

@@ -11,7 +11,6 @@ Axes: T frames, H rows, W columns, S samples.
 """
 
 import argparse
-import dataclasses
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -21,12 +20,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cosmos3_jax import media
+from examples.tiny import clips as cl
 from examples.tiny import scenes as sc
 from examples.tiny.hearing import Heard, listen
 from examples.tiny.scenes import Scene
 from examples.tiny.sight import Seen, Sight, watch
 
-SCENES_FILE = "scenes.json"
 FRAME = 1 / sc.FPS
 LATENT_FRAME = 4 / sc.FPS  # the video VAE's
 NOON = (sc.WHEN["early"][1] + sc.WHEN["late"][0]) / 2  # parts early from late, in seconds
@@ -136,9 +135,7 @@ WORDS: dict[str, Callable[[Scene, Verdict], bool | None]] = {
     "first tone early or late": lambda scene, verdict: _when(
         scene, [tone.time for tone in verdict.heard.tones]
     ),
-    "pitch": lambda scene, verdict: (
-        verdict.heard.pitch == scene.pitch if scene.pitch else None
-    ),
+    "pitch": lambda scene, verdict: verdict.heard.pitch == scene.pitch if scene.pitch else None,
     "nothing touches or sounds": _silence,
 }
 
@@ -196,7 +193,9 @@ def score(scenes: Sequence[Scene], verdicts: Sequence[Verdict], seed: int = 0) -
     Raises ValueError if the numbers of scenes and verdicts differ, or are below two.
     """
     if len(scenes) != len(verdicts) or len(scenes) < 2:
-        raise ValueError(f"{len(scenes)} scenes and {len(verdicts)} verdicts: give as many, 2 or more")
+        raise ValueError(
+            f"{len(scenes)} scenes and {len(verdicts)} verdicts: give as many, 2 or more"
+        )
     checks = {
         name: (lambda i, j, check=check: check(scenes[i], verdicts[j]))
         for name, check in WORDS.items()
@@ -247,46 +246,8 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-# Folders of clips
+# The command
 # --------------------------------------------------------------------------------------------------
-
-
-def save_scenes(folder: Path, scenes: Sequence[Scene], sentences: Sequence[str]) -> list[Path]:
-    """Write what `--folder` reads; returns the paths that the mp4 files must have."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    names = [f"{n:04d}.mp4" for n in range(len(scenes))]
-    entries = [
-        {"file": name, "sentence": text, "scene": dataclasses.asdict(scene)}
-        for name, text, scene in zip(names, sentences, scenes, strict=True)
-    ]
-    media.write_text(folder / SCENES_FILE, json.dumps(entries, indent=1), overwrite=True)
-    return [folder / name for name in names]
-
-
-class StoredClip(NamedTuple):
-    """A clip of a folder: uint8 [T, H, W, 3], frames a second, float32 [2, S], Hz, its words."""
-
-    video: np.ndarray
-    fps: float
-    sound: np.ndarray
-    sample_rate: int
-    scene: Scene
-    sentence: str
-
-
-def read_folder(folder: Path, limit: int | None = None) -> list[StoredClip]:
-    """The clips that scenes.json names, or the first `limit`. A file without sound is silent."""
-    clips = []
-    for entry in json.loads((Path(folder) / SCENES_FILE).read_text())[:limit]:
-        path = Path(folder) / entry["file"]
-        video, fps = media.read_video(path)
-        sound, rate = np.zeros((1, 1), np.float32), 48_000
-        if media.probe(path).channels:
-            sound, rate = media.read_sound(path)
-        sound = np.broadcast_to(sound, (2, sound.shape[1]))
-        clips.append(StoredClip(video, fps, sound, rate, Scene(**entry["scene"]), entry["sentence"]))
-    return clips
 
 
 def report(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -303,11 +264,13 @@ def report(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Score a folder of clips of the tiny world.")
-    parser.add_argument("--folder", type=Path, required=True, help=f"mp4 files and {SCENES_FILE}")
+    parser.add_argument(
+        "--folder", type=Path, required=True, help=f"mp4 files and {cl.SCENES_FILE}"
+    )
     parser.add_argument("--json", type=Path, help="write the table here")
     parser.add_argument("--markdown", type=Path, help="write it here too, for a README")
     args = parser.parse_args()
-    clips = read_folder(args.folder)
+    clips = cl.read_folder(args.folder)
     verdicts = [judge(clip.video, clip.sound, clip.fps, clip.sample_rate) for clip in clips]
     rows = score([clip.scene for clip in clips], verdicts)
     if args.json:

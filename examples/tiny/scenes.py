@@ -92,7 +92,7 @@ class Scene:
 
     @property
     def kind(self) -> str:
-        """"silent", "wall" or "meet"."""
+        """ "silent", "wall" or "meet"."""
         return "meet" if self.other else "wall" if self.pitch else "silent"
 
 
@@ -140,7 +140,9 @@ def bodies(scene: Scene) -> list[Body]:
     second = position.copy()
     second[axis] = second_end + sign * scene.pace * scene.meets
     limits = [(low.copy(), high.copy()) for _ in range(2)]
-    for (least, most), end, side in zip(limits, (first_end, second_end), (sign, -sign), strict=True):
+    for (least, most), end, side in zip(
+        limits, (first_end, second_end), (sign, -sign), strict=True
+    ):
         (most if side > 0 else least)[axis] = end
     velocity = heading * scene.pace
     return [Body(position, velocity, *limits[0]), Body(second, -velocity, *limits[1])]
@@ -160,7 +162,9 @@ def bounces(scene: Scene, duration: float = DURATION) -> list[Bounce]:
         time = (span - start if forward else start) / speed
         while time < duration:
             touched = reflect(body, time)
-            touched[axis] += (1 if forward else -1) * REACH[scene.shape][axis][int(forward)] * scene.radius
+            touched[axis] += (
+                (1 if forward else -1) * REACH[scene.shape][axis][int(forward)] * scene.radius
+            )
             found.append(Bounce(float(time), float(touched[0]), float(touched[1])))
             time, forward = time + span / speed, not forward
     return sorted(found)

@@ -17,7 +17,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from cosmos3_jax import media
-from examples.tiny import grammar, judge, world
+from examples.tiny import clips as cl
+from examples.tiny import grammar, world
 from examples.tiny import scenes as sc
 
 PAPER, INK, FAINT = (252, 252, 250), (38, 40, 46), (176, 180, 188)
@@ -43,7 +44,9 @@ def sheet(clips: Sequence[Clip], columns: int = COLUMNS, sample_rate: int = 48_0
     Raises ValueError if there are no clips, or fewer than two columns.
     """
     if not clips or columns < 2:
-        raise ValueError(f"{len(clips)} clips in {columns} columns: give a clip and two columns or more")
+        raise ValueError(
+            f"{len(clips)} clips in {columns} columns: give a clip and two columns or more"
+        )
     width = columns * TILE + (columns - 1) * GAP
     captions = [textwrap.wrap(text, width // 8) for _, _, text in clips]
     heights = [len(lines) * LINE + 8 + TILE + GAP + WAVE + SPECTRUM + GAP for lines in captions]
@@ -125,7 +128,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.folder:
-        clips = judge.read_folder(args.folder, args.rows)
+        clips = cl.read_folder(args.folder, args.rows)
         clips = [(clip.video, clip.sound, clip.sentence) for clip in clips]
     else:
         chosen = grammar.held_out_sentences(args.rows, args.seed)

@@ -221,7 +221,9 @@ def _merge(turns: list[Turn]) -> list[Turn]:
 # --------------------------------------------------------------------------------------------------
 
 
-def _portrait(cover: np.ndarray, centre: list[np.ndarray], scale: float) -> tuple[str | None, float]:
+def _portrait(
+    cover: np.ndarray, centre: list[np.ndarray], scale: float
+) -> tuple[str | None, float]:
     """The shape and radius whose template overlaps most with the mean picture of the object."""
     offsets = np.arange(-PATCH, PATCH + 1) / scale
     frames = np.arange(len(cover))

@@ -141,7 +141,9 @@ def ring(scene: Mapping[str, jax.Array], samples: int) -> jax.Array:
     # The nearer side always has the full level, so a place changes the balance, never the peak.
     right = 0.15 + 0.7 * scene["places"]
     level = jnp.minimum(1, 2 * jnp.stack([1 - right, right]))  # [2, E]
-    return jnp.clip(LOUDNESS * jnp.einsum("ce,es->cs", level, envelope * tone, precision="highest"), -1, 1)
+    return jnp.clip(
+        LOUDNESS * jnp.einsum("ce,es->cs", level, envelope * tone, precision="highest"), -1, 1
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("frames", "fps", "size", "samples"))
