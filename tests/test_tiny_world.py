@@ -202,7 +202,8 @@ def test_a_picture_is_the_same_at_twice_the_resolution(wall_clip):
 def test_nothing_touches_nothing_sounds():
     silent = dataclasses.replace(WALL, pitch=None, when=None, x=60.0)
     assert not sc.bounces(silent)
-    assert not np.any(world.render(silent, frames=1)[1])
+    [(_, sound)] = judge_check.true_clips([silent])
+    assert not np.any(sound)
 
 
 # The judge
@@ -316,7 +317,8 @@ def test_a_clip_of_another_form_is_refused():
 
 def test_the_table_has_shuffled_scores_near_chance(held_out, verdicts):
     rows = {row.attribute: row for row in judge.score(held_out[0], verdicts)}
-    assert all(row.share == 1 for row in rows.values())
+    assert all(row.right == row.total for row in rows.values())
+    assert all(rows[name].total >= 9 for name in judge.BARS)  # the other sentences are silent
     # Twelve clips: chance has to be well below every bar; shuffled ones scatter around it.
     for name in judge.BARS:
         assert rows[name].chance < 0.4 and rows[name].shuffled < 0.7, rows[name]

@@ -92,6 +92,8 @@ def _wave(sound: np.ndarray, width: int, height: int) -> Image.Image:
     edges = np.linspace(0, sound.shape[1], width + 1).astype(int)
     for channel, (colour, sign) in enumerate(((LEFT, -1), (RIGHT, 1))):
         peaks = np.maximum.reduceat(np.abs(sound[channel]), edges[:-1])
+        # A column may fall between two crests of a low tone: its neighbours help.
+        peaks = np.lib.stride_tricks.sliding_window_view(np.pad(peaks, 4), 9).max(1)
         for x, peak in enumerate(peaks):
             reach = round(float(min(peak, 1.0)) * (middle - 2))
             if reach:
