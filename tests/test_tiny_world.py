@@ -129,7 +129,7 @@ def test_training_never_meets_a_held_out_combination(training):
     assert not any(grammar.held_out(grammar.combination(scene)) for scene in training[0])
     chosen = grammar.held_out_sentences(200)
     assert all(grammar.held_out(grammar.combination(scene)) for scene, _ in chosen)
-    assert chosen == grammar.held_out_sentences(200)
+    assert chosen[:50] == grammar.held_out_sentences(50)
     assert {scene.kind for scene, _ in chosen} == {"silent", "wall", "meet"}
 
 

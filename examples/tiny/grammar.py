@@ -141,10 +141,15 @@ def _words(rng: np.random.Generator) -> Scene:
 
 
 def held_out_sentences(count: int = 200, seed: int = 0) -> list[tuple[Scene, str]]:
-    """The test set: scenes of held-out combinations with their sentences, always the same ones."""
+    """The test set: scenes of held-out combinations with their sentences, always the same ones;
+    a smaller count gives the first of them.
+    """
     rng = np.random.default_rng(seed)
-    scenes = [sample(rng, from_held_out=True) for _ in range(count)]
-    return [(scene, sentence(scene, rng)) for scene in scenes]
+    chosen = []
+    for _ in range(count):
+        scene = sample(rng, from_held_out=True)
+        chosen.append((scene, sentence(scene, rng)))
+    return chosen
 
 
 def training_batch(rng: np.random.Generator, count: int) -> tuple[list[Scene], list[str]]:

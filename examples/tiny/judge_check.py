@@ -1,6 +1,6 @@
 """How well the judge itself does: true clips of the 200 held-out sentences, clean and damaged.
 
-    python -m examples.tiny.judge_check [--count 200] [--damage none|mp4|blur|coarse|noise|sound]
+    python -m examples.tiny.judge_check [--count 200] [--damage none|mp4|blur|coarse|noise|sound|all]
 
 A judge that misreads what is really there cannot measure a model.
 
@@ -78,9 +78,17 @@ def mp4(video: np.ndarray, sound: np.ndarray, rng: np.random.Generator) -> Clip:
         return media.read_video(path)[0], media.read_sound(path)[0]
 
 
+def every(video: np.ndarray, sound: np.ndarray, rng: np.random.Generator) -> Clip:
+    """All of them, one after the other."""
+    for damage in (blur, coarse, noise, spoilt_sound, mp4):
+        video, sound = damage(video, sound, rng)
+    return video, sound
+
+
 DAMAGES = {
     "none": lambda video, sound, rng: (video, sound),
     "mp4": mp4, "blur": blur, "coarse": coarse, "noise": noise, "sound": spoilt_sound,
+    "all": every,
 }  # fmt: skip
 
 
