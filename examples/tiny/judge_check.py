@@ -1,6 +1,7 @@
 """How well the judge itself does: true clips of the 200 held-out sentences, clean and damaged.
 
-    python -m examples.tiny.judge_check [--count 200] [--damage none|mp4|blur|coarse|noise|sound|all]
+    python -m examples.tiny.judge_check [--count 200] [--damage none|mp4|blur|coarse|noise|sound]
+                                          (or all of them in turn: --damage all)
 
 A judge that misreads what is really there cannot measure a model.
 
