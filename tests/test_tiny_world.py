@@ -292,6 +292,14 @@ def test_a_spoilt_picture_is_wrong(wall_clip):
     assert TOGETHER <= wrong(WALL, judge.judge(stopped, sound))
 
 
+def test_what_is_kept_for_fine_tuning_can_be_drawn_and_judged():
+    new = dataclasses.replace(WALL, colour="orange", pitch="E6")
+    (clip,) = judge_check.true_clips([new])
+    assert not wrong(new, judge.judge(*clip))
+    assert not {"orange", "E6"} & {name for of in grammar.combinations() for name in of}
+    assert set(re.findall(r"\w+", grammar.sentence(new).lower())) <= set(grammar.vocabulary())
+
+
 @pytest.mark.parametrize("kind", ["black", "noise", "colour"])
 def test_a_clip_without_shapes_has_nothing_right(kind):
     rng = np.random.default_rng(0)
@@ -311,6 +319,8 @@ def test_a_clip_of_another_form_is_refused():
         judge.judge(np.zeros((49, 96, 64, 3)), sound)
     with pytest.raises(ValueError, match="25 frames at 24"):
         judge.judge(np.zeros((25, 96, 96, 3)), sound)
+    with pytest.raises(ValueError, match="NaN"):
+        judge.judge(np.full((49, 96, 96, 3), np.nan), sound)
     with pytest.raises(ValueError, match=r"expected \[2, samples\]"):
         judge.judge(np.zeros((49, 96, 96, 3)), sound[0])
 
@@ -324,6 +334,9 @@ def test_the_table_has_shuffled_scores_near_chance(held_out, verdicts):
         assert rows[name].chance < 0.4 and rows[name].shuffled < 0.7, rows[name]
     table = judge.markdown(list(rows.values()))
     assert "| colour and shape | 100.0% (12/12)" in table
+    assert "| untrained |" in judge.markdown(
+        list(rows.values()), {"untrained": list(rows.values())}
+    )
     with pytest.raises(ValueError, match="12 scenes and 11 verdicts"):
         judge.score(held_out[0], verdicts[:-1])
 

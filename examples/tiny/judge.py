@@ -13,7 +13,7 @@ Axes: T frames, H rows, W columns, S samples.
 import argparse
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,7 +67,7 @@ def judge(
         video: [T, H, W, 3], or [3, T, H, W] as the model returns it; uint8, or float in [0, 1].
         sound: float [2, S] in [-1, 1].
 
-    Raises ValueError for other shapes, or a clip of another length than the world's.
+    Raises ValueError for other shapes, a clip of another length than the world's, NaN or infinity.
     """
     video, sound = np.asarray(video), np.asarray(sound)
     if video.ndim == 4 and video.shape[-1] != 3 and video.shape[0] == 3:
@@ -80,6 +80,8 @@ def judge(
         )
     if sound.ndim != 2 or sound.shape[0] != 2:
         raise ValueError(f"the sound is {list(sound.shape)}; expected [2, samples]")
+    if not (np.isfinite(video).all() and np.isfinite(sound).all()):
+        raise ValueError("the clip contains NaN or infinity: there is nothing to judge")
     return Verdict(watch(video, fps), listen(sound, sample_rate))
 
 
@@ -234,15 +236,22 @@ def wilson(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """The table for a README."""
-    lines = ["| | right | 95% | shuffled | chance | bar |", "|---|---|---|---|---|---|"]
-    for row in rows:
-        bar = "" if row.bar is None else f"{row.bar:.0%}"
-        lines.append(
-            f"| {row.attribute} | {row.share:.1%} ({row.right}/{row.total}) "
-            f"| {row.low:.1%} to {row.high:.1%} | {row.shuffled:.1%} | {row.chance:.1%} | {bar} |"
-        )
+def markdown(rows: Sequence[Row], beside: Mapping[str, Sequence[Row]] | None = None) -> str:
+    """The table for a README; `beside` adds a column of shares for each other table by its name."""
+    beside = beside or {}
+    titles = ["", "right", "95%", *beside, "shuffled", "chance", "bar"]
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    for n, row in enumerate(rows):
+        cells = [
+            row.attribute,
+            f"{row.share:.1%} ({row.right}/{row.total})",
+            f"{row.low:.1%} to {row.high:.1%}",
+            *(f"{other[n].share:.1%}" for other in beside.values()),
+            f"{row.shuffled:.1%}",
+            f"{row.chance:.1%}",
+            "" if row.bar is None else f"{row.bar:.0%}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
