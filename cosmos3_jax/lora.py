@@ -158,7 +158,12 @@ def attach(lora: Lora, params: dict, config: TransformerConfig) -> dict:
 
     Nothing of the size of a weight is made. Differentiable in both; the fused kernel's pair is
     [i, sum of R] and [sum of R, o], zero where a part's rank meets another part's outputs.
+
+    Raises:
+        ValueError: the adapter changes nothing. In training it may, at first: a step that is
+            compiled cannot know.
     """
+    check_changes(lora)
     for leaf, pair in _fused_pairs(lora, config).items():
         params = _with_pair(params, leaf.split("/")[:-1], pair)
     return params
@@ -211,23 +216,37 @@ def merge(lora: Lora, params: dict, config: TransformerConfig) -> tuple[dict, di
         off the device.
 
     Raises:
-        ValueError: the adapter changes nothing.
+        ValueError: the adapter changes nothing, or nothing that the weights' dtype can tell.
     """
-    check_changes(lora)
-    attached, replaced = attach(lora, params, config), {}
+    attached, replaced, changed = attach(lora, params, config), {}, False
 
     def add(tree: dict, prefix: str) -> dict:
+        nonlocal changed
         if "lora_a" in tree:
             kernel, a, b = tree["kernel"], tree["lora_a"], tree["lora_b"]
             replaced[f"{prefix}kernel"] = kernel
             rest = {name: x for name, x in tree.items() if not name.startswith("lora_")}
-            return rest | {"kernel": _add_product(kernel, a, b)}
+            merged = _add_product(kernel, a, b)
+            traced = isinstance(merged, jax.core.Tracer)
+            changed = changed or traced or bool(_differ(merged, kernel))
+            return rest | {"kernel": merged}
         return {
             name: add(x, f"{prefix}{name}/") if isinstance(x, dict) else x
             for name, x in tree.items()
         }
 
-    return add(attached, ""), replaced
+    merged = add(attached, "")
+    if not changed:
+        raise ValueError(
+            "the adapter changes nothing: what it adds is too small for any weight of "
+            f"{next(iter(replaced.values())).dtype}; merge into float32, or train it for longer"
+        )
+    return merged, replaced
+
+
+@jax.jit
+def _differ(one: Array, other: Array) -> Array:
+    return jnp.any(one != other)
 
 
 @jax.jit

@@ -52,10 +52,11 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.StandardSave(_storable(state)))
 
     def restore(self, like: TrainState, step: int | None = None) -> TrainState:
-        """The newest state, or that of a step, on the devices that `like` lies on.
+        """The newest state, or that of a step, where `like` lies, whatever it was saved from.
 
         Args:
-            like: a state of the same tree, shapes and dtypes; `init_state` makes one.
+            like: a state of the same tree, shapes and dtypes: `init_state` makes one, and
+                `placement.state_template` one that takes no memory.
 
         Raises:
             FileNotFoundError: there is none.
@@ -71,12 +72,17 @@ class Checkpoints:
         template = jax.tree.map(ocp.utils.to_shape_dtype_struct, _storable(like))
         _check(f"the state of step {step}", self._manager.item_metadata(step), template)
         found = self._manager.restore(step, args=ocp.args.StandardRestore(template))
-        impl = jax.random.key_impl(like.key)
-        return found.replace(key=jax.random.wrap_key_data(found.key, impl=impl))
+        impls = []
+        jax.eval_shape(lambda key: impls.append(jax.random.key_impl(key)), like.key)
+        return found.replace(key=jax.random.wrap_key_data(found.key, impl=impls[0]))
 
 
 def _storable(state: TrainState) -> TrainState:
-    return state.replace(key=jax.random.key_data(state.key))
+    """With numbers for the key, which orbax does not know."""
+    if not isinstance(state.key, jax.ShapeDtypeStruct):
+        return state.replace(key=jax.random.key_data(state.key))
+    numbers = jax.eval_shape(jax.random.key_data, state.key)
+    return state.replace(key=numbers.update(sharding=state.key.sharding))
 
 
 def _check(title: str, stored, wanted) -> None:

@@ -2,7 +2,7 @@
 
 Masters, optimizer state and averages are float32; both passes compute in bfloat16. What does not
 learn is an argument of its own: it has no masters, no optimizer state and no gradient. Nothing here
-names a device: under `jax.set_mesh`, arrays that come in sharded stay so.
+names a device: under `jax.set_mesh` the step runs on the mesh, see `placement`.
 
 Axes: B batch.
 """
@@ -19,6 +19,7 @@ from flax import struct
 from jax import Array
 
 from cosmos3_jax.config import TransformerConfig
+from cosmos3_jax.sharding import mesh_sizes
 from cosmos3_jax.training.flow import (
     Batch,
     LossWeights,
@@ -31,6 +32,7 @@ from cosmos3_jax.training.flow import (
     sample_noise,
 )
 from cosmos3_jax.training.params import cast_params, join_params
+from cosmos3_jax.training.placement import check_examples, divide_batch, divide_state
 
 Tree = Any  # of arrays: parameters, or a LoRA
 
@@ -80,19 +82,28 @@ class TrainOptions:
 def init_state(
     params: Tree, optimizer: optax.GradientTransformation, key: Array, *, ema: bool = False
 ) -> TrainState:
-    """The state before the first step. It holds copies, so that it can be donated."""
+    """The state before the first step. It holds copies, so that it can be donated.
 
-    def copy() -> Tree:
-        return jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), params)
+    Under `jax.set_mesh` it lies on the mesh, see `placement`. Place the parameters first, with
+    `sharding.place_params`: those of the host would go to every device whole.
+    """
 
-    masters = copy()
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=masters,
-        opt_state=optimizer.init(masters),
-        ema=copy() if ema else None,
-        key=jnp.copy(key),
-    )
+    def init(params: Tree, key: Array) -> TrainState:
+        def copy() -> Tree:
+            return jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), params)
+
+        masters = copy()
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=masters,
+            opt_state=optimizer.init(masters),
+            ema=copy() if ema else None,
+            key=jnp.copy(key),
+        )
+
+    if not mesh_sizes():
+        return init(params, key)
+    return jax.jit(lambda *given: divide_state(init(*given)))(params, key)
 
 
 def make_train_step(
@@ -133,26 +144,25 @@ def train_step(
         before whatever the optimizer does to it.
 
     Raises:
-        ValueError: the batch does not fit the model, or cannot be split as asked.
+        ValueError: the batch does not fit the model, or cannot be split as asked, or over the mesh.
     """
     check_batch(batch, config, options.text_dropout)
-    if options.microbatches < 1 or len(batch.video) % options.microbatches:
-        raise ValueError(
-            f"a batch of {len(batch.video)} cannot go through in {options.microbatches} equal parts"
-        )
+    check_examples(len(batch.video), options.microbatches)
     for_noise, for_text = jax.random.split(jax.random.fold_in(state.key, state.step))
-    batch = sample_dropout(for_text, fill_batch(batch), options.text_dropout)
-    noise, sigma = sample_noise(for_noise, batch, options.levels)
+    batch = sample_dropout(for_text, divide_batch(fill_batch(batch)), options.text_dropout)
+    examples = divide_batch((batch, *sample_noise(for_noise, batch, options.levels)))
     counts = example_counts(batch)
 
     def loss(params: Tree, part: tuple) -> tuple[Array, dict[str, Array]]:
-        params = combine(cast_params(params, jnp.dtype(options.dtype), config), frozen)
+        # Divided once more, so that it is the cast weights that are gathered, half the bytes.
+        params = divide_state(cast_params(params, jnp.dtype(options.dtype), config))
         return flow_loss(
-            params, *part, config, weights=options.weights, counts=counts, remat=options.remat
-        )
+            combine(params, frozen), *part, config,
+            weights=options.weights, counts=counts, remat=options.remat,
+        )  # fmt: skip
 
     gradients_of = partial(jax.value_and_grad(loss, has_aux=True), state.params)
-    (value, metrics), gradients = _sum(gradients_of, (batch, noise, sigma), options.microbatches)
+    (value, metrics), gradients = _sum(gradients_of, examples, options.microbatches)
 
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -161,21 +171,22 @@ def train_step(
         decay = jnp.minimum(options.ema_decay, (1 + state.step) / (10 + state.step))
         ema = jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), ema, params)
     metrics = {"loss": value, **metrics, "grad_norm": optax.tree.norm(gradients)}
-    return TrainState(state.step + 1, params, opt_state, ema, state.key), metrics
+    state = TrainState(state.step + 1, params, opt_state, ema, state.key)
+    return divide_state(state), metrics
 
 
 def _sum(function: Callable[[Tree], Tree], batch: Tree, count: int) -> Tree:
     """The sum of `function` over `count` parts of a batch, one part in memory at a time."""
     if count == 1:
-        return function(batch)
+        return divide_state(function(batch))
     parts = _split(batch, count)
     shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
     def add(total: Tree, part: Tree) -> tuple[Tree, None]:
-        return jax.tree.map(jnp.add, total, function(part)), None
+        return divide_state(jax.tree.map(jnp.add, total, function(part))), None
 
-    return jax.lax.scan(add, zeros, parts)[0]
+    return jax.lax.scan(add, divide_state(zeros), parts)[0]
 
 
 def _split(batch: Tree, count: int) -> Tree:
@@ -183,4 +194,5 @@ def _split(batch: Tree, count: int) -> Tree:
 
     So a batch that lies on several devices is split within each of them.
     """
-    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1), batch)
+    parts = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1), batch)
+    return divide_batch(parts, axis=1)
