@@ -5,6 +5,8 @@ keeps states in the folder.
 """
 
 import json
+import math
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -14,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from mesh_cases import COLLECTIVE, MODEL, collectives, random_params, relative_l2
+from training_run import compiled
 
 from cosmos3_jax import lora, sharding
 from cosmos3_jax.mesh import make_mesh, parse_mesh
@@ -22,9 +25,6 @@ from cosmos3_jax.training.checkpoints import Checkpoints
 from cosmos3_jax.training.params import join_params, split_params
 from cosmos3_jax.training.step import TrainOptions, TrainState, init_state, train_step
 from cosmos3_jax.transformer import param_shapes
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-from scaling import group_size  # noqa: E402
 
 EXAMPLES, STEPS = 8, 2
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
@@ -80,7 +80,7 @@ def step_of(with_lora: bool, microbatches: int):
     )  # fmt: skip
     combine = partial(lora.attach, config=MODEL) if with_lora else join_params
     step = partial(train_step, config=MODEL, optimizer=OPTIMIZER, options=options, combine=combine)
-    return jax.jit(step, donate_argnums=0)
+    return compiled(step, donate_argnums=0)
 
 
 def train(with_lora: bool, microbatches: int, mesh=None) -> tuple[TrainState, list, str]:
@@ -121,8 +121,20 @@ def largest(ours, expected) -> float:
 
 def grouped(text: str) -> list[dict]:
     """The collectives of a program, each with how many devices take part together."""
-    sizes = [group_size(line) for line in text.splitlines() if COLLECTIVE.search(line)]
+    sizes = [_group(line) for line in text.splitlines() if COLLECTIVE.search(line)]
     return [x | {"group": n} for x, n in zip(collectives(text), sizes, strict=True)]
+
+
+def _group(line: str) -> int | None:
+    """In any of XLA's notations; None for a permutation, which has none."""
+    if lists := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return len(lists[1].split(","))
+    if iota := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
+        return int(iota[1])
+    if named := re.search(r"replica_groups=mesh\[(.*?)\].*?\{('.*?)\}", line):
+        axes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+        return math.prod(int(axes[name]) for name in re.findall(r"'(\w+)'", named[2]))
+    return None
 
 
 def share(tree) -> float:
