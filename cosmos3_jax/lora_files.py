@@ -8,6 +8,7 @@ in `.alpha` tensors; it is folded too.
 Axes: L layers, R rank, i inputs, o outputs of a module.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -79,7 +80,8 @@ def save(lora: Lora, path: str | Path, config: TransformerConfig, dtype: str = "
 def load(path: str | Path, config: TransformerConfig) -> Lora:
     """Read an adapter, ours or PEFT's, in float32 and with scale 1.
 
-    A family's layers may have several ranks: the smaller ones are padded with zeros.
+    A family's layers may have several ranks: the smaller ones are padded with zeros. What adapts
+    the sound's projections is left out where the model is read without sound.
 
     Args:
         path: a `.safetensors` file, or a folder that holds `FILE_NAME`.
@@ -147,12 +149,20 @@ def _pairs(
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Module -> (A, B), checked against the model."""
     sizes = {m: family.sizes for family in families(config).values() for m in family.modules}
+    silenced = {
+        m
+        for family in families(dataclasses.replace(config, sound_gen=True)).values()
+        for m in family.modules
+        if m not in sizes
+    }
     halves: dict[str, dict[str, np.ndarray]] = {}
     problems: dict[str, list[str]] = {"unexpected": [], "half a pair": [], "wrong shape": []}
     for key, tensor in tensors.items():
         known = re.fullmatch(
             rf"{re.escape(PREFIX)}(.+)\.(lora_A\.weight|lora_B\.weight|alpha)", key
         )
+        if known is not None and known[1] in silenced:
+            continue
         if known is None or known[1] not in sizes:
             module = key.removeprefix(PREFIX).partition(".lora_")[0]
             problems["unexpected"].append(f"{key}; near: {near(module, {m: [m] for m in sizes})}")
@@ -172,7 +182,8 @@ def _pairs(
             )
     raise_problems(f"{path} does not fit the model", problems)
     if not pairs:
-        raise CheckpointError(f"{path} holds no LoRA: no {PREFIX}<module>.lora_A.weight")
+        what = "sound alone is adapted" if silenced and tensors else f"no {PREFIX}<module>.lora_A"
+        raise CheckpointError(f"{path} holds no LoRA for this model: {what}")
     return pairs
 
 

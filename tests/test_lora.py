@@ -298,7 +298,10 @@ def test_a_pipeline_with_adapters_merged_as_it_is_read(public_checkpoint, tmp_pa
 
 
 def test_on_the_command_line(public_checkpoint, tmp_path, monkeypatch):
-    """The latents of one frame are those of a pipeline with the adapter, and not those without."""
+    """The latents of one frame are those of a pipeline with the adapter, and not those without.
+
+    It adapts the sound's projections too, which a silent run does not read.
+    """
     monkeypatch.setattr(cli.startup, "use_compilation_cache", lambda *_: None)
     file = lora_files.save(trained(), tmp_path, CONFIG)
     out = tmp_path / "frame.png"

@@ -93,7 +93,8 @@ def train(with_lora: bool, microbatches: int, mesh=None) -> tuple[TrainState, li
         frozen = sharding.place_params(frozen, mesh)
         batch = placement.place_batch(batch, mesh)
         learns = learns if with_lora else sharding.place_params(learns, mesh)
-    state = init_state(learns, OPTIMIZER, jax.random.key(7), ema=True)
+    init = compiled(partial(init_state, optimizer=OPTIMIZER, ema=True))
+    state = init(learns, key=jax.random.key(7))
     step = step_of(with_lora, microbatches).lower(state, frozen, batch).compile()
     metrics = []
     for _ in range(STEPS):
@@ -125,8 +126,8 @@ def grouped(text: str) -> list[dict]:
     return [x | {"group": n} for x, n in zip(collectives(text), sizes, strict=True)]
 
 
-def _group(line: str) -> int | None:
-    """In any of XLA's notations; None for a permutation, which has none."""
+def _group(line: str) -> int:
+    """In any of XLA's notations. Of a permutation, how many neighbours it stays within."""
     if lists := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         return len(lists[1].split(","))
     if iota := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
@@ -134,7 +135,8 @@ def _group(line: str) -> int | None:
     if named := re.search(r"replica_groups=mesh\[(.*?)\].*?\{('.*?)\}", line):
         axes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
         return math.prod(int(axes[name]) for name in re.findall(r"'(\w+)'", named[2]))
-    return None
+    pairs = re.findall(r"\{(\d+),(\d+)\}", line.partition("source_target_pairs=")[2])
+    return next(n for n in (1, 2, 4, 8) if all(int(a) // n == int(b) // n for a, b in pairs))
 
 
 def share(tree) -> float:
