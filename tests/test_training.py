@@ -192,7 +192,7 @@ def test_in_parts_and_with_remat_it_is_the_same_step():
     parts, again = compiled_step(microbatches=2, remat=True)(*start(), batch)
     for name, value in metrics.items():
         np.testing.assert_allclose(again[name], value, rtol=1e-5, err_msg=name)
-    # Adam's first moment is a tenth of the gradient; float32 sums in another order, measured 6e-7
+    # Adam's first moment is a tenth of the gradient; float32 sums in another order, measured 4e-7
     gradients, expected = (
         np.concatenate([np.ravel(x) for x in jax.tree.leaves(state.opt_state[0].mu)])
         for state in (parts, whole)
@@ -247,7 +247,7 @@ def on_meshes(tmp_path_factory):
 def test_a_step_on_a_mesh_is_that_of_one_device(on_meshes, name):
     """With sound, given frames, texts dropped and weights that differ; two steps.
 
-    Float32 sums in another order: measured 2e-7 in losses and norms, 3e-6 in Adam's moments. Adam
+    Float32 sums in another order: measured 2e-7 in losses and norms, 2e-6 in Adam's moments. Adam
     divides a gradient by its size, so that where it is all rounding the weight still moves by a
     whole step: measured 2e-4 of what a leaf moves.
     """
@@ -273,9 +273,14 @@ def test_what_moves_between_devices_in_training(on_meshes, name):
     moves = [x for x in found["collectives"] if x["group"] != 1]  # a sum over nothing is not one
     gathers = [x for x in moves if x["kind"] == "all-gather"]
     # Examples never leave the devices that they were sent to: what is not a sum stays within them.
-    assert all(x["group"] <= within for x in moves if x["kind"] != "all-reduce")
-    # Weights are gathered by fsdp, a layer at a time, in both passes of both towers.
+    # But for the text's embeddings: XLA looks them up in another order of devices.
     model = training_mesh_cases.MODEL
+    own_text = training_mesh_cases.TEXT * training_mesh_cases.EXAMPLES // data * model.hidden_size
+    for x in moves:
+        if x["kind"] != "all-reduce" and x["group"] > within:
+            assert x["kind"] == "collective-permute" and "/embed/" in x["origin"], x
+            assert x["size"] <= own_text, x
+    # Weights are gathered by fsdp, a layer at a time, in both passes of both towers.
     kernels = kernels_of_a_layer(model)
     gathered = [x for x in gathers if x["shapes"][0] in [[1, *shape] for shape in kernels]]
     assert {x["group"] for x in gathered} == ({fsdp} if fsdp > 1 else set())

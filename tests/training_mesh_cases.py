@@ -26,7 +26,7 @@ from cosmos3_jax.training.params import join_params, split_params
 from cosmos3_jax.training.step import TrainOptions, TrainState, init_state, train_step
 from cosmos3_jax.transformer import param_shapes
 
-EXAMPLES, STEPS = 8, 2
+EXAMPLES, TEXT, STEPS = 8, 8, 2
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
 CASES = {  # mesh, microbatches, whether a LoRA learns
     "data8": ("data=8", 1, False),
@@ -48,8 +48,8 @@ def make_batch() -> flow.Batch:
     frame_mask = np.zeros((EXAMPLES, 3), bool)
     frame_mask[::2, 0] = True
     return flow.Batch(
-        text_ids=random.randint(0, MODEL.vocab_size, (EXAMPLES, 8)).astype(np.int32),
-        text_mask=np.arange(8) < 1 + np.arange(EXAMPLES)[:, None],
+        text_ids=random.randint(0, MODEL.vocab_size, (EXAMPLES, TEXT)).astype(np.int32),
+        text_mask=np.arange(TEXT) < 1 + np.arange(EXAMPLES)[:, None],
         video=normal(3, 4, 4, MODEL.latent_channel),
         sound=normal(4, MODEL.sound_dim),
         frame_mask=frame_mask,
