@@ -4,6 +4,7 @@ It prints one JSON object: the result of each case, by its name. `training_mesh_
 keeps states in the folder.
 """
 
+import functools
 import json
 import math
 import re
@@ -59,6 +60,7 @@ def make_batch() -> flow.Batch:
     )
 
 
+@functools.cache
 def start(with_lora: bool) -> tuple[dict, dict]:
     """What learns and what does not."""
     params = random_params(param_shapes(MODEL))
@@ -146,7 +148,16 @@ def share(tree) -> float:
 
 
 def restored(state: TrainState, folder: Path) -> dict:
-    """A state read onto another mesh, and onto one device: does it lie there, is it the same?"""
+    """A state read onto another mesh, and onto one device: does it lie there, is it the same?
+
+    Of its weights and Adam's moments those of one tower's MLPs, for orbax compiles something for
+    each leaf.
+    """
+    moments = state.opt_state[1][0]
+    params, mu = (
+        {"gen": {"layers": {"mlp": x["gen"]["layers"]["mlp"]}}} for x in (state.params, moments.mu)
+    )
+    state = state.replace(params=params, opt_state=(moments._replace(mu=mu, nu=None),), ema=None)
     with Checkpoints(folder) as checkpoints:
         checkpoints.save(state)
         other = make_mesh(parse_mesh("data=2,fsdp=4"))
