@@ -102,6 +102,13 @@ def _add_shape(
 def _add_generate(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=run_generate)
     _add_checkpoint(command)
+    command.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:FACTOR]",
+        help="a LoRA in diffusers' layout, merged into the weights; may be given several times",
+    )
     prompt = command.add_mutually_exclusive_group()
     prompt.add_argument(
         "--prompt", default=DEFAULT_PROMPT, help="text, or a structured caption as JSON"

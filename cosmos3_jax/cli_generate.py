@@ -18,7 +18,7 @@ import numpy as np
 import PIL
 
 import cosmos3_jax
-from cosmos3_jax import device, distributed, media, memory, memory_limits, startup
+from cosmos3_jax import device, distributed, lora_files, media, memory, memory_limits, startup
 from cosmos3_jax.mesh import IDLE, describe
 from cosmos3_jax.pipeline import Cosmos3, find_checkpoint, load_frontend
 from cosmos3_jax.prepare import prepare_request, resolve_batch, resolve_sigmas
@@ -60,6 +60,8 @@ def run_generate(options: argparse.Namespace) -> int:
             kind = "one frame is an image: .png or .jpg" if one_frame else "a video is an .mp4"
             raise ValueError(f"--out {out}: {kind}; name such a file, or change --num-frames")
         media.frame_rate(float(request.fps))  # raises on a rate that no mp4 can have
+        loras = [_lora(text) for text in options.lora]
+        lora_files.load_scaled(loras, config.transformer)  # raises before anything else is read
     startup.use_compilation_cache(not options.no_compilation_cache)
     dtype = options.dtype or startup.default_dtype()
     limit = device.memory_limit()
@@ -77,7 +79,9 @@ def run_generate(options: argparse.Namespace) -> int:
     memory_limits.check_fits(config, limit, offload=offload, **job)
     with memory_limits.exhaustion_explained(config, limit, offload=offload, **job):
         with _timed(times, "model_load"):
-            model = Cosmos3.from_pretrained(options.checkpoint, dtype, options.sound, offload, mesh)
+            model = Cosmos3.from_pretrained(
+                options.checkpoint, dtype, options.sound, offload, mesh, loras or None
+            )
         with _timed(times, "denoise"):
             # The loop with a bar is another program, and all processes must run the same one.
             progress = sys.stderr.isatty() and not distributed.are_several()
@@ -140,6 +144,15 @@ def _settings(options: argparse.Namespace) -> dict:
     return settings
 
 
+def _lora(text: str) -> tuple[Path, float]:
+    """FILE or FILE:FACTOR -> the file and its factor."""
+    name, _, factor = text.rpartition(":")
+    try:
+        return Path(name or text), float(factor) if name else 1.0
+    except ValueError:  # a colon that belongs to the name
+        return Path(text), 1.0
+
+
 def _numbers(option: str, text: str, kind: type = float, kinds: str = "numbers") -> list:
     try:
         return [kind(number) for number in text.split(",")]
@@ -190,6 +203,10 @@ def _record(
     )  # fmt: skip
     return {
         "checkpoint": str(options.checkpoint),
+        "lora": [
+            {"factor": factor, **(_file(path) or {"path": str(path)})}
+            for path, factor in map(_lora, options.lora)
+        ],
         "prompt": prompt,
         "negative_prompt": settings["negative_prompt"],
         "system_prompt": options.system_prompt,

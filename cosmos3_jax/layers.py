@@ -13,17 +13,36 @@ from jax import Array
 from cosmos3_jax import sharding
 from cosmos3_jax.config import TransformerConfig
 
+LORA = ("lora_a", "lora_b")  # [inputs, R] and [R, outputs], beside a kernel [inputs, outputs]
+
 
 def precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
     """Full float32 products for float32, where a GPU would take TF32; None otherwise."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
+class Dense(nn.DenseGeneral):
+    """y = W x, and + B A x where `lora.attach` has put a low-rank pair beside the kernel (Hu et
+    al., 2021).
+
+    The product B A is never formed. So a training step holds no second copy of the weights, and
+    computes no gradient of their size.
+    """
+
+    def __call__(self, x: Array) -> Array:
+        y = super().__call__(x)
+        if not self.has_variable("params", "lora_a"):
+            return y
+        a, b = (self.get_variable("params", name).astype(self.dtype) for name in LORA)
+        low = jnp.tensordot(x.astype(self.dtype), a, a.ndim - 1, precision=self.precision)
+        return y + jnp.tensordot(low, b, 1, precision=self.precision)
+
+
 def dense(
     features: int | tuple[int, ...], dtype: jnp.dtype, name: str, axis=-1, bias=False
-) -> nn.DenseGeneral:
+) -> Dense:
     """A linear map over `axis`, without bias unless asked for."""
-    return nn.DenseGeneral(
+    return Dense(
         features, axis=axis, use_bias=bias, dtype=dtype, precision=precision(dtype), name=name,
         dot_general=_dot_general,
     )  # fmt: skip

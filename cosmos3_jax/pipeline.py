@@ -7,6 +7,7 @@ compiles and shows progress. Research code that wants none of that calls `prepar
 Axes: B batch, C channels, T frames, H rows, W columns; latents t, h, w; s sound latents.
 """
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,11 +20,12 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from cosmos3_jax import device, memory, memory_limits
+from cosmos3_jax import device, lora_files, memory, memory_limits
 from cosmos3_jax.checkpoint import load
 from cosmos3_jax.config import Config
 from cosmos3_jax.frontend import find_checkpoint, load_frontend
 from cosmos3_jax.generate import params_dtype
+from cosmos3_jax.lora import merge_on_read
 from cosmos3_jax.mesh import Meshes, ambient, reachable
 from cosmos3_jax.prepare import TEXT_BUCKET, prepare_request
 from cosmos3_jax.programs import (
@@ -89,6 +91,7 @@ class Cosmos3:
         load_sound: bool | None = None,
         offload: bool | None = None,
         mesh: Mesh | str | None = None,
+        lora: str | Path | Sequence[str | Path | tuple[str | Path, float]] | None = None,
     ) -> "Cosmos3":
         """Load a checkpoint in the public or the converted layout.
 
@@ -108,20 +111,27 @@ class Cosmos3:
                 guidance), `seq` (tokens) and `fsdp` (weights, and tokens): a mesh of JAX's, or for
                 example `cfg=2,seq=2`. None uses all devices, for each job as suits it; it divides
                 the weights if they do not fit whole.
+            lora: a LoRA file in diffusers' layout, or a list of files or of (file, factor). They
+                are merged into the weights as these are read, and cost nothing afterwards.
 
         Raises:
-            ValueError: the mesh does not fit the devices or the model.
-            CheckpointError: the folder is no checkpoint, or its files do not fit the model.
+            ValueError: the mesh does not fit the devices or the model, or a LoRA changes nothing.
+            CheckpointError: the folder is no checkpoint, or its files do not fit the model; or a
+                LoRA does not.
             ConfigError: a configuration asks for what is not implemented.
         """
         if dtype not in ("bfloat16", "float32"):
             raise ValueError(f"dtype={dtype!r} is not supported; choose bfloat16 or float32")
         config, tokenizer = load_frontend(find_checkpoint(path_or_hub_id, False), load_sound)
+        loras = [] if lora is None else lora_files.load_scaled(lora, config.transformer)
         job = memory.recipe_sizes(config) | {"dtype": dtype}
         meshes, offload = memory_limits.choose_devices(
             config, device.memory_limit(), mesh, offload, **job
         )
         components = load.open_components(find_checkpoint(path_or_hub_id), config)
+        if loras:
+            addition = merge_on_read(loras, config.transformer)
+            components[0] = dataclasses.replace(components[0], addition=addition)
         weights = Weights.of_checkpoint(components, jnp.dtype(dtype), offload, meshes.weights)
         return cls(config, weights, tokenizer, meshes)
 

@@ -121,21 +121,27 @@ class Unrolled(nn.Module):
     dtype: jnp.dtype
     length: int
     tokens: int | None
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: Array, text: tuple[Array, Array], table: rope.Rope, length: Array):
         for i in range(self.length):
-            block = Block(self.config, self.dtype, self.tokens, name=str(i))
+            kind = nn.remat(Block) if self.remat else Block
+            block = kind(self.config, self.dtype, self.tokens, name=str(i))
             x, _ = block(x, jax.tree.map(lambda stacked, i=i: stacked[i], text), table, length)
         return x, None
 
 
 def _stack(
-    config: TransformerConfig, dtype: jnp.dtype, layers: int, tokens: int | None = None
+    config: TransformerConfig,
+    dtype: jnp.dtype,
+    layers: int,
+    remat: bool,
+    tokens: int | None = None,
 ) -> nn.Module:
     """`layers` blocks run by one scan over their stacked parameters."""
     scanned = nn.scan(
-        Block,
+        nn.remat(Block, prevent_cse=False) if remat else Block,
         variable_axes={"params": 0},
         split_rngs={"params": True},
         in_axes=(0, nn.broadcast, nn.broadcast),
@@ -168,6 +174,7 @@ class TextTower(nn.Module):
 
     config: TransformerConfig
     dtype: jnp.dtype
+    remat: bool = False
 
     @nn.compact
     def __call__(self, text_ids: Array) -> tuple[Array, Array]:
@@ -177,7 +184,8 @@ class TextTower(nn.Module):
             text_ids
         )
         x = constrain(x, PROMPTS, TOKENS, None)
-        x, stacked = _stack(config, self.dtype, config.num_hidden_layers - 1)(x, None, table, None)
+        layers = _stack(config, self.dtype, config.num_hidden_layers - 1, self.remat)
+        x, stacked = layers(x, None, table, None)
         last = KeyValue(config, self.dtype, name="last_layer")(x, table)
         joined = jax.tree.map(lambda many, one: jnp.concatenate([many, one[None]]), stacked, last)
         return jax.tree.map(lambda x: constrain(x, None, PROMPTS, None, HEADS, None), joined)
@@ -189,6 +197,7 @@ class MediaTower(nn.Module):
     config: TransformerConfig
     dtype: jnp.dtype
     unrolled: bool = False
+    remat: bool = False
 
     @nn.compact
     def __call__(self, latents: Latents, timestep: Array, condition: Condition) -> Latents:
@@ -222,9 +231,9 @@ class MediaTower(nn.Module):
         text, depth = (condition.key, condition.value), config.num_hidden_layers
         real = None if x.shape[1] == tokens else tokens
         if self.unrolled:
-            layers = Unrolled(config, dtype, depth, real, name="layers")
+            layers = Unrolled(config, dtype, depth, real, self.remat, name="layers")
         else:
-            layers = _stack(config, dtype, depth, real)
+            layers = _stack(config, dtype, depth, self.remat, real)
         x, _ = layers(x, text, tuple(table), condition.text_length)
         x = RMSNorm(config.rms_norm_eps, dtype, name="norm")(x)
 
@@ -307,6 +316,7 @@ def encode_condition(
     sound_frames: int = 0,
     clean_latents: Array | None = None,
     frame_mask: Array | None = None,
+    remat: bool = False,
 ) -> Condition:
     """Run the text tower once; the result depends on neither the timestep nor the noise.
 
@@ -320,10 +330,11 @@ def encode_condition(
         sound_frames: sound latents s, 0 for none.
         clean_latents: [B, t, h, w, C] normalised latents of the given frames, or None.
         frame_mask: bool [B, t], which frames are given; None means none.
+        remat: under differentiation keep each layer's input alone, and compute the rest again.
     """
     batch = text_ids.shape[0]
     text_ids = jnp.where(text_mask, text_ids, 0)  # an id outside the vocabulary would embed as NaN
-    key, value = TextTower(config, compute_dtype(params)).apply({"params": params}, text_ids)
+    key, value = TextTower(config, compute_dtype(params), remat).apply({"params": params}, text_ids)
     length = jnp.sum(text_mask, axis=1, dtype=jnp.int32)
     fps = jnp.broadcast_to(jnp.asarray(fps, jnp.float32), (batch,))
     table = rope.rope_table(
@@ -340,7 +351,13 @@ def encode_condition(
 
 
 def velocity(
-    params: dict, config: TransformerConfig, condition: Condition, latents: Latents, timestep: Array
+    params: dict,
+    config: TransformerConfig,
+    condition: Condition,
+    latents: Latents,
+    timestep: Array,
+    *,
+    remat: bool = False,
 ) -> Latents:
     """The predicted velocity, noise minus clean latents, of one step.
 
@@ -349,6 +366,7 @@ def velocity(
             `unstack_layers`.
         latents: normalised latents; given frames are taken from the condition.
         timestep: integer in 0..999, a scalar or [B].
+        remat: see `encode_condition`.
 
     Returns:
         Latents in the compute dtype, zero on given frames.
@@ -361,7 +379,7 @@ def velocity(
         # before the loop over steps, and each device would have to hold them whole.
         params, timestep = jax.lax.optimization_barrier((params, timestep))
         params = sharding.divide_weights("gen", params)
-    tower = MediaTower(config, compute_dtype(params), is_unstacked(params))
+    tower = MediaTower(config, compute_dtype(params), is_unstacked(params), remat)
     return tower.apply({"params": params}, latents, timestep, condition)
 
 

@@ -50,6 +50,19 @@ def test_the_examples_of_given_frames_and_autoencoders():
     assert (kept[:, :, 2] != latents[:, :, 2]).mean() > 0.99
 
 
+def test_the_training_example(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = run("make_train_step")
+    assert names["state"].step == 3 and np.isfinite(names["metrics"]["loss"])
+    ours, base = (
+        names[name].params["gen"]["layers"]["0"]["attention"]["qkv"]["kernel"]
+        for name in ("tuned", "model")
+    )
+    assert 0 < float(jnp.abs(ours - base).max()) < 1e-2
+    with names["Checkpoints"]("outputs/run") as checkpoints:
+        assert checkpoints.last == 3
+
+
 @pytest.fixture
 def small(monkeypatch, tmp_path):
     """Run a command of the README on the embedded checkpoint, small, in an empty folder."""

@@ -82,7 +82,7 @@ def convert_checkpoint(
         folder = partial / component.name
         _write_component(component, folder, jnp.dtype(dtype), max_shard_bytes, on_bytes)
     _write_configs(source, partial, config.has_sound)
-    _put_in_place(partial, place)
+    put_in_place(partial, place)
     plan_file.unlink()
     return target
 
@@ -141,7 +141,7 @@ def _start(partial: Path, plan_file: Path, plan: str) -> None:
         stray.unlink()
 
 
-def _put_in_place(partial: Path, target: Path) -> None:
+def put_in_place(partial: Path, target: Path) -> None:
     """Rename; what was there before goes last, so that a kill or an error never leaves nothing."""
     replaced = target.with_name(f".{target.name}.replaced")
     if target.exists():

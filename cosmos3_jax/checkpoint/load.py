@@ -63,6 +63,8 @@ class Component:
         files: its tensors.
         layout: how they are stored.
         leaves: path -> shape of our tree, and `prefix` where that tree hangs in the whole one.
+        addition: (path, layer or None) -> what is added to a leaf, or to its layer, as it is read,
+            or None; see `lora.merge_on_read`.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Component:
     layout: Layout
     leaves: dict[str, tuple[int, ...]]
     prefix: str
+    addition: Callable[[str, int | None], np.ndarray | None] | None = None
 
     def pieces(
         self, dtype: jnp.dtype, parts: Collection[str] | None = None, unstacked: bool = False
@@ -102,8 +105,16 @@ class Component:
 
     def read(self, piece: Piece, index: tuple[slice, ...] | None = None) -> np.ndarray:
         """The values of a piece, or of a part of it with a start and a stop on each axis. Weight
-        norm is folded before they are rounded to its dtype.
+        norm is folded, and what is to be added is, before they are rounded to its dtype.
         """
+        added = None if self.addition is None else self.addition(*_layer_of(piece))
+        if added is None:
+            return self._stored(piece, index)
+        wide = dataclasses.replace(piece, dtype=np.dtype(np.float32))
+        added = added if index is None else added[index]
+        return (self._stored(wide, index) + added).astype(piece.dtype)
+
+    def _stored(self, piece: Piece, index: tuple[slice, ...] | None) -> np.ndarray:
         if index is not None and piece.shape != tuple(x.stop - x.start for x in index):
             return self._read_part(piece, index)
         if [index for _, index in piece.parts] == [()]:  # one tensor is all of it: no copy if alike
@@ -121,7 +132,7 @@ class Component:
         parts = [(rule, (*at, *[slice(None)] * (len(index) - len(at)))) for rule, at in piece.parts]
         # Tensors share a piece along axes that they have all of: q, k and v the input.
         if any(rule.weight_norm or at[i] != slice(None) for rule, at in parts for i in cut):
-            return self.read(piece)[index]
+            return self._stored(piece, None)[index]
         values = np.empty([part.stop - part.start for part in index], piece.dtype)
         for rule, at in parts:
             kept = [i for i in axes if isinstance(at[i], slice)]
@@ -282,6 +293,13 @@ def _sharding(
     component: Component, mesh: Mesh | None, leaf: str, shape: tuple[int, ...]
 ) -> NamedSharding | None:
     return sharding.weight_sharding(mesh, f"{component.prefix}/{leaf}".strip("/"), shape)
+
+
+def _layer_of(piece: Piece) -> tuple[str, int | None]:
+    """The path of a piece's leaf, and which of its layers it is, together or apart."""
+    if apart := re.search(r"/layers/(\d+)/", piece.leaf):
+        return piece.leaf.replace(apart[0], "/layers/"), int(apart[1])
+    return piece.leaf, piece.place[0] if piece.place else None
 
 
 def _hang(tree: dict, component: Component, path: str, leaf: Any) -> None:
