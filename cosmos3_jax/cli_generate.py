@@ -180,8 +180,9 @@ def _record(
     fps = recipe.fps if settings["fps"] is None else settings["fps"]
     negative = settings["negative_prompt"]
     [resolved] = resolve_batch(
-        [prompt], recipe.negative_prompt if negative is None else negative, style=options.prompt_style,
-        system_prompt=options.system_prompt, num_frames=frames, height=height, width=width, fps=fps,
+        [prompt], recipe.negative_prompt if negative is None else negative,
+        style=options.prompt_style, system_prompt=options.system_prompt,
+        num_frames=frames, height=height, width=width, fps=fps,
     )  # fmt: skip
     # In float64: the request's are rounded, and 1000 sigma may then be truncated to another
     # timestep.

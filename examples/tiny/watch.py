@@ -1,0 +1,67 @@
+"""Held-out sentences while towers are trained: generated now, judged meanwhile, logged later."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from cosmos3_jax import Cosmos3
+from cosmos3_jax.frontend import load_frontend
+from cosmos3_jax.training.params import cast_params, load_towers
+from examples.tiny import evaluate, grammar
+from examples.tiny import judge as jd
+
+
+class Watch:
+    """Generates sentences from the towers as they are, and logs what judges say when they have.
+
+    Nothing is chosen by it: the sentences are the first of the test.
+    """
+
+    def __init__(
+        self,
+        base: Path,
+        vaes: dict,
+        count: int,
+        pool: Executor | None,
+        log: Callable[[dict], None],
+        dtype: str,
+    ):
+        """
+        Args:
+            base: of `assemble.write_base`.
+            vaes: parameters of both autoencoders.
+            count: of sentences.
+            pool: processes that judge; None judges here, and training waits.
+            log: takes a line.
+            dtype: to compute in.
+        """
+        self.config, tokenizer = load_frontend(base)
+        self.test, self.pool, self.log, self.dtype = (
+            grammar.held_out_sentences(count), pool, log, dtype,
+        )  # fmt: skip
+        self.vaes, self.waiting = vaes, []
+        self.model = Cosmos3(self.config, {**load_towers(base, dtype)[0], **vaes}, tokenizer)
+
+    def start(self, step: int, towers: dict) -> None:
+        """Generate now, and let others judge."""
+        began = time.monotonic()
+        towers = cast_params(towers, jnp.dtype(self.dtype), self.config.transformer)
+        self.model.params = {**towers, **self.vaes}
+        sentences = [text for _, text in self.test]
+        clips = evaluate.generate(self.model, sentences, batch=len(sentences))
+        judged = evaluate.submit(self.pool, clips)
+        self.waiting.append((step, time.monotonic() - began, judged))
+
+    def finish(self, wait: bool = False) -> None:
+        """Log what is ready, or all."""
+        while self.waiting:
+            step, seconds, judged = self.waiting[0]
+            if not wait and self.pool is not None and not all(one.done() for one in judged):
+                return
+            rows = jd.score([scene for scene, _ in self.test], evaluate.collect(judged))
+            found = {"merit": evaluate.merit(rows), "shares": evaluate.shares(rows)}
+            self.log({"step": step, "generated_in": round(seconds, 1), **found})
+            self.waiting.pop(0)
