@@ -69,10 +69,12 @@ class Bank:
 def prompt_ids(
     tokenizer: Tokenizer, recipe: Recipe, sentence: str, style: str = "native"
 ) -> tuple[list[int], list[int]]:
-    """Ids of a sentence and of the recipe's negative prompt, as `Cosmos3.prepare` makes them."""
+    """Ids of a sentence and of the recipe's negative prompt, as `Cosmos3.prepare` makes them; in
+    diffusers' style without a system prompt, as our `model_index.json` has it.
+    """
     resolved = resolve_prompts(
         sentence, recipe.negative_prompt, style=style, num_frames=recipe.num_frames,
-        height=recipe.height, width=recipe.width, fps=recipe.fps,
+        height=recipe.height, width=recipe.width, fps=recipe.fps, system_prompt="",
     )  # fmt: skip
     return encode_prompts(tokenizer, resolved)
 

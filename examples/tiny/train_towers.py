@@ -8,7 +8,7 @@ orbax states, and `checkpoint/`, the averaged towers in the public layout, writt
 evaluation. A run that was killed goes on from its last state.
 
 With --minutes the number of steps is chosen when the first have been timed, within the warm-up of
-the learning rate, and lowered if they turn out slower: the schedule always comes to its end.
+the learning rate, and corrected if they turn out slower or faster: the schedule comes to its end.
 With --steps a run is a function of its seed.
 
 Axes: B batch.
@@ -38,11 +38,10 @@ from cosmos3_jax.training.params import join_params, load_towers
 from cosmos3_jax.training.step import TrainOptions, TrainState, init_state, train_step
 from cosmos3_jax.transformer import unstack_layers
 from examples.tiny import assemble, data, model
+from examples.tiny.pacing import Pacer
 from examples.tiny.watch import Watch
 
 LOG_FILE, RUN_FILE = "log.jsonl", "run.json"
-GUESSED_PAUSE = 10.0  # seconds that an evaluation takes, until one did
-MARGIN = 1.03  # by which the steps may be slower than they were
 Step = Callable[..., tuple[TrainState, dict]]
 
 
@@ -186,36 +185,24 @@ def train(
         if states.last is not None:
             state = states.restore(state)
             log({"step": int(state.step), "resumed": True})
-        done, spent = int(state.step), record.get("seconds", 0.0)
-        total = steps or record.get("steps")
+        done, total = int(state.step), steps or record.get("steps")
+        pacer = Pacer(done, record.get("seconds", 0.0))
         evaluated = _evaluations_due(evaluations, done, total)
-        began = since = time.monotonic()
-        first, last, paused, pause = done, done, 0.0, GUESSED_PAUSE
         while total is None or done < total:
-            state, metrics = step(state, bank, jnp.float32(rate(run, done, total or 10**9)))
+            learning_rate = rate(run, done, total or 10**9)
+            state, metrics = step(state, bank, jnp.float32(learning_rate))
             done += 1
             if done % every == 0 or done == total:
                 values = {name: round(float(value), 5) for name, value in metrics.items()}
                 if not np.isfinite(values["loss"]):
                     raise FloatingPointError(f"the loss is not finite at step {done}: {values}")
-                now = time.monotonic()
-                used, pace = spent + now - began, (now - since - paused) / (done - last)
-                # The first interval compiles, and says nothing about those to come.
-                if steps is None and (last > first or used > seconds / 2):
-                    left = seconds - used - pause * (evaluations - evaluated)
-                    fits = done + max(int(left / (pace * MARGIN)), 0)
-                    if total is None or fits < total / MARGIN:
-                        total = fits
-                        log({"step": done, "steps": total})
-                learning_rate = rate(run, done - 1, total or 10**9)
-                values |= {"learning_rate": round(learning_rate, 8), "seconds": round(used, 1)}
-                values |= {
-                    "seconds_a_step": round(pace, 4),
-                    "tflops": round(flops / pace / 1e12, 2),
-                }
-                log({"step": done, **values})
-                _write_record(out, run, {"steps": total, "seconds": used})
-                since, last, paused = now, done, 0.0
+                pace = pacer.interval(done)
+                if steps is None:
+                    total = pacer.plan(done, total, seconds, evaluations - evaluated)
+                values |= {"steps": total, "learning_rate": round(learning_rate, 8)}
+                values |= {"seconds": round(pacer.used, 1), "seconds_a_step": round(pace, 4)}
+                log({"step": done, **values, "tflops": round(flops / pace / 1e12, 2)})
+                _write_record(out, run, {"steps": total, "seconds": pacer.used})
                 if watch is not None:
                     watch.finish()
             if done % save_every == 0 or done == total:
@@ -226,8 +213,7 @@ def train(
                 assemble.write_trained(out / "checkpoint", jax.device_get(state.ema), base, made)
                 if watch is not None:
                     watch.start(done, state.ema)
-                pause = time.monotonic() - start
-                paused += pause
+                pacer.paused(time.monotonic() - start)
         if watch is not None:
             watch.finish(wait=True)
     return state
@@ -300,6 +286,7 @@ def main() -> None:
         if args.sentences:
             log = partial(_log, args.out)
             watch = Watch(args.base, vaes, args.sentences, pool, log, run.dtype)
+            watch.warm_up()
         train(
             run, args.base, args.out, bank, steps=args.steps,
             seconds=60 * args.minutes if args.minutes else math.inf, watch=watch,

@@ -1,7 +1,7 @@
 """Held-out sentences while towers are trained: generated now, judged meanwhile, logged later."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from pathlib import Path
 
@@ -45,15 +45,24 @@ class Watch:
         self.vaes, self.waiting = vaes, []
         self.model = Cosmos3(self.config, {**load_towers(base, dtype)[0], **vaes}, tokenizer)
 
+    def warm_up(self) -> None:
+        """Compile, before training is timed."""
+        began = time.monotonic()
+        for _ in self._clips():
+            pass
+        self.log({"generation_compiled_in": round(time.monotonic() - began, 1)})
+
     def start(self, step: int, towers: dict) -> None:
         """Generate now, and let others judge."""
         began = time.monotonic()
         towers = cast_params(towers, jnp.dtype(self.dtype), self.config.transformer)
         self.model.params = {**towers, **self.vaes}
-        sentences = [text for _, text in self.test]
-        clips = evaluate.generate(self.model, sentences, batch=len(sentences))
-        judged = evaluate.submit(self.pool, clips)
+        judged = evaluate.submit(self.pool, self._clips())
         self.waiting.append((step, time.monotonic() - began, judged))
+
+    def _clips(self) -> Iterator[evaluate.Clip]:
+        sentences = [text for _, text in self.test]
+        return evaluate.generate(self.model, sentences, batch=len(sentences))
 
     def finish(self, wait: bool = False) -> None:
         """Log what is ready, or all."""
