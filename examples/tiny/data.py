@@ -201,6 +201,27 @@ def build_bank(
     return Bank(*bank, count=jnp.int32((i + 1) * chunk))
 
 
+def encode_scenes(
+    base: Path,
+    config: Config,
+    vaes: dict,
+    scenes: list[Scene],
+    rng: np.random.Generator,
+    chunk: int,
+    dtype: str,
+) -> Bank:
+    """A small bank of the scenes that are given."""
+    ids, lengths = _phrasings(str(base / TOKENIZER_FOLDER), config.recipe, scenes, rng)
+    padded = scenes + scenes[-1:] * (-len(scenes) % chunk)  # one program for all
+    parts = [
+        encode_clips(vaes, world.stack(padded[at : at + chunk]), config, dtype)
+        for at in range(0, len(padded), chunk)
+    ]
+    video, sound = (jnp.concatenate(each)[: len(scenes)] for each in zip(*parts, strict=True))
+    ids, lengths = jnp.asarray(ids), jnp.asarray(lengths)
+    return Bank(video, sound, ids, lengths, jnp.int32(len(scenes)))
+
+
 def _arguments(
     base: str | Path, recipe: Recipe, seed: int, chunk: int, chunks: int
 ) -> Iterator[tuple]:

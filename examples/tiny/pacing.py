@@ -54,7 +54,7 @@ class Pacer:
         get half of what is left at most: their time is a guess at first.
         """
         if not self._steps:
-            return total if self.used < seconds / 2 else done
+            return total if self.used < seconds else done
         left = seconds - self.used
         left -= min(self.pause * evaluations, left / 2)
         fits = done + max(int(left / (self._seconds / self._steps * MARGIN)), 0)
