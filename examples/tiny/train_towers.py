@@ -1,7 +1,7 @@
 """Train both towers of the tiny Cosmos3 on clips that the autoencoders have encoded.
 
     python -m examples.tiny.train_towers --base BASE --out RUN --minutes 8
-        [--steps N] [--batch 512] [--clips 200000] [--bank-minutes 2] [--bank FOLDER] ...
+        [--steps N] [--batch 256] [--clips 200000] [--bank-minutes 2] [--bank FOLDER] ...
 
 RUN gets log.jsonl (a line of losses every so often, and what the judge says of held-out sentences),
 orbax states, and `checkpoint/`, the averaged towers in the public layout, written anew at each
@@ -62,7 +62,7 @@ class Run:
         seed: of parameters' use of noise and of the order of examples.
     """
 
-    batch: int = 512
+    batch: int = 256
     microbatches: int = 1
     learning_rate: float = 1.5e-3
     warmup: int = 400

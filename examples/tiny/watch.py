@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from cosmos3_jax import Cosmos3
 from cosmos3_jax.frontend import load_frontend
 from cosmos3_jax.training.params import cast_params, load_towers
+from cosmos3_jax.transformer import unstack_layers
 from examples.tiny import evaluate, grammar
 from examples.tiny import judge as jd
 
@@ -43,7 +44,7 @@ class Watch:
             grammar.held_out_sentences(count), pool, log, dtype,
         )  # fmt: skip
         self.vaes, self.waiting = vaes, []
-        self.model = Cosmos3(self.config, {**load_towers(base, dtype)[0], **vaes}, tokenizer)
+        self.model = Cosmos3(self.config, self._params(load_towers(base, dtype)[0]), tokenizer)
 
     def warm_up(self) -> None:
         """Compile, before training is timed."""
@@ -55,10 +56,14 @@ class Watch:
     def start(self, step: int, towers: dict) -> None:
         """Generate now, and let others judge."""
         began = time.monotonic()
-        towers = cast_params(towers, jnp.dtype(self.dtype), self.config.transformer)
-        self.model.params = {**towers, **self.vaes}
+        self.model.params = self._params(towers)
         judged = evaluate.submit(self.pool, self._clips())
         self.waiting.append((step, time.monotonic() - began, judged))
+
+    def _params(self, towers: dict) -> dict:
+        """The whole model's, as `Cosmos3.from_pretrained` would have them."""
+        towers = cast_params(towers, jnp.dtype(self.dtype), self.config.transformer)
+        return {"und": towers["und"], "gen": unstack_layers(towers["gen"]), **self.vaes}
 
     def _clips(self) -> Iterator[evaluate.Clip]:
         sentences = [text for _, text in self.test]
