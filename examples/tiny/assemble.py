@@ -99,9 +99,7 @@ def write_base(
     return folder
 
 
-def write_trained(
-    folder: Path, params: dict, base: Path, made: str, recipe: dict[str, Any] | None = None
-) -> Path:
+def write_trained(folder: Path, params: dict, base: Path, made: str) -> Path:
     """Write the base with trained towers in it, in bfloat16; a folder that is there is replaced.
 
     Args:
@@ -109,11 +107,9 @@ def write_trained(
         params: `{"und", "gen"}`, layers stacked.
         base: of `write_base`.
         made: how the towers were trained, for the notice.
-        recipe: settings that differ from the base's.
     """
     write_public_checkpoint(folder, params, base, overwrite=True)
-    recipe = json.loads((folder / RECIPE_FILE).read_text()) | (recipe or {})
-    write_recipe(folder, recipe)
+    recipe = json.loads((folder / RECIPE_FILE).read_text())
     of_all = list(grammar.combinations())
     notice = NOTICE.format(
         **recipe, made=made, held_out=sum(map(grammar.held_out, of_all)), combinations=len(of_all)
@@ -128,6 +124,11 @@ def write_recipe(folder: Path, recipe: dict[str, Any]) -> None:
     Recipe.from_dict(recipe)  # or it is none
     _write_json(folder / RECIPE_FILE, recipe)
     _write_json(folder / SCHEDULER_FILE, model.scheduler(recipe))
+
+
+def change_recipe(folder: Path, settings: dict[str, Any]) -> None:
+    """Change what a checkpoint does by default."""
+    write_recipe(folder, json.loads((folder / RECIPE_FILE).read_text()) | settings)
 
 
 def check(folder: Path) -> int:
@@ -179,7 +180,7 @@ def main() -> None:
     else:
         names = ("num_inference_steps", "guidance_scale", "flow_shift")
         given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-        write_recipe(args.out, json.loads((args.out / RECIPE_FILE).read_text()) | given)
+        change_recipe(args.out, given)
     print(f"{args.out}: {check(args.out):,} bytes")
 
 

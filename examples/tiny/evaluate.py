@@ -2,12 +2,12 @@
 
     python -m examples.tiny.evaluate --checkpoint FOLDER --out DIR [--count 200] [--batch 25]
         [--beside NAME=FOLDER] [--steps K] [--guidance G] [--shift S] [--workers 8] [--clips 6]
-        [--tune]
+        [--tune [--apply]]
 
 DIR gets table.json, table.md, sheet.png and a few clips as mp4. `--beside` judges another
 checkpoint on the same sentences and seeds, for a column of its own. `--tune` tries settings of the
 sampler on sentences of *training* combinations, so that nothing is chosen by the test, and writes
-tune.json.
+tune.json; `--apply` puts the best into the checkpoint's recipe.
 
 Axes: B batch, T frames, H rows, W columns, S samples.
 """
@@ -25,8 +25,8 @@ from typing import NamedTuple
 import numpy as np
 
 from cosmos3_jax import Cosmos3, media
+from examples.tiny import assemble, data, grammar, sheets
 from examples.tiny import clips as cl
-from examples.tiny import data, grammar, sheets
 from examples.tiny import judge as jd
 from examples.tiny.scenes import Scene
 
@@ -105,23 +105,21 @@ def training_sentences(count: int, seed: int = TUNE_SEED) -> list[tuple[Scene, s
     return list(zip(*grammar.training_batch(np.random.default_rng(seed), count), strict=True))
 
 
-def tune(
-    model: Cosmos3, count: int, batch: int, pool: Executor | None, quick: bool = False
-) -> list[dict]:
+def tune(model: Cosmos3, count: int, batch: int, pool: Executor | None) -> list[dict]:
     """Tables for settings of the sampler, the best first: guidance, then shift, then steps."""
     test, found = training_sentences(count), []
     recipe = model.config.recipe
     best = {name: getattr(recipe, name) for name in ("guidance_scale", "flow_shift")}
     for name, values in (("guidance_scale", GUIDANCE), ("flow_shift", SHIFTS)):
         tried = []
-        for value in values[:2] if quick else values:
+        for value in values:
             settings = best | {name: value}
             rows, _ = evaluate(model, test, batch=batch, pool=pool, **settings)
             tried.append({"settings": settings, "merit": merit(rows), "shares": shares(rows)})
             print(json.dumps(tried[-1]), flush=True)
         best = max(tried, key=lambda one: one["merit"])["settings"]
         found += tried
-    for steps in () if quick else STEPS:
+    for steps in STEPS:
         settings = best | {"num_inference_steps": steps}
         rows, _ = evaluate(model, test, batch=batch, pool=pool, **settings)
         found.append({"settings": settings, "merit": merit(rows), "shares": shares(rows)})
@@ -153,6 +151,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=8, help="judges; 0: in this process")
     parser.add_argument("--clips", type=int, default=6, help="on the sheet, and as mp4")
     parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--apply", action="store_true", help="the best of --tune to the recipe")
     args = parser.parse_args()
     names = ("num_inference_steps", "guidance_scale", "flow_shift")
     settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -162,7 +161,10 @@ def main() -> None:
     try:
         model = Cosmos3.from_pretrained(args.checkpoint, args.dtype)
         if args.tune:
-            _write(args.out / "tune.json", tune(model, args.count, batch, pool))
+            tried = tune(model, args.count, batch, pool)
+            if args.apply:
+                assemble.change_recipe(Path(args.checkpoint), tried[0]["settings"])
+            _write(args.out / "tune.json", tried)
             return
         test, began = grammar.held_out_sentences(args.count), time.monotonic()
         shape = {name: getattr(model.config.recipe, name) for name in ("height", "width")}
