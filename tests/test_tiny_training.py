@@ -29,7 +29,7 @@ from examples.tiny import tokenizer as tiny_tokenizer
 from examples.tiny.pacing import Pacer
 from examples.tiny.watch import Watch
 
-pytestmark = pytest.mark.usefixtures("one_torch_thread")
+pytestmark = pytest.mark.usefixtures("one_torch_thread", "programs_made_in_a_hurry")
 
 SIZES = model.TRANSFORMER | dict(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
@@ -41,7 +41,15 @@ COUNT = 8  # clips
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory):
+def programs_made_in_a_hurry():
+    """Training runs for milliseconds here, and compiles for seconds."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory, programs_made_in_a_hurry):
     """Folders of two random autoencoders."""
     folder, video = tmp_path_factory.mktemp("parts"), VIDEO_VAE | {"num_res_blocks": 1}
     torch.manual_seed(0)
@@ -207,7 +215,7 @@ def test_a_killed_run_continues_to_the_same_numbers(trained, tmp_path, monkeypat
     whole = trained(tmp_path / "whole")
     log = read_log(tmp_path / "whole")
     assert [line["step"] for line in log] == [2, 4, 6]
-    assert log[-1]["loss"] < log[0]["loss"]  # it learns: here from 1.4 to 0.9
+    assert log[-1]["loss"] < log[0]["loss"]  # it learns: here from 2.1 to 1.0
     taken, step = [], compiled_step(RUN, load_frontend(base)[0])
 
     def dies(*arguments):
@@ -221,7 +229,8 @@ def test_a_killed_run_continues_to_the_same_numbers(trained, tmp_path, monkeypat
         trained(tmp_path / "killed")
     monkeypatch.undo()
     again = trained(tmp_path / "killed")
-    assert_same_tree(again.replace(key=0), whole.replace(key=0))
+    again, whole = (x.replace(key=jax.random.key_data(x.key)) for x in (again, whole))
+    assert_same_tree(again, whole)
     lines = read_log(tmp_path / "killed")
     assert [(line["step"], line.get("resumed")) for line in lines] == [
         (2, None), (4, None), (4, True), (6, None),
