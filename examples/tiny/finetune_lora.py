@@ -106,38 +106,49 @@ def clips(tuning: Tuning, folder: Path, config: Config, vaes: dict) -> data.Bank
     return data.encode_scenes(folder, config, vaes, scenes, rng, tuning.batch, tuning.dtype)
 
 
-def train(
-    tuning: Tuning,
-    params: dict,
-    bank: data.Bank,
-    negatives: tuple[np.ndarray, np.ndarray],
-    config: Config,
-    log: Callable[[dict], None],
-    every: int = 10,
-) -> lora.Lora:
-    """Train an adapter of frozen towers."""
-    adapter = lora.init(
-        jax.random.key(tuning.seed), config.transformer, patterns=PATTERNS, rank=tuning.rank
-    )
+def optimizer(tuning: Tuning) -> optax.GradientTransformation:
     schedule = optax.cosine_decay_schedule(tuning.learning_rate, tuning.steps)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
+
+
+def make_step(
+    tuning: Tuning, config: Config, negatives: tuple[jax.Array, jax.Array]
+) -> Callable[..., tuple[TrainState, dict]]:
+    """(state, towers, bank) -> (state, metrics), compiled; the state is donated."""
     options = TrainOptions(
         levels=NoiseLevels(shift=config.recipe.flow_shift, std=1.2), weights=LossWeights(),
         text_dropout=0.1, remat=False, dtype=tuning.dtype,
     )  # fmt: skip
 
     @partial(jax.jit, donate_argnums=0)
-    def step(state: TrainState, frozen: dict, bank: data.Bank):
+    def step(state: TrainState, towers: dict, bank: data.Bank):
         key = jax.random.fold_in(jax.random.fold_in(state.key, 1 << 30), state.step)
         batch = data.draw_batch(bank, negatives, key, tuning.batch, config.recipe.fps)
         return train_step(
-            state, frozen, batch, config=config.transformer, optimizer=optimizer, options=options,
+            state, towers, batch, config=config.transformer, optimizer=optimizer(tuning),
+            options=options,
             combine=lambda adapter, towers: lora.attach(adapter, towers, config.transformer),
         )  # fmt: skip
 
-    state, began = init_state(adapter, optimizer, jax.random.key(tuning.seed + 1)), time.monotonic()
+    return step
+
+
+def train(
+    tuning: Tuning,
+    towers: dict,
+    bank: data.Bank,
+    config: Config,
+    step: Callable[..., tuple[TrainState, dict]],
+    log: Callable[[dict], None],
+    every: int = 10,
+) -> lora.Lora:
+    """Train an adapter of frozen towers; `step` is of `make_step`."""
+    key = jax.random.key(tuning.seed)
+    adapter = lora.init(key, config.transformer, patterns=PATTERNS, rank=tuning.rank)
+    state = init_state(adapter, optimizer(tuning), jax.random.key(tuning.seed + 1))
+    began = time.monotonic()
     for done in range(1, tuning.steps + 1):
-        state, metrics = step(state, params, bank)
+        state, metrics = step(state, towers, bank)
         if done % every == 0 or done == tuning.steps:
             values = {name: round(float(value), 5) for name, value in metrics.items()}
             log({"step": done, **values, "seconds": round(time.monotonic() - began, 1)})
@@ -174,7 +185,8 @@ def main() -> None:
     log({"clips_encoded_in": round(time.monotonic() - began, 1)})
     params, _ = load_towers(folder, tuning.dtype)
     negatives = jax.tree.map(jnp.asarray, data.negative_ids(tokenizer, config.recipe))
-    adapter = train(tuning, params, bank, negatives, config, log)
+    step = make_step(tuning, config, negatives)
+    adapter = train(tuning, params, bank, config, step, log)
     path = lora_files.save(adapter, args.out, config.transformer)
     log({"adapter": path.name, "bytes": path.stat().st_size})
 
