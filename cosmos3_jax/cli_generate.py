@@ -190,10 +190,13 @@ def _record(
     frames = 1 + (request.video_shape[0] - 1) * model.config.video_vae.scale_factor_temporal
     scale = model.config.video_vae.scale_factor_spatial
     height, width = (size * scale for size in request.video_shape[1:])
-    fps = model.config.recipe.fps if settings["fps"] is None else settings["fps"]
+    recipe = model.config.recipe
+    fps = recipe.fps if settings["fps"] is None else settings["fps"]
+    negative = settings["negative_prompt"]
     [resolved] = resolve_batch(
-        [prompt], settings["negative_prompt"], style=options.prompt_style,
-        system_prompt=options.system_prompt, num_frames=frames, height=height, width=width, fps=fps,
+        [prompt], recipe.negative_prompt if negative is None else negative,
+        style=options.prompt_style, system_prompt=options.system_prompt,
+        num_frames=frames, height=height, width=width, fps=fps,
     )  # fmt: skip
     # In float64: the request's are rounded, and 1000 sigma may then be truncated to another
     # timestep.
@@ -208,7 +211,7 @@ def _record(
             for path, factor in map(_lora, options.lora)
         ],
         "prompt": prompt,
-        "negative_prompt": settings["negative_prompt"],
+        "negative_prompt": negative,
         "system_prompt": options.system_prompt,
         "resolved_prompt": resolved.prompt,
         "resolved_negative_prompt": resolved.negative_prompt

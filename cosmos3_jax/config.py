@@ -388,7 +388,10 @@ class SchedulerConfig(_JsonConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Recipe(_JsonConfig):
-    """`cosmos3_recipe.json`, else Nano's: sizes and sampler settings if the caller names none."""
+    """`cosmos3_recipe.json`, else Nano's: sizes and sampler settings if the caller names none.
+
+    `negative_prompt` None is the prompt style's default.
+    """
 
     _least = {"guidance_scale": -math.inf}
 
@@ -400,6 +403,7 @@ class Recipe(_JsonConfig):
     guidance_scale: float = 6.0
     flow_shift: float = 10.0
     schedule: str = "native"
+    negative_prompt: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -63,7 +63,8 @@ def prepare_request(
         config: the checkpoint's.
         tokenizer: the checkpoint's.
         prompt: text, or a structured caption as JSON; a list is a batch.
-        negative_prompt: one for all or one for each; None is the style's default.
+        negative_prompt: one for all or one for each; None is the recipe's, else the style's
+            default.
         image: what the video begins with: a path, a PIL image or an array (see
             `media.read_image`), one for all or a list of one for each. Resized to fill the picture
             and cropped in its middle.
@@ -106,6 +107,7 @@ def prepare_request(
     width = recipe.width if width is None else width
     fps = recipe.fps if fps is None else fps
     guidance_scale = recipe.guidance_scale if guidance_scale is None else guidance_scale
+    negative_prompt = recipe.negative_prompt if negative_prompt is None else negative_prompt
     if not (np.isscalar(guidance_scale) and np.isfinite(guidance_scale)):
         raise ValueError(f"guidance_scale={guidance_scale} must be a finite number")
     video_shape = video_vae.pixel_to_latent_shape(config.video_vae, num_frames, height, width)

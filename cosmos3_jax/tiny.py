@@ -118,7 +118,7 @@ def write_tiny_checkpoint(folder: Path) -> None:
 
     config = TransformerConfig.from_dict(configs["transformer"])
     layout, shapes = transformer_layout(config), transformer.param_shapes(config)
-    unused = _unused_shapes(config, configs["transformer"])
+    unused = unread_shapes(config, configs["transformer"])
     bfloat16 = jnp.dtype(jnp.bfloat16)
     part = folder / "transformer"
     _write_tensors(part, layout, shapes, bfloat16, unused, TRANSFORMER_SHARD_BYTES)
@@ -143,7 +143,7 @@ def _write_json(path: Path, values: dict) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def _unused_shapes(config: TransformerConfig, values: dict) -> dict[str, tuple[int, ...]]:
+def unread_shapes(config: TransformerConfig, values: dict) -> dict[str, tuple[int, ...]]:
     """The public tensors that generation never reads: the language head, actions and the like."""
     width, heads = config.hidden_size, config.num_attention_heads * config.head_dim
     domains, action = values["num_embodiment_domains"], values["action_dim"]

@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# The tiny Cosmos3 from nothing, on one GPU: bash examples/tiny/recipe.sh [RUNS]
+#
+# Minutes on one H200 as estimated beforehand, compilation included; every log has what it took:
+#   sound autoencoder 3, video autoencoder 4, bank of 200,000 encoded clips 2, towers MINUTES + 1,
+#   settings of the sampler 2, table of 200 held-out sentences 1.
+# What is there already is not made again, and a run that was killed goes on: start it once more.
+# All that can be set here: MINUTES for the towers, WORKERS for what the host does.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+mkdir -p "${1:-runs/tiny}"
+RUNS=$(realpath "${1:-runs/tiny}")
+MINUTES=${MINUTES:-8}
+WORKERS=${WORKERS:-12}
+PYTHON=${PYTHON:-python}
+export PYTHONUNBUFFERED=1 JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$RUNS/compiled}
+
+stage() { echo "== $* ($(date +%T))"; }
+
+for what in sound video; do
+  if [ ! -f "$RUNS/$what/report.json" ]; then
+    stage "$what autoencoder"
+    $PYTHON -m examples.tiny.train_autoencoders --what $what --out "$RUNS/$what"
+  fi
+done
+if [ ! -f "$RUNS/base/model_index.json" ]; then
+  stage "towers that know nothing"
+  $PYTHON -m examples.tiny.assemble base --video "$RUNS/video/vae" \
+    --sound "$RUNS/sound/sound_tokenizer" --out "$RUNS/base"
+fi
+if [ ! -f "$RUNS/towers/done" ]; then
+  stage "towers"
+  $PYTHON -m examples.tiny.train_towers --base "$RUNS/base" --out "$RUNS/towers" \
+    --minutes "$MINUTES" --workers "$WORKERS"
+  touch "$RUNS/towers/done"
+fi
+if [ ! -f "$RUNS/tuned/tune.json" ]; then
+  stage "settings, on sentences of training combinations"
+  $PYTHON -m examples.tiny.evaluate --checkpoint "$RUNS/towers/checkpoint" --tune --apply \
+    --count 100 --batch 100 --workers "$WORKERS" --out "$RUNS/tuned"
+fi
+stage "200 held-out sentences"
+if [ ! -d "$RUNS/random" ]; then
+  $PYTHON -c "import pathlib, sys; from cosmos3_jax import tiny; \
+    tiny.write_tiny_checkpoint(pathlib.Path(sys.argv[1]))" "$RUNS/random"
+fi
+$PYTHON -m examples.tiny.evaluate --checkpoint "$RUNS/towers/checkpoint" \
+  --beside "random=$RUNS/random" --count 200 --batch 100 --workers "$WORKERS" --out "$RUNS/table"
+$PYTHON -m examples.tiny.curves --run "$RUNS/towers" --out "$RUNS/curves.png"
+stage "made $RUNS/towers/checkpoint"

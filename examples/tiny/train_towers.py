@@ -1,0 +1,301 @@
+"""Train both towers of the tiny Cosmos3 on clips that the autoencoders have encoded.
+
+    python -m examples.tiny.train_towers --base BASE --out RUN --minutes 8
+        [--steps N] [--batch 256] [--clips 200000] [--bank-minutes 2] [--bank FOLDER] ...
+
+RUN gets log.jsonl (a line of losses every so often, and what the judge says of held-out sentences),
+orbax states, and `checkpoint/`, the averaged towers in the public layout, written anew at each
+evaluation. A run that was killed goes on from its last state.
+
+With --minutes the number of steps is chosen when the first have been timed, within the warm-up of
+the learning rate, and corrected if they turn out slower or faster: the schedule comes to its end.
+With --steps a run is a function of its seed.
+
+Axes: B batch.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from cosmos3_jax.config import Config
+from cosmos3_jax.frontend import load_frontend
+from cosmos3_jax.training.checkpoints import Checkpoints
+from cosmos3_jax.training.flow import LossWeights, NoiseLevels
+from cosmos3_jax.training.params import join_params, load_towers
+from cosmos3_jax.training.step import TrainOptions, TrainState, init_state, train_step
+from cosmos3_jax.transformer import unstack_layers
+from examples.tiny import assemble, data, model
+from examples.tiny.pacing import Pacer
+from examples.tiny.watch import Watch
+
+LOG_FILE, RUN_FILE = "log.jsonl", "run.json"
+Step = Callable[..., tuple[TrainState, dict]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run is.
+
+    Attributes:
+        batch: examples a step, in so many `microbatches`.
+        learning_rate: the peak, after `warmup` steps; it falls to a hundredth (cosine).
+        weight_decay: of kernels.
+        shift, spread: of the noise levels, see `flow.NoiseLevels`.
+        sound_weight: of the sound's loss beside the video's.
+        text_dropout: share of examples that are learned without their prompt.
+        ema_decay: of the average that is evaluated and kept.
+        dtype: of both passes; parameters, optimizer and average are float32.
+        unrolled: compile each layer of the media tower by itself: longer, for a faster step.
+        seed: of parameters' use of noise and of the order of examples.
+    """
+
+    batch: int = 256
+    microbatches: int = 1
+    learning_rate: float = 1.5e-3
+    warmup: int = 400
+    weight_decay: float = 0.02
+    shift: float = 3.0
+    spread: float = 1.2
+    sound_weight: float = 1.0
+    text_dropout: float = 0.1
+    ema_decay: float = 0.999
+    dtype: str = "bfloat16"
+    remat: bool = False
+    unrolled: bool = False
+    seed: int = 0
+
+
+def rate(run: Run, step: int, steps: int) -> float:
+    """The learning rate of a step, of `steps` in all; before the end of the warm-up it does not
+    depend on these.
+    """
+    if step < run.warmup:
+        return run.learning_rate * (step + 1) / run.warmup
+    done = min((step - run.warmup) / max(steps - run.warmup, 1), 1.0)
+    return run.learning_rate * (0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2)
+
+
+def optimizer(run: Run) -> optax.GradientTransformation:
+    """AdamW; its learning rate is put into its state before each step."""
+
+    def adamw(learning_rate):
+        return optax.chain(
+            optax.clip_by_global_norm(1.0),
+            optax.adamw(
+                learning_rate, b1=0.9, b2=0.98, weight_decay=run.weight_decay, mask=model.has_decay
+            ),
+        )
+
+    return optax.inject_hyperparams(adamw)(learning_rate=0.0)
+
+
+def make_step(run: Run, config: Config, negatives: tuple[np.ndarray, np.ndarray]) -> Step:
+    """(state, bank, learning rate) -> (state, metrics), compiled; the state is donated."""
+    options = TrainOptions(
+        levels=NoiseLevels(shift=run.shift, std=run.spread),
+        weights=LossWeights(sound=run.sound_weight),
+        text_dropout=run.text_dropout,
+        microbatches=run.microbatches,
+        remat=run.remat,
+        dtype=run.dtype,
+        ema_decay=run.ema_decay,
+    )
+
+    def combine(params: dict, frozen: dict) -> dict:
+        params = join_params(params, frozen)
+        return params | {"gen": unstack_layers(params["gen"])} if run.unrolled else params
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(state: TrainState, bank: data.Bank, learning_rate: jax.Array):
+        # Another key than those of noise and dropout, which the step folds in the same number for.
+        key = jax.random.fold_in(jax.random.fold_in(state.key, 1 << 30), state.step)
+        batch = data.draw_batch(bank, negatives, key, run.batch, config.recipe.fps)
+        hyper = state.opt_state.hyperparams | {"learning_rate": learning_rate}
+        state = state.replace(opt_state=state.opt_state._replace(hyperparams=hyper))
+        return train_step(
+            state, {}, batch, config=config.transformer, optimizer=optimizer(run), options=options,
+            combine=combine,
+        )  # fmt: skip
+
+    return step
+
+
+# The run
+# --------------------------------------------------------------------------------------------------
+
+
+def train(
+    run: Run,
+    base: Path,
+    out: Path,
+    bank: data.Bank,
+    *,
+    steps: int | None = None,
+    seconds: float = math.inf,
+    watch: Watch | None = None,
+    evaluations: int = 4,
+    every: int = 50,
+    save_every: int = 1000,
+) -> TrainState:
+    """Train until `steps` are taken, or as many as fit into `seconds`; goes on where `out` is.
+
+    Args:
+        run: see `Run`.
+        base: of `assemble.write_base`.
+        out: a folder of this run alone.
+        bank: examples.
+        steps: of the whole run; None chooses them by the time.
+        seconds: for everything from here on, over all processes that worked on this run.
+        watch: what judges, or None.
+        evaluations: how often, evenly; the last is at the end.
+        every, save_every: steps from one line of the log, and one saved state, to the next.
+
+    Raises:
+        ValueError: neither steps nor seconds are given, or `out` holds another run.
+        FloatingPointError: the loss is not finite.
+    """
+    if steps is None and seconds == math.inf:
+        raise ValueError("give a number of steps, or the seconds that they may take")
+    out.mkdir(parents=True, exist_ok=True)
+    params, config = load_towers(base, "float32")
+    _, tokenizer = load_frontend(base)
+    negatives = data.negative_ids(tokenizer, config.recipe)
+    state = init_state(params, optimizer(run), jax.random.key(run.seed), ema=True)
+    record = _record(out, run)
+    step = make_step(run, config, jax.tree.map(jnp.asarray, negatives))
+    log = partial(_log, out)
+    text = int(np.asarray(bank.lengths[0, 0]))
+    media = math.prod(bank.video.shape[1:4]) + bank.sound.shape[1]
+    flops = run.batch * model.flops_per_example(config.transformer, media, text)
+
+    with Checkpoints(out / "states", keep=2) as states:
+        if states.last is not None:
+            state = states.restore(state)
+            log({"step": int(state.step), "resumed": True})
+        done, total = int(state.step), steps or record.get("steps")
+        pacer = Pacer(done, record.get("seconds", 0.0))
+        evaluated = _evaluations_due(evaluations, done, total)
+        while total is None or done < total:
+            learning_rate = rate(run, done, total or 10**9)
+            state, metrics = step(state, bank, jnp.float32(learning_rate))
+            done += 1
+            if done % every == 0 or done == total:
+                values = {name: round(float(value), 5) for name, value in metrics.items()}
+                if not np.isfinite(values["loss"]):
+                    raise FloatingPointError(f"the loss is not finite at step {done}: {values}")
+                pace = pacer.interval(done)
+                if steps is None:
+                    total = pacer.plan(done, total, seconds, evaluations - evaluated)
+                values |= {"steps": total, "learning_rate": round(learning_rate, 8)}
+                values |= {"seconds": round(pacer.used, 1), "seconds_a_step": round(pace, 4)}
+                log({"step": done, **values, "tflops": round(flops / pace / 1e12, 2)})
+                _write_record(out, run, {"steps": total, "seconds": pacer.used})
+                if watch is not None:
+                    watch.finish()
+            if done % save_every == 0 or done == total:
+                states.save(state)
+            if (due := _evaluations_due(evaluations, done, total)) > evaluated:
+                evaluated, start = due, time.monotonic()
+                made = f"Towers: {done} of {total} steps of {run.batch} clips: `{run}`."
+                assemble.write_trained(out / "checkpoint", jax.device_get(state.ema), base, made)
+                if watch is not None:
+                    watch.start(done, state.ema)
+                pacer.paused(time.monotonic() - start)
+        if watch is not None:
+            watch.finish(wait=True)
+    return state
+
+
+def _evaluations_due(evaluations: int, done: int, total: int | None) -> int:
+    return evaluations * done // total if total else 0
+
+
+def _record(out: Path, run: Run) -> dict[str, Any]:
+    """What a folder says of its run. Raises ValueError if it is another one."""
+    path = out / RUN_FILE
+    if not path.is_file():
+        return {}
+    found = json.loads(path.read_text())
+    if found["run"] != dataclasses.asdict(run):
+        raise ValueError(f"{path} is of {found['run']}, not of {run}; choose another folder")
+    return found
+
+
+def _write_record(out: Path, run: Run, values: dict) -> None:
+    temporary = out / f".{RUN_FILE}.partial"
+    temporary.write_text(json.dumps({"run": dataclasses.asdict(run), **values}))
+    os.replace(temporary, out / RUN_FILE)
+
+
+def _log(out: Path, values: dict) -> None:
+    line = json.dumps(values)
+    print(line, flush=True)
+    with (out / LOG_FILE).open("a") as file:
+        file.write(line + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the towers of the tiny Cosmos3.")
+    parser.add_argument("--base", type=Path, required=True, help="of `assemble base`")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, help="for training, the bank not included")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--clips", type=int, default=200_000, help="in the bank")
+    parser.add_argument("--bank", type=Path, help="where the bank is kept (default: RUN/bank)")
+    parser.add_argument("--bank-minutes", type=float, default=2.0)
+    parser.add_argument("--chunk", type=int, default=data.CHUNK)
+    parser.add_argument("--workers", type=int, default=12, help="processes; 0: none but this")
+    parser.add_argument("--evaluations", type=int, default=4)
+    parser.add_argument("--sentences", type=int, default=64, help="that an evaluation generates")
+    parser.add_argument("--every", type=int, default=50)
+    parser.add_argument("--save-every", type=int, default=1000)
+    for field in dataclasses.fields(Run):
+        name, kind = f"--{field.name.replace('_', '-')}", type(field.default)
+        if kind is bool:
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=field.default)
+        else:
+            parser.add_argument(name, type=kind, default=field.default)
+    args = parser.parse_args()
+    run = Run(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Run)})
+    if args.minutes is None and args.steps is None:
+        parser.error("give --minutes or --steps")
+    args.out.mkdir(parents=True, exist_ok=True)
+    _log(args.out, {"device": str(jax.devices()[0].device_kind), "jax": jax.__version__})
+    pool = data.processes(args.workers) if args.workers else None
+    try:
+        vaes = data.load_vaes(args.base, run.dtype)
+        bank = data.get_bank(
+            args.base, args.bank or args.out / "bank", vaes, args.clips,
+            seconds=60 * args.bank_minutes, chunk=args.chunk, dtype=run.dtype, seed=run.seed,
+            pool=pool,
+        )  # fmt: skip
+        watch = None
+        if args.sentences:
+            log = partial(_log, args.out)
+            watch = Watch(args.base, vaes, args.sentences, pool, log, run.dtype)
+            watch.warm_up()
+        train(
+            run, args.base, args.out, bank, steps=args.steps,
+            seconds=60 * args.minutes if args.minutes else math.inf, watch=watch,
+            evaluations=args.evaluations, every=args.every, save_every=args.save_every,
+        )  # fmt: skip
+    finally:
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)
+
+
+if __name__ == "__main__":
+    main()
