@@ -161,7 +161,7 @@ def magnitudes(waveform: Array, size: int, hop: int) -> Array:
 
 
 def spectral_loss(
-    waveform: Array, target: Array, sizes: Sequence[int] = (256, 1024, 4096)
+    waveform: Array, target: Array, sizes: Sequence[int] = (240, 960, 3840)
 ) -> tuple[Array, Array]:
     """Spectral convergence and the error of log magnitudes, means over window sizes.
 
@@ -171,7 +171,8 @@ def spectral_loss(
     means and half differences (Steinmetz et al., 2021), so that places are learned too.
 
     Args:
-        waveform, target: [B, 2, N]; N is a multiple of a quarter of each size.
+        waveform, target: [B, 2, N].
+        sizes: of windows; N is a multiple of a quarter of each, as whole latent frames of 1920 are.
     """
     both = jnp.stack([_with_middle_and_side(waveform), _with_middle_and_side(target)])
     convergence, logarithm = [], []
