@@ -302,7 +302,7 @@ def test_run_resumes_to_the_same_numbers(what, tmp_path, monkeypatch):
     static = ("run", "model", "length", "batch")
     monkeypatch.setattr(train_autoencoders, "train_step", jit(step, static_argnames=static))
     run, model = (
-        Run(what, 4, 2, 1e-2, "float32", 0, 0.5, pool=8, every=1, save_every=2),
+        Run(what, 4, 2, 1e-2, 1e-3, "float32", 0, 0.5, pool=8, every=1, save_every=2),
         SMALL[what],
     )
     save, saved = train_autoencoders.save, []

@@ -34,7 +34,7 @@ class VideoLossWeights:
     """Of the parts of `video_loss`; pixels count once."""
 
     gradient: float = 1.0
-    kl: float = 1e-4
+    kl: float = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class SoundLossWeights:
     """Of the parts of `sound_loss`; spectra count once."""
 
     waveform: float = 10.0
-    kl: float = 1e-3
+    kl: float = 1e-2
 
 
 def kl_divergence(mean: Array, deviation: Array) -> Array:

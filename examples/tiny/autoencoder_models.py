@@ -61,7 +61,8 @@ class Autoencoder:
         config: sizes.
         layout, shapes: of a configuration: how it is stored, and the tree of its parameters.
         init: (config, key) -> parameters.
-        loss: (params, config, clips, key, dtype=) -> the loss and its parts.
+        loss: (params, config, clips, key, weights=, dtype=) -> the loss and its parts.
+        weights: of these parts.
         clips: (scenes, key, length) -> training clips; `short` is the length of the first phase of
             training, `whole` that of the clips of the world, both in the unit of `clips`.
     """
@@ -73,6 +74,7 @@ class Autoencoder:
     shapes: Callable[[Any], Params]
     init: Callable[[Any, Array], Params]
     loss: Callable[..., tuple[Array, dict[str, Array]]]
+    weights: type
     clips: Callable[[dict[str, Array], Array, int], Array]
     short: int
     whole: int
@@ -120,6 +122,7 @@ AUTOENCODERS = {
         shapes=video_vae.param_shapes,
         init=autoencoders.init_video_vae,
         loss=autoencoders.video_loss,
+        weights=autoencoders.VideoLossWeights,
         clips=video_clips,
         short=17,
         whole=sc.FRAMES,
@@ -132,6 +135,7 @@ AUTOENCODERS = {
         shapes=partial(sound_vae.param_shapes, with_encoder=True),
         init=autoencoders.init_sound_vae,
         loss=autoencoders.sound_loss,
+        weights=autoencoders.SoundLossWeights,
         clips=sound_clips,
         short=24,
         whole=world.sound_samples() // world.SAMPLES_PER_LATENT,

@@ -1,7 +1,8 @@
 """Train an autoencoder of the tiny world, on clips that are drawn as they are needed.
 
     python -m examples.tiny.train_autoencoders --what video|sound --out FOLDER
-        [--steps N] [--batch B] [--seed S] [--dtype bfloat16|float32] [--clips 200]
+        [--steps N] [--batch B] [--seed S] [--learning-rate R] [--kl W]
+        [--dtype bfloat16|float32] [--clips 200]
 
 FOLDER gets log.jsonl (losses and seconds), state.msgpack (a killed run goes on from there), and at
 the end the weights in the public layout, report.json and a sheet of reconstructions. Short clips
@@ -37,8 +38,8 @@ from examples.tiny.autoencoder_models import (
 STATE_FILE, LOG_FILE, REPORT_FILE = "state.msgpack", "log.jsonl", "report.json"
 State = dict[str, Any]
 DEFAULTS = {
-    "video": {"steps": 4000, "batch": 32, "learning_rate": 1e-3, "dtype": "bfloat16"},
-    "sound": {"steps": 6000, "batch": 32, "learning_rate": 1e-3, "dtype": "float32"},
+    "video": {"steps": 4000, "batch": 32, "learning_rate": 1e-3, "kl": 1e-3, "dtype": "bfloat16"},
+    "sound": {"steps": 6000, "batch": 32, "learning_rate": 1e-3, "kl": 1e-2, "dtype": "float32"},
 }
 
 
@@ -50,6 +51,8 @@ class Run:
         steps: in all; `short_share` of them have short clips, `batch` at a time, and the others
             whole clips, as many as take about the same time.
         learning_rate: the peak, after a twentieth of the steps; it falls to a hundredth (cosine).
+        kl: the weight of the KL divergence: the more, the less noise in the latents matters, and
+            the less exact is what comes back.
         dtype: of both passes. Parameters and optimizer are float32.
         pool: scenes that are made at first, and drawn from.
         every, save_every: steps from one line of the log, and one saved state, to the next.
@@ -59,6 +62,7 @@ class Run:
     steps: int
     batch: int
     learning_rate: float
+    kl: float
     dtype: str
     seed: int = 0
     short_share: float = 0.75
@@ -92,8 +96,10 @@ def train_step(
     chosen = jax.random.randint(pool_key, (batch,), 0, len(pool["radius"]))
     clips = model.clips(jax.tree.map(lambda x: x[chosen], pool), clip_key, length)
 
+    options = {"weights": model.weights(kl=run.kl), "dtype": jnp.dtype(run.dtype)}
+
     def loss(params):
-        return model.loss(params, model.config, clips, noise_key, dtype=jnp.dtype(run.dtype))
+        return model.loss(params, model.config, clips, noise_key, **options)
 
     (value, parts), gradient = jax.value_and_grad(loss, has_aux=True)(state["params"])
     updates, opt = optimizer(run).update(gradient, state["opt"])
@@ -193,6 +199,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--batch", type=int)
     parser.add_argument("--learning-rate", type=float)
+    parser.add_argument("--kl", type=float)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--clips", type=int, default=200, help="held-out clips that are judged")
