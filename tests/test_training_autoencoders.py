@@ -117,7 +117,7 @@ def test_spectral_loss_and_gradient_equal_torch():
     theirs.backward()
     loss = jax.value_and_grad(lambda x: sum(ae.spectral_loss(x, target)))
     value, gradient = jit(loss)(ours)
-    assert float(value) == pytest.approx(float(theirs), rel=1e-5)
+    assert float(value) == pytest.approx(float(theirs.detach()), rel=1e-5)
     # Where a bin's error is near 0, the sign that a gradient has is rounding's: 1e-3, not 1e-5.
     assert relative_l2(gradient, variable.grad) < 1e-3
 
@@ -242,8 +242,9 @@ def test_diffusers_reads_the_video_folder(tmp_path):
 
 @torch.no_grad()
 def test_diffusers_reads_the_sound_folder(tmp_path):
-    model = SMALL["sound"]
-    write_public(tmp_path / "sound_tokenizer", model, perturbed(model))
+    model, params = SMALL["sound"], perturbed(SMALL["sound"])
+    params["decoder"]["conv2"]["kernel"] *= 0.03  # below 1: the cut-off must not hide an error
+    write_public(tmp_path / "sound_tokenizer", model, params)
     stored, params = read_public(tmp_path / "sound_tokenizer", model)
     assert stored.config == SMALL_SOUND
     theirs = Cosmos3AVAEAudioTokenizer.from_pretrained(
@@ -279,7 +280,7 @@ def test_training_clips_are_parts_of_the_world(monkeypatch):
     monkeypatch.setattr("examples.tiny.autoencoder_models.ANY_PITCH", 0.0)
     scenes = world.stack(grammar.training_batch(np.random.default_rng(0), 3)[0])
     videos, _ = world.render_batch(scenes, size=16, samples=1)
-    _, sounds = world.render_batch(scenes, frames=1, size=8)
+    _, sounds = world.render_batch(scenes, frames=1, size=8, samples=world.sound_samples())
     parts = video_clips(scenes, jax.random.key(0), 5, size=16)
     for whole, part in zip(np.moveaxis(videos, -1, 1), np.asarray(parts), strict=True):
         starts = range(sc.FRAMES - 4)
@@ -300,7 +301,9 @@ def test_run_resumes_to_the_same_numbers(what, tmp_path, monkeypatch):
     """A run that is killed between its two phases; and a state that is of another run."""
     step = train_autoencoders.train_step.__wrapped__
     static = ("run", "model", "length", "batch")
-    monkeypatch.setattr(train_autoencoders, "train_step", jit(step, static_argnames=static))
+    monkeypatch.setattr(
+        train_autoencoders, "train_step", jit(step, static_argnames=static, donate_argnums=0)
+    )
     run, model = (
         Run(what, 4, 2, 1e-2, 1e-3, "float32", 0, 0.5, pool=8, every=1, save_every=2),
         SMALL[what],

@@ -26,6 +26,7 @@ from examples.tiny.scenes import Scene
 
 BATCH = 8
 NOISE = (0.0, 0.1, 0.2)  # on the latents, in standard deviations
+FEWER = 50  # clips of each of the other tables
 ROWS = 6  # of the sheet
 
 
@@ -76,7 +77,8 @@ def reconstruct(
 def report(
     what: str, model: Autoencoder, params: dict, count: int, out: Path | None = None
 ) -> dict[str, Any]:
-    """Fidelity and the judge's tables on `count` held-out clips, 2 or more; see `NOISE`.
+    """Fidelity and the judge's tables on `count` held-out clips, 2 or more, and on the first
+    `FEWER` of them with noise and in new words.
 
     With `out`, a sheet of the first few reconstructions is written there.
     """
@@ -84,10 +86,10 @@ def report(
     scenes = [scene for scene, _ in chosen]
     found: dict[str, Any] = {"what": what, "clips": count, "noise": {}}
     for noise in NOISE:
-        clips = list(_clips(model, params, scenes, noise))
-        rows = judge.score(scenes, [judge.judge(clip["video"], clip["sound"]) for clip in clips])
-        print(f"noise {noise}\n{judge.markdown(rows)}", flush=True)
-        found["noise"][str(noise)] = fidelity(what, clips) | {"judge": judge.report(rows)}
+        shown = scenes[: FEWER if noise else None]
+        clips, found["noise"][str(noise)] = _table(
+            f"noise {noise}", what, model, params, shown, noise
+        )
         if noise == 0:
             latents = np.concatenate(
                 [c["latents"].reshape(-1, c["latents"].shape[-1]) for c in clips]
@@ -97,12 +99,20 @@ def report(
                 shown = zip(clips[:ROWS], chosen, strict=False)
                 rows = [(clip["video"], clip["sound"], text) for clip, (_, text) in shown]
                 sheets.sheet(rows).save(out / f"{what}.png", optimize=True)
-    new = [new_words(scene) for scene in scenes]
-    clips = list(_clips(model, params, new, 0.0))
-    rows = judge.score(new, [judge.judge(clip["video"], clip["sound"]) for clip in clips])
-    print(f"new colour and pitch\n{judge.markdown(rows)}", flush=True)
-    found["new"] = fidelity(what, clips) | {"judge": judge.report(rows)}
+    new = [new_words(scene) for scene in scenes[:FEWER]]
+    _, found["new"] = _table("new colour and pitch", what, model, params, new, 0.0)
     return found
+
+
+def _table(
+    title: str, what: str, model: Autoencoder, params: dict, scenes: list[Scene], noise: float
+) -> tuple[list[dict[str, np.ndarray]], dict[str, Any]]:
+    """The reconstructions of scenes, and what is to be reported of them."""
+    clips = list(_clips(model, params, scenes, noise))
+    rows = judge.score(scenes, [judge.judge(clip["video"], clip["sound"]) for clip in clips])
+    found = fidelity(what, clips)
+    print(f"{title}: {found}\n{judge.markdown(rows)}", flush=True)
+    return clips, found | {"judge": judge.report(rows)}
 
 
 def new_words(scene: Scene) -> Scene:

@@ -83,7 +83,8 @@ def optimizer(run: Run) -> optax.GradientTransformation:
 def init_state(run: Run, model: Autoencoder) -> State:
     params = model.init(model.config, jax.random.key(run.seed))
     opt = optimizer(run).init(params)
-    return {"step": jnp.zeros((), jnp.int32), "params": params, "ema": params, "opt": opt}
+    ema = jax.tree.map(jnp.copy, params)  # a buffer of its own: steps take theirs over
+    return {"step": jnp.zeros((), jnp.int32), "params": params, "ema": ema, "opt": opt}
 
 
 @partial(jax.jit, static_argnames=("run", "model", "length", "batch"), donate_argnums=0)
