@@ -17,7 +17,7 @@ from oracle import relative_l2
 from cosmos3_jax import sound_vae, video_vae
 from cosmos3_jax.config import SoundVAEConfig, VideoVAEConfig
 from cosmos3_jax.training import autoencoders as ae
-from examples.tiny import grammar, train_autoencoders, world
+from examples.tiny import autoencoder_check, grammar, train_autoencoders, world
 from examples.tiny import scenes as sc
 from examples.tiny.autoencoder_models import (
     AUTOENCODERS,
@@ -47,7 +47,7 @@ SMALL = {
         config=SMALL_VIDEO,
         clips=functools.partial(video_clips, size=16),
         short=3,
-        whole=5,
+        whole=3,
     ),
     "sound": dataclasses.replace(AUTOENCODERS["sound"], config=SMALL_SOUND, short=2, whole=4),
 }
@@ -298,7 +298,9 @@ def test_training_clips_are_parts_of_the_world(monkeypatch):
 
 @each
 def test_run_resumes_to_the_same_numbers(what, tmp_path, monkeypatch):
-    """A run that is killed between its two phases; and a state that is of another run."""
+    """A run that is killed halfway, for sound between its two phases; a state of another run; and
+    what is written at the end.
+    """
     step = train_autoencoders.train_step.__wrapped__
     static = ("run", "model", "length", "batch")
     monkeypatch.setattr(
@@ -333,7 +335,41 @@ def test_run_resumes_to_the_same_numbers(what, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="choose another folder or remove it"):
         other = dataclasses.replace(run, seed=1)
         train_autoencoders.train(other, model, tmp_path / "killed")
-    final = train_autoencoders.finish(run, model, resumed["ema"], tmp_path / "killed", scenes=2)
-    assert (tmp_path / "killed" / model.folder / "config.json").is_file()
+    channels = 4
+    mean, deviation = random(5, channels), np.full((5, channels), 0.5)
+    monkeypatch.setattr(autoencoder_check, "posteriors", lambda *_: (mean, deviation))
+    params = resumed["ema"]
+    final = train_autoencoders.finish(run, model, params, tmp_path / "killed", scenes=2)
+    final, stored = read_public(tmp_path / "killed" / model.folder, final)
+    centre, scale = ae.latent_statistics(mean, deviation)
+    kernel, gain = params["encoder"], 1.0
     if what == "video":
-        assert final.config.latents_std != model.config.latents_std
+        np.testing.assert_allclose(final.config.latents_mean, centre, rtol=1e-6)
+        np.testing.assert_allclose(final.config.latents_std, scale, rtol=1e-6)
+        kernel, found = kernel["quant_conv"]["kernel"], stored["encoder"]["quant_conv"]["kernel"]
+    else:
+        kernel, found = kernel["layers_5"]["kernel"], stored["encoder"]["layers_5"]["kernel"]
+        gain = np.concatenate([1 / scale, np.ones(channels)])
+    # bfloat16: 2^-8 of a weight, and as much of its weight-norm gain.
+    np.testing.assert_allclose(found, kernel * gain, rtol=2**-7, atol=1e-6)
+
+
+def test_report_of_reconstructions(tmp_path):
+    """The judge sees the true video and hears what an untrained decoder makes: nothing."""
+    model = SMALL["sound"]
+    params = model.init(model.config, jax.random.key(0))
+    report = autoencoder_check.report("sound", model, params, 2, tmp_path)
+    rows = {row["attribute"]: row["share"] for row in report["noise"]["0.0"]["judge"]}
+    assert rows["colour and shape"] == 1 and rows["pitch"] == 0
+    assert report["noise"]["0.0"]["snr"] == pytest.approx(0, abs=1e-3)
+    assert len(report["latents"]["std"]) == 4
+    assert (tmp_path / "sound.png").is_file()
+
+
+@each
+def test_first_parameters(what):
+    """Of one type, or the second step would compile again; and the first clip is empty."""
+    params = SMALL[what].init(SMALL[what].config, jax.random.key(0))
+    assert all(x.dtype == jnp.float32 and not x.weak_type for x in jax.tree.leaves(params))
+    last = params["decoder"]["conv_out" if what == "video" else "conv2"]
+    assert not np.any(last["kernel"])

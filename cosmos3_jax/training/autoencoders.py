@@ -26,7 +26,7 @@ from cosmos3_jax.config import SoundVAEConfig, VideoVAEConfig
 
 Params = dict[str, Any]
 SMOOTH = 1e-3  # where the absolute value of a pixel error turns into its square
-FLOOR = 1e-4  # spectral magnitude, of a full tone's 0.5, below which nothing is heard
+FLOOR = 1e-3  # spectral magnitude, of a full tone's 0.5, below which logarithms level off
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +39,15 @@ class VideoLossWeights:
 
 @dataclasses.dataclass(frozen=True)
 class SoundLossWeights:
-    """Of the parts of `sound_loss`; spectra count once."""
+    """Of the parts of `sound_loss`; spectral convergence counts once.
 
-    waveform: float = 10.0
-    kl: float = 1e-2
+    Logarithms count less than in speech or music: where most of a clip is silence, they would soon
+    silence all of it.
+    """
+
+    log_magnitude: float = 0.3
+    waveform: float = 20.0
+    kl: float = 1e-3
 
 
 def kl_divergence(mean: Array, deviation: Array) -> Array:
@@ -116,7 +121,7 @@ def video_loss(
         "gradient": gradient_loss(decoded, video),
         "kl": kl_divergence(mean, deviation),
     }
-    loss = parts["pixel"] + weights.gradient * parts["gradient"] + weights.kl * parts["kl"]
+    loss = sum(getattr(weights, name, 1.0) * value for name, value in parts.items())
     return loss, parts | {"psnr": psnr(decoded, video), "deviation": jnp.mean(deviation)}
 
 
@@ -220,7 +225,7 @@ def sound_loss(
         "waveform": jnp.mean(jnp.abs(decoded - target)),
         "kl": kl_divergence(mean, deviation),
     }
-    loss = convergence + logarithm + weights.waveform * parts["waveform"] + weights.kl * parts["kl"]
+    loss = sum(getattr(weights, name, 1.0) * value for name, value in parts.items())
     return loss, parts | {"snr": snr(decoded, target), "deviation": jnp.mean(deviation)}
 
 
@@ -278,28 +283,31 @@ def init_video_vae(config: VideoVAEConfig, key: Array, deviation: float = 0.1) -
     """Random float32 parameters: residual branches silent, the posterior's `deviation` constant.
 
     Silent branches leave the averaging and repeating shortcuts, which carry the picture through at
-    once (after Goyal et al., 2017, for ResNets).
+    once (after Goyal et al., 2017, for ResNets). The first picture is grey.
     """
-    silent = r"(resnets_\d+/conv2|attentions_0/proj)/kernel"
+    silent = r"(resnets_\d+/conv2|attentions_0/proj|decoder/conv_out)/kernel"
     params = _random(key, video_vae.param_shapes(config), silent)
     quant = params["encoder"]["quant_conv"]
     is_mean = jnp.arange(2 * config.z_dim) < config.z_dim
     params["encoder"]["quant_conv"] = {
         "kernel": jnp.where(is_mean, quant["kernel"], 0.0),
-        "bias": jnp.where(is_mean, 0.0, 2 * jnp.log(deviation)),
+        # Of a weak type, the first step's program would not be the second's.
+        "bias": jnp.where(is_mean, 0.0, 2 * jnp.log(deviation)).astype(jnp.float32),
     }
     return params
 
 
 def init_sound_vae(config: SoundVAEConfig, key: Array) -> Params:
-    """Random float32 parameters: residual branches silent, and a soft waveform at first."""
+    """Random float32 parameters: residual branches silent, and the waveform too.
+
+    Out of silence the samples' own error leads; out of noise, the spectral errors lead to silence.
+    """
     shapes = sound_vae.param_shapes(config, with_encoder=True)
-    params = _random(key, shapes, r"(res_unit\d/conv2|pwconv2)/kernel")
+    params = _random(key, shapes, r"(res_unit\d/conv2|pwconv2|decoder/conv2)/kernel")
     decoder = params["decoder"]
     for i, stride in enumerate(reversed(config.dec_strides)):
         # Of the 2 * stride taps that count as inputs, each output sees two.
         decoder[f"block_{i}"]["conv_t1"]["kernel"] *= stride**0.5
-    decoder["conv2"]["kernel"] *= 0.1
     return params
 
 

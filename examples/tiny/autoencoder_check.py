@@ -86,10 +86,9 @@ def report(
     scenes = [scene for scene, _ in chosen]
     found: dict[str, Any] = {"what": what, "clips": count, "noise": {}}
     for noise in NOISE:
-        shown = scenes[: FEWER if noise else None]
-        clips, found["noise"][str(noise)] = _table(
-            f"noise {noise}", what, model, params, shown, noise
-        )
+        some = scenes[: FEWER if noise else None]
+        clips, table = _table(f"noise {noise}", what, model, params, some, noise)
+        found["noise"][str(noise)] = table
         if noise == 0:
             latents = np.concatenate(
                 [c["latents"].reshape(-1, c["latents"].shape[-1]) for c in clips]

@@ -39,7 +39,7 @@ STATE_FILE, LOG_FILE, REPORT_FILE = "state.msgpack", "log.jsonl", "report.json"
 State = dict[str, Any]
 DEFAULTS = {
     "video": {"steps": 4000, "batch": 32, "learning_rate": 1e-3, "kl": 1e-3, "dtype": "bfloat16"},
-    "sound": {"steps": 6000, "batch": 32, "learning_rate": 1e-3, "kl": 1e-2, "dtype": "float32"},
+    "sound": {"steps": 6000, "batch": 32, "learning_rate": 1e-3, "kl": 1e-3, "dtype": "float32"},
 }
 
 
@@ -51,8 +51,8 @@ class Run:
         steps: in all; `short_share` of them have short clips, `batch` at a time, and the others
             whole clips, as many as take about the same time.
         learning_rate: the peak, after a twentieth of the steps; it falls to a hundredth (cosine).
-        kl: the weight of the KL divergence: the more, the less noise in the latents matters, and
-            the less exact is what comes back.
+        kl: the weight of the KL divergence, reached after a fifth of the steps: the more, the less
+            noise in the latents matters, and the less exact is what comes back.
         dtype: of both passes. Parameters and optimizer are float32.
         pool: scenes that are made at first, and drawn from.
         every, save_every: steps from one line of the log, and one saved state, to the next.
@@ -97,7 +97,9 @@ def train_step(
     chosen = jax.random.randint(pool_key, (batch,), 0, len(pool["radius"]))
     clips = model.clips(jax.tree.map(lambda x: x[chosen], pool), clip_key, length)
 
-    options = {"weights": model.weights(kl=run.kl), "dtype": jnp.dtype(run.dtype)}
+    # At first nothing is decoded yet that would hold against the pull towards empty latents.
+    ramp = jnp.minimum(state["step"] / (0.2 * run.steps), 1.0)
+    options = {"weights": model.weights(kl=run.kl * ramp), "dtype": jnp.dtype(run.dtype)}
 
     def loss(params):
         return model.loss(params, model.config, clips, noise_key, **options)
