@@ -39,7 +39,7 @@ STATE_FILE, LOG_FILE, REPORT_FILE = "state.msgpack", "log.jsonl", "report.json"
 State = dict[str, Any]
 DEFAULTS = {
     "video": {"steps": 4000, "batch": 32, "learning_rate": 1e-3, "kl": 1e-3, "dtype": "bfloat16"},
-    "sound": {"steps": 6000, "batch": 32, "learning_rate": 1e-3, "kl": 1e-3, "dtype": "float32"},
+    "sound": {"steps": 6000, "batch": 32, "learning_rate": 5e-4, "kl": 1e-3, "dtype": "float32"},
 }
 
 
