@@ -146,6 +146,16 @@ def test_magnitudes_of_a_tone():
         ae.magnitudes(np.zeros(3841), 960, 240)
 
 
+def test_relative_error():
+    """By hand, and of silence, whose root has a gradient too."""
+    target = np.array([[3.0, 4.0]], np.float32)
+    assert ae.relative_error(0 * target, target) == pytest.approx(1, rel=1e-4)
+    assert ae.relative_error(target + np.array([[0.3, 0.4]]), target) == pytest.approx(
+        0.1, rel=1e-3
+    )
+    assert np.all(np.isfinite(jax.grad(ae.relative_error)(0 * target, 0 * target)))
+
+
 def test_video_losses():
     """By hand: a flat error is all pixel loss; a moving edge is seen by the gradient loss."""
     target = np.zeros((1, 3, 3, 8, 8), np.float32)

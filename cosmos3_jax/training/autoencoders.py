@@ -41,12 +41,13 @@ class VideoLossWeights:
 class SoundLossWeights:
     """Of the parts of `sound_loss`; spectral convergence counts once.
 
-    Logarithms count less than in speech or music: where most of a clip is silence, they would soon
-    silence all of it.
+    Absolute errors and logarithms count less than in speech or music: where most of a clip is
+    silence, they would soon silence all of it. The relative error pulls out of silence.
     """
 
-    log_magnitude: float = 0.3
-    waveform: float = 20.0
+    relative_error: float = 3.0
+    log_magnitude: float = 0.1
+    waveform: float = 1.0
     kl: float = 1e-3
 
 
@@ -222,11 +223,18 @@ def sound_loss(
     parts = {
         "convergence": convergence,
         "log_magnitude": logarithm,
+        "relative_error": relative_error(decoded, target),
         "waveform": jnp.mean(jnp.abs(decoded - target)),
         "kl": kl_divergence(mean, deviation),
     }
     loss = sum(getattr(weights, name, 1.0) * value for name, value in parts.items())
     return loss, parts | {"snr": snr(decoded, target), "deviation": jnp.mean(deviation)}
+
+
+def relative_error(waveform: Array, target: Array) -> Array:
+    """|x - y| / |y|, Euclidean norms over the whole batch: 1 for silence. Finite if y is silent."""
+    noise, signal = jnp.sum(jnp.square(waveform - target)), jnp.sum(jnp.square(target))
+    return jnp.sqrt((noise + 1e-8) / (signal + 1e-3))
 
 
 def snr(waveform: Array, target: Array) -> Array:
