@@ -31,6 +31,7 @@ def decode(
     latents: jax.Array,
     *,
     dtype: Any = jnp.float32,
+    clip: bool = True,
 ) -> jax.Array:
     """Turn sound latents into a waveform.
 
@@ -39,6 +40,7 @@ def decode(
         config: the sound VAE's configuration.
         latents: [B, S, 64], as the transformer makes them: AVAE has no latent normalisation.
         dtype: what convolutions compute in. Snakes compute in float32 whatever it is.
+        clip: False leaves samples beyond -1 and 1: a sample that is cut off has no gradient.
 
     Returns:
         float32 [B, 2, 1920 * S] at `config.sampling_rate`, cut off (not squashed) at -1 and 1.
@@ -54,7 +56,8 @@ def decode(
     # Whole on each device that has the prompt: it is a hundredth of the video's work.
     latents = sharding.constrain(latents, sharding.PROMPTS, None, None)
     waveform = Decoder(config, dtype).apply({"params": params["decoder"]}, latents)
-    return jnp.clip(rearrange(waveform.astype(jnp.float32), "b n c -> b c n"), -1.0, 1.0)
+    waveform = rearrange(waveform.astype(jnp.float32), "b n c -> b c n")
+    return jnp.clip(waveform, -1.0, 1.0) if clip else waveform
 
 
 def encode(
@@ -84,6 +87,33 @@ def encode(
         ValueError: the waveform has the wrong number of channels or no samples, or `params` has no
             encoder.
     """
+    mean, _ = jnp.split(_moments(params, config, waveform, dtype), 2, axis=-1)
+    return mean
+
+
+def posterior(
+    params: Mapping[str, Any],
+    config: SoundVAEConfig,
+    waveform: jax.Array,
+    *,
+    dtype: Any = jnp.float32,
+) -> tuple[jax.Array, jax.Array]:
+    """What training samples latents from: a normal distribution for each number.
+
+    Args and errors as for `encode`, whose result is this mean.
+
+    Returns:
+        Mean and standard deviation, float32 [B, ceil(N / 1920), 64] each. The deviation is
+        softplus(scale) + 1e-4, as in the bottleneck of stable-audio-tools and in the public code.
+    """
+    mean, scale = jnp.split(_moments(params, config, waveform, dtype), 2, axis=-1)
+    return mean, jax.nn.softplus(scale) + 1e-4
+
+
+def _moments(
+    params: Mapping[str, Any], config: SoundVAEConfig, waveform: jax.Array, dtype: Any
+) -> jax.Array:
+    """The encoder's output, float32 [B, ceil(N / 1920), 128]."""
     if "encoder" not in params:
         raise ValueError(
             "these sound VAE weights have a decoder only; to encode sound, load or convert a "
@@ -103,8 +133,7 @@ def encode(
     waveform = jnp.pad(waveform, ((0, 0), (0, 0), (0, silence)))
     spectrum = short_time_spectrum(waveform, config.enc_n_fft, config.enc_hop_length)
     moments = Encoder(config, dtype).apply({"params": params["encoder"]}, spectrum)
-    mean, _ = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
-    return mean
+    return moments.astype(jnp.float32)
 
 
 def sound_latent_length(config: SoundVAEConfig, num_frames: int, fps: float) -> int:

@@ -119,6 +119,7 @@ def decode(
     chunk_size: int | None = None,
     dtype: DTypeLike = jnp.float32,
     video_dtype: DTypeLike | None = None,
+    clip: bool = True,
 ) -> jax.Array:
     """Decode normalised latents into video.
 
@@ -130,6 +131,7 @@ def decode(
             does not depend on it; memory does.
         dtype: of the computation.
         video_dtype: of the result; `dtype` if None.
+        clip: False leaves what is below 0 or above 1 as it is: a clipped pixel has no gradient.
 
     Returns:
         Video [B, 3, 4(t-1)+1, 16h, 16w] in [0, 1].
@@ -150,7 +152,8 @@ def decode(
         x, state = decoder.apply(
             variables, denormalize_latents(config, z), first, mutable=["cache"]
         )
-        x = (jnp.clip(x.astype(jnp.float32), -1, 1) + 1) / 2
+        x = x.astype(jnp.float32)
+        x = ((jnp.clip(x, -1, 1) if clip else x) + 1) / 2
         x = rearrange(x, "B T H W C -> B C T H W").astype(video.dtype)
         at = _first_pixel_frame(config, start)
         video = lax.dynamic_update_slice_in_dim(video, _divided(x), at, axis=2)
@@ -188,10 +191,44 @@ def encode(
     Raises:
         ValueError: the video has another shape, or chunk_size is below 1.
     """
+    encoder = Encoder(config, jnp.dtype(dtype))
+    return _encode(encoder, params, video, chunk_size, partial(normalize_latents, config))
+
+
+def posterior(
+    params: Mapping[str, Any],
+    config: VideoVAEConfig,
+    video: jax.Array,
+    *,
+    chunk_size: int = 1,
+    dtype: DTypeLike = jnp.float32,
+) -> tuple[jax.Array, jax.Array]:
+    """What training samples latents from: a normal distribution for each number, not normalised.
+
+    Args and errors as for `encode`, whose result is this mean, normalised.
+
+    Returns:
+        Mean and standard deviation, float32 [B, (T-1)/4 + 1, H/16, W/16, z_dim] each. The encoder
+        gives log-variances, kept within -30 and 20 as in the public code.
+    """
+    encoder = Encoder(config, jnp.dtype(dtype), moments=True)
+    moments = _encode(encoder, params, video, chunk_size, lambda z: z)
+    mean, log_variance = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+    return mean, jnp.exp(jnp.clip(log_variance, -30.0, 20.0) / 2)
+
+
+def _encode(
+    encoder: Encoder,
+    params: Mapping[str, Any],
+    video: jax.Array,
+    chunk_size: int,
+    finish: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """The encoder's output, streamed, after `finish`: [B, t, h, w, its channels]."""
+    config = encoder.config
     if video.ndim != 5 or video.shape[1] != 3:
         raise ValueError(f"video has shape {video.shape}, not [B, 3, T, H, W]")
     grid = pixel_to_latent_shape(config, *video.shape[2:])
-    encoder = Encoder(config, jnp.dtype(dtype))
 
     def step(cache, latents, start, frames, first=False):
         pixel_frames = 1 if first else config.scale_factor_temporal * frames
@@ -200,13 +237,13 @@ def encode(
         x = rearrange(2 * x - 1, "B C T H W -> B T H W C")
         variables = {"params": params["encoder"], "cache": cache}
         z, state = encoder.apply(variables, x, first, mutable=["cache"])
-        z = normalize_latents(config, z)
-        return state["cache"], lax.dynamic_update_slice_in_dim(latents, z, start, axis=1)
+        return state["cache"], lax.dynamic_update_slice_in_dim(latents, finish(z), start, axis=1)
 
+    channels = config.z_dim * (2 if encoder.moments else 1)
     with sharding.padded_rows(grid[1]) as rows:
         video = _divided(_pad_rows(video, 3, config.scale_factor_spatial * (rows - grid[1])))
-        shape = (video.shape[0], grid[0], rows, grid[2], config.z_dim)
-        latents = sharding.divide_rows(jnp.zeros(shape, dtype))
+        shape = (video.shape[0], grid[0], rows, grid[2], channels)
+        latents = sharding.divide_rows(jnp.zeros(shape, encoder.dtype))
         latents = _rows(_over_time(step, latents, grid[0], chunk_size), 2, grid[1])
         return sharding.constrain(latents, sharding.PROMPTS, *[None] * 4)
 

@@ -272,11 +272,13 @@ class Encoder(nn.Module):
     """Pixels [B, T, H, W, 3] in [-1, 1] -> the posterior's mean [B, T/4, H/16, W/16, z_dim], not
     normalised.
 
-    With `first`, T is 1 and makes one latent frame; otherwise T is a multiple of 4.
+    With `first`, T is 1 and makes one latent frame; otherwise T is a multiple of 4. With `moments`,
+    the posterior's log-variance follows the mean: 2 z_dim channels.
     """
 
     config: VideoVAEConfig
     dtype: DTypeLike
+    moments: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, first: bool = False) -> jax.Array:
@@ -292,7 +294,7 @@ class Encoder(nn.Module):
         x = nn.silu(RMSNorm(name="norm_out")(x))
         x = CausalConv(2 * config.z_dim, dtype, name="conv_out")(x)
         x = CausalConv(2 * config.z_dim, dtype, (1, 1, 1), name="quant_conv")(x)
-        return x[..., : config.z_dim]
+        return x if self.moments else x[..., : config.z_dim]
 
 
 class Decoder(nn.Module):
