@@ -654,6 +654,7 @@ def test_a_terminals_programs_are_kept_too(tmp_path):
     arguments = [*SMALL, "--out", str(tmp_path / "a.mp4")]
     command = [sys.executable, "-m", "cosmos3_jax.cli", *arguments]
     environment = dict(os.environ, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "xla"))
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # a step compiles fast
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 100))  # a bar in no columns is not drawn
     with open(ours, "rb", buffering=0) as terminal:
