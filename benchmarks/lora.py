@@ -35,9 +35,8 @@ from cosmos3_jax.training.step import TrainOptions, TrainState, init_state, make
 WARM_UP = 3  # steps: B is zero in the first, and a zero costs less power
 PRODUCT = 8192  # rows and columns of the products whose rate is the chip's
 CHAIN = 200  # products of one sample: 0.3 s, in which clocks settle
-# How often the backward pass runs attention's forward again: once for the layer that was not kept,
-# and once in `attention._fused_backward` for cuDNN's own residuals.
-ATTENTION_AGAIN = 2
+# How often the backward pass runs attention's forward again: see `attention.keeps_attention`.
+ATTENTION_AGAIN = 0
 
 
 def step_flops(config: Config, request: T2VRequest, adapter: lora.Lora) -> dict[str, float]:

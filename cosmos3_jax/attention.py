@@ -6,6 +6,7 @@ cuDNN's; elsewhere, and in float32, in XLA's, which holds all logits at once.
 Axes: B batch, S query tokens, T key tokens, N query heads, K key/value heads, H head dimension.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -142,15 +143,15 @@ def _fused_attention(
     return _cudnn_attention(query, key, value, length, causal)
 
 
-def _fused_forward(flash: bool, causal: bool, *arrays: Array) -> tuple[Array, tuple]:
-    return _fused_attention(flash, causal, *arrays), arrays
+def _fused_forward(
+    flash: bool, causal: bool, query: Array, key: Array, value: Array, length: Array | None
+) -> tuple[Array, Callable]:
+    """cuDNN's, whatever runs without a derivative: its backward pass starts from its own result and
+    log-sum-exps, and for any others it would have to run its forward pass again.
 
-
-def _fused_backward(flash: bool, causal: bool, arrays: tuple, gradient: Array) -> tuple:
-    """cuDNN's: it runs its own forward pass again. JAX lets it have even numbers of tokens alone
-    (it takes a bias that is not there for one), so a padding token is added to odd ones.
+    JAX lets cuDNN have even numbers of tokens alone (it takes a bias that is not there for one), so
+    a padding token is added to odd ones.
     """
-    query, key, value, length = arrays
     if length is None and key.shape[1] % 2:
         length = jnp.full(key.shape[0], key.shape[1], jnp.int32)
 
@@ -158,8 +159,19 @@ def _fused_backward(flash: bool, causal: bool, arrays: tuple, gradient: Array) -
         mixed = _cudnn_attention(_even(query), _even(key), _even(value), length, causal)
         return mixed[:, : query.shape[1]]
 
-    _, transpose = jax.vjp(padded, query, key, value)
+    return jax.vjp(padded, query, key, value)
+
+
+def _fused_backward(flash: bool, causal: bool, transpose: Callable, gradient: Array) -> tuple:
     return *transpose(gradient), None
+
+
+def keeps_attention(primitive, *_, **__) -> bool:
+    """A policy for `jax.checkpoint`: of a layer that is computed again, keep what cuDNN's attention
+    made, its result and log-sum-exps. It is most of the time of a long video's layer, and as large
+    as the layer's input alone.
+    """
+    return primitive.name == "dot_product_attention_fwd_wrapper"
 
 
 def _even(tokens: Array) -> Array:

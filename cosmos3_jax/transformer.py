@@ -18,7 +18,7 @@ from flax import struct
 from jax import Array
 
 from cosmos3_jax import rope, sharding
-from cosmos3_jax.attention import attention
+from cosmos3_jax.attention import attention, keeps_attention
 from cosmos3_jax.config import TransformerConfig
 from cosmos3_jax.layers import RMSNorm, SwiGLU, TimestepEmbedding, dense
 from cosmos3_jax.sharding import BRANCHES, HEADS, PROMPTS, TOKENS, constrain
@@ -126,7 +126,7 @@ class Unrolled(nn.Module):
     @nn.compact
     def __call__(self, x: Array, text: tuple[Array, Array], table: rope.Rope, length: Array):
         for i in range(self.length):
-            kind = nn.remat(Block) if self.remat else Block
+            kind = nn.remat(Block, policy=keeps_attention) if self.remat else Block
             block = kind(self.config, self.dtype, self.tokens, name=str(i))
             x, _ = block(x, jax.tree.map(lambda stacked, i=i: stacked[i], text), table, length)
         return x, None
@@ -141,7 +141,7 @@ def _stack(
 ) -> nn.Module:
     """`layers` blocks run by one scan over their stacked parameters."""
     scanned = nn.scan(
-        nn.remat(Block, prevent_cse=False) if remat else Block,
+        nn.remat(Block, prevent_cse=False, policy=keeps_attention) if remat else Block,
         variable_axes={"params": 0},
         split_rngs={"params": True},
         in_axes=(0, nn.broadcast, nn.broadcast),
@@ -330,7 +330,8 @@ def encode_condition(
         sound_frames: sound latents s, 0 for none.
         clean_latents: [B, t, h, w, C] normalised latents of the given frames, or None.
         frame_mask: bool [B, t], which frames are given; None means none.
-        remat: under differentiation keep each layer's input alone, and compute the rest again.
+        remat: under differentiation keep each layer's input, and on a GPU the result of its
+            attention, and compute the rest again.
     """
     batch = text_ids.shape[0]
     text_ids = jnp.where(text_mask, text_ids, 0)  # an id outside the vocabulary would embed as NaN

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,10 +23,12 @@ import torch
 import training_mesh_cases
 from checkpoint_files import assert_same_folder, assert_same_tree, read_tensors
 from diffusers import Cosmos3OmniTransformer
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from oracle import TRANSFORMER, load_pipeline, perturb, relative_l2, tree_from_state_dict
 from training_oracle import oracle_loss
 from training_run import (
     CONFIG,
+    OPTIMIZER,
     compiled,
     compiled_step,
     draw,
@@ -35,7 +38,7 @@ from training_run import (
     start,
 )
 
-from cosmos3_jax import Cosmos3, mesh
+from cosmos3_jax import Cosmos3, attention, mesh
 from cosmos3_jax.checkpoint import load
 from cosmos3_jax.checkpoint.rules import CheckpointError
 from cosmos3_jax.checkpoint.transformer_layout import transformer_layout
@@ -43,6 +46,7 @@ from cosmos3_jax.training import flow, placement
 from cosmos3_jax.training.checkpoints import Checkpoints
 from cosmos3_jax.training.export import write_public_checkpoint
 from cosmos3_jax.training.params import join_params, split_params
+from cosmos3_jax.training.step import TrainOptions, train_step
 from cosmos3_jax.transformer import Latents, param_shapes
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -201,6 +205,25 @@ def test_in_parts_and_with_remat_it_is_the_same_step():
     np.testing.assert_allclose(10 * np.linalg.norm(expected), metrics["grad_norm"], rtol=1e-5)
     with pytest.raises(ValueError, match="a batch of 2 cannot go through in 3 equal parts"):
         compiled_step(microbatches=3)(*start(), batch)
+
+
+def test_attention_is_not_computed_again(monkeypatch):
+    """With cuDNN: a layer's other values are, its attention's are kept. Traced, as on a GPU."""
+
+    def obstacle(dtype, *_):  # shapes are traced in float32
+        return None if dtype == jnp.bfloat16 else "the dtype"
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91300)
+    monkeypatch.setattr(attention, "fused_obstacle", obstacle)
+    options = TrainOptions(dtype="bfloat16")
+    step = functools.partial(train_step, config=CONFIG, optimizer=OPTIMIZER, options=options)
+    state, frozen = start()
+    frozen = jax.tree.map(lambda x: x.astype(jnp.bfloat16), frozen)
+    text = str(jax.make_jaxpr(step)(state, frozen, make_batch()))
+    # one of either in each tower's scan over layers
+    for kernel in ("dot_product_attention_fwd_wrapper", "dot_product_attention_bwd_wrapper"):
+        assert len(re.findall(rf"= {kernel}\[", text)) == 2
+    assert attention.keeps_attention(cudnn._dot_product_attention_fwd_p_wrapper)
 
 
 def test_the_average():
