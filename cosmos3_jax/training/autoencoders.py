@@ -305,17 +305,27 @@ def init_video_vae(config: VideoVAEConfig, key: Array, deviation: float = 0.1) -
     return params
 
 
-def init_sound_vae(config: SoundVAEConfig, key: Array) -> Params:
-    """Random float32 parameters: residual branches silent, and the waveform too.
+def init_sound_vae(config: SoundVAEConfig, key: Array, deviation: float = 0.05) -> Params:
+    """Random float32 parameters: residual branches and waveform silent, the posterior's `deviation`
+    nearly constant.
 
-    Out of silence the samples' own error leads; out of noise, the spectral errors lead to silence.
+    Out of silence the samples' own error leads; out of noise, the spectral errors lead to silence,
+    and so does noise in the latents that drowns what they say.
     """
     shapes = sound_vae.param_shapes(config, with_encoder=True)
     params = _random(key, shapes, r"(res_unit\d/conv2|pwconv2|decoder/conv2)/kernel")
-    decoder = params["decoder"]
+    encoder, decoder = params["encoder"], params["decoder"]
     for i, stride in enumerate(reversed(config.dec_strides)):
         # Of the 2 * stride taps that count as inputs, each output sees two.
         decoder[f"block_{i}"]["conv_t1"]["kernel"] *= stride**0.5
+    # The last convolution has no bias: it reads its scales from that of the one before it, 1 in
+    # every channel, which its means leave out.
+    last = len(config.enc_strides) * (config.enc_num_blocks + 1) + 1
+    encoder[f"layers_{last - 1}"]["bias"] = jnp.ones_like(encoder[f"layers_{last - 1}"]["bias"])
+    means, scales = jnp.split(encoder[f"layers_{last}"]["kernel"], 2, axis=-1)  # [1, width, C]
+    means -= jnp.mean(means, axis=1, keepdims=True)
+    scales = jnp.full_like(scales, math.log(math.expm1(deviation)) / scales.shape[1])
+    encoder[f"layers_{last}"]["kernel"] = jnp.concatenate([means, scales], axis=-1)
     return params
 
 

@@ -29,7 +29,7 @@ from examples.tiny import world
 Params = dict[str, Any]
 VIDEO_CHANNELS, SOUND_CHANNELS = 16, 32  # of the latents; Nano has 48 and 64
 # The judge's and fine-tuning's colours and pitches lie within what the autoencoders have seen.
-ANY_COLOUR, ANY_PITCH = 0.3, 0.5  # shares of clips with one at random
+ANY_COLOUR, ANY_PITCH = 0.3, 0.25  # shares of clips with one at random
 LOWEST, HIGHEST = 150.0, 1500.0  # Hz
 
 VIDEO_CONFIG = VideoVAEConfig(
@@ -42,7 +42,12 @@ VIDEO_CONFIG = VideoVAEConfig(
     latents_std=(1.0,) * VIDEO_CHANNELS,
 )
 SOUND_CONFIG = SoundVAEConfig(
-    enc_dim=32,
+    # A spectrum whose bins are 94 Hz apart, 500 times a second: pitches are seen at once.
+    enc_n_fft=512,
+    enc_hop_length=96,
+    enc_strides=(4, 5),
+    enc_c_mults=(1, 2),
+    enc_dim=64,
     dec_dim=24,
     dec_c_mults=(1, 2, 4, 8, 8),
     vocoder_input_dim=SOUND_CHANNELS,

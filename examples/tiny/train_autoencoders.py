@@ -39,7 +39,7 @@ STATE_FILE, LOG_FILE, REPORT_FILE = "state.msgpack", "log.jsonl", "report.json"
 State = dict[str, Any]
 DEFAULTS = {
     "video": {"steps": 4000, "batch": 32, "learning_rate": 1e-3, "kl": 1e-3, "dtype": "bfloat16"},
-    "sound": {"steps": 6000, "batch": 32, "learning_rate": 5e-4, "kl": 1e-3, "dtype": "float32"},
+    "sound": {"steps": 6000, "batch": 32, "learning_rate": 1e-3, "kl": 1e-3, "dtype": "bfloat16"},
 }
 
 
@@ -139,7 +139,7 @@ def train(run: Run, model: Autoencoder, out: Path) -> State:
         length, batch = (model.short, run.batch) if short else (model.whole, small)
         state, log = train_step(state, pool, run, model, length, batch)
         step += 1
-        if step % run.every == 0 or step in (1, run.steps):
+        if step % run.every == 0 or step in (1, 10, run.steps):
             values = {name: round(float(value), 6) for name, value in log.items()}
             if not np.isfinite(values["loss"]):
                 raise FloatingPointError(f"the loss is {values['loss']} at step {step}: {values}")
