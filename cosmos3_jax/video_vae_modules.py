@@ -13,8 +13,8 @@ Source: Wan (arXiv:2503.20314), the VAE of its 2.2 release. Parameters may be st
 they are cast to `dtype`, the compute dtype, where they are used.
 """
 
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -28,19 +28,51 @@ from cosmos3_jax.config import VideoVAEConfig
 from cosmos3_jax.layers import precision
 
 
-class Conv2d(nn.Conv):
+class Convolution(nn.Module):
+    """What both kinds of convolution do. Their arithmetic is a method, so that training can put
+    another in its place (`flax.linen.intercept_methods`).
+    """
+
+    def convolve(
+        self,
+        x: jax.Array,
+        kernel: jax.Array,
+        padding: Sequence[tuple[int, int]],
+        stride: int = 1,
+    ) -> jax.Array:
+        """Each picture of x, [N, H, W, C], with a kernel [h, w, C, C']."""
+        return lax.conv_general_dilated(
+            x,
+            kernel,
+            window_strides=(stride, stride),
+            padding=padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=precision(x.dtype),
+        )
+
+
+class Conv2d(Convolution):
     """A convolution of each frame by itself."""
 
+    features: int
+    dtype: DTypeLike
+    size: int = 3
+    stride: int = 1
+    padding: tuple[int, int] = (0, 0)
+
+    @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return sharding.divide_rows(super().__call__(sharding.picture(x)))
+        shape = (self.size, self.size, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        x = sharding.picture(x.astype(self.dtype))
+        frames = rearrange(x, "B T H W C -> (B T) H W C")
+        y = self.convolve(frames, kernel, (self.padding, self.padding), self.stride)
+        y = rearrange(y, "(B T) H W C -> B T H W C", B=len(x))
+        return sharding.divide_rows(y + bias)
 
 
-def conv2d(features: int, dtype: DTypeLike, kernel_size: int = 3, **kwargs: Any) -> nn.Conv:
-    size = (kernel_size, kernel_size)
-    return Conv2d(features, size, dtype=dtype, precision=precision(dtype), **kwargs)
-
-
-class CausalConv(nn.Module):
+class CausalConv(Convolution):
     """A convolution over frames, zero-padded in space, preceded by the frames that its last call
     ended with.
 
@@ -73,27 +105,16 @@ class CausalConv(nn.Module):
         past.value = sharding.divide_rows(_window(before, x, T, history))
         x = jnp.concatenate(windows, axis=-1)
         kernel = rearrange(kernel, "t h w c d -> h w (t c) d")
-        y = sharding.over_blocks(_conv_inside, x, kernel) if apart else _conv(x, kernel)
+        # Blocks bring the rows around them along.
+        height, width = (size // 2 for size in self.size[1:])
+        padding = ((0, 0) if apart else (height, height), (width, width))
+
+        def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+            y = self.convolve(rearrange(x, "B T H W C -> (B T) H W C"), kernel, padding)
+            return rearrange(y, "(B T) H W C -> B T H W C", B=len(x))
+
+        y = sharding.over_blocks(convolve, x, kernel) if apart else convolve(x, kernel)
         return sharding.divide_rows(y + bias)
-
-
-def _conv(x: jax.Array, kernel: jax.Array, pad_rows: bool = True) -> jax.Array:
-    """Each frame with a kernel [h, w, C, C'], zeros around it; without those above and below, the
-    picture loses its first and last row.
-    """
-    height, width = kernel.shape[:2]
-    y = lax.conv_general_dilated(
-        rearrange(x, "B T H W C -> (B T) H W C"),
-        kernel,
-        window_strides=(1, 1),
-        padding=[(height // 2 * pad_rows,) * 2, (width // 2,) * 2],
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        precision=precision(x.dtype),
-    )
-    return rearrange(y, "(B T) H W C -> B T H W C", B=len(x))
-
-
-_conv_inside = partial(_conv, pad_rows=False)
 
 
 def _window(past: jax.Array, x: jax.Array, start: int, length: int) -> jax.Array:
@@ -146,14 +167,14 @@ class Attention(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         B, T, H, W, C = x.shape
         einsum = partial(jnp.einsum, precision=precision(self.dtype))
-        qkv = conv2d(3 * C, self.dtype, 1, name="to_qkv")(RMSNorm(name="norm")(x))
+        qkv = Conv2d(3 * C, self.dtype, 1, name="to_qkv")(RMSNorm(name="norm")(x))
         q, k, v = rearrange(qkv, "B T H W (qkv C) -> qkv B T (H W) C", qkv=3)
         # Where a mesh divides the rows, these queries read the pixels of all.
         k, v = (sharding.whole_picture(x, H, W) for x in (k, v))
         logits = einsum("BTQC,BTKC->BTQK", q, k, preferred_element_type=jnp.float32)
         weights = nn.softmax(logits * C**-0.5).astype(self.dtype)
         h = einsum("BTQK,BTKC->BTQC", weights, v)
-        return x + conv2d(C, self.dtype, 1, name="proj")(h.reshape(x.shape))
+        return x + Conv2d(C, self.dtype, 1, name="proj")(h.reshape(x.shape))
 
 
 class MidBlock(nn.Module):
@@ -197,7 +218,7 @@ class Downsample(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, first: bool) -> jax.Array:
         C = x.shape[-1]
-        x = conv2d(C, self.dtype, strides=(2, 2), padding=((0, 1), (0, 1)), name="resample_1")(x)
+        x = Conv2d(C, self.dtype, stride=2, padding=(0, 1), name="resample_1")(x)
         if self.time == 1:
             return x
         # Frame 0 passes by. The convolution remembers it, and has no output until two more frames
@@ -221,7 +242,7 @@ class Upsample(nn.Module):
             later = rearrange(later, "B T H W (t C) -> B (T t) H W C", t=2)
             x = jnp.concatenate([x[:, : int(first)], later], axis=1)
         x = repeat(x, "B T H W C -> B T (H h) (W w) C", h=2, w=2)
-        return conv2d(C, self.dtype, padding=1, name="resample_1")(x)
+        return Conv2d(C, self.dtype, padding=(1, 1), name="resample_1")(x)
 
 
 class DownBlock(nn.Module):

@@ -303,7 +303,7 @@ def up_conv_sees_frame_zero(monkeypatch):
             if self.time == 2:
                 video_vae_modules.CausalConv(2 * C, self.dtype, (3, 1, 1), name="time_conv")(x)
             x = x.repeat(2, axis=2).repeat(2, axis=3)
-            return video_vae_modules.conv2d(C, self.dtype, padding=1, name="resample_1")(x)
+            return video_vae_modules.Conv2d(C, self.dtype, padding=(1, 1), name="resample_1")(x)
 
     monkeypatch.setattr(video_vae_modules, "Upsample", Upsample)
 

@@ -12,17 +12,20 @@ frames of sound, F frequencies, K time steps of a spectrum.
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import reduce
+from flax import linen as nn
 from jax import Array
 
 from cosmos3_jax import sound_vae, video_vae
 from cosmos3_jax.config import SoundVAEConfig, VideoVAEConfig
+from cosmos3_jax.layers import precision
+from cosmos3_jax.video_vae_modules import Convolution
 
 Params = dict[str, Any]
 SMOOTH = 1e-3  # where the absolute value of a pixel error turns into its square
@@ -112,11 +115,12 @@ def video_loss(
     """
     config = without_normalization(config)
     pieces = {"chunk_size": max((video.shape[2] - 1) // config.scale_factor_temporal, 1)}
-    mean, deviation = video_vae.posterior(params, config, video, dtype=dtype, **pieces)
-    latents = sample_posterior(key, mean, deviation)
-    decoded = video_vae.decode(
-        params, config, latents, dtype=dtype, video_dtype=jnp.float32, clip=False, **pieces
-    )
+    with nn.intercept_methods(_by_products):
+        mean, deviation = video_vae.posterior(params, config, video, dtype=dtype, **pieces)
+        latents = sample_posterior(key, mean, deviation)
+        decoded = video_vae.decode(
+            params, config, latents, dtype=dtype, video_dtype=jnp.float32, clip=False, **pieces
+        )
     parts = {
         "pixel": pixel_loss(decoded, video),
         "gradient": gradient_loss(decoded, video),
@@ -124,6 +128,35 @@ def video_loss(
     }
     loss = sum(getattr(weights, name, 1.0) * value for name, value in parts.items())
     return loss, parts | {"psnr": psnr(decoded, video), "deviation": jnp.mean(deviation)}
+
+
+def _by_products(method: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+    """Puts `convolve` in the place of the video VAE's own.
+
+    GPU libraries have many kernels for the gradient of a convolution with so few channels, most of
+    them a hundred times too slow: a compiler that tries them all takes minutes, and one that does
+    not may take a bad one. Products of matrices are fast at once.
+    """
+    if context.method_name == "convolve" and isinstance(context.module, Convolution):
+        return convolve(*args, **kwargs)
+    return method(*args, **kwargs)
+
+
+def convolve(x: Array, kernel: Array, padding: Sequence[tuple[int, int]], stride: int = 1) -> Array:
+    """As `Convolution.convolve`: what a kernel reads side by side in channels, times the kernel."""
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    rows, columns = (
+        stride * ((size - reach) // stride) + 1
+        for size, reach in zip(x.shape[1:3], kernel.shape[:2], strict=True)
+    )
+    windows = [
+        x[:, i : i + rows : stride, j : j + columns : stride]
+        for i in range(kernel.shape[0])
+        for j in range(kernel.shape[1])
+    ]
+    windows = windows[0] if len(windows) == 1 else jnp.concatenate(windows, axis=-1)
+    kernel = kernel.reshape(-1, kernel.shape[-1])
+    return jnp.matmul(windows, kernel, precision=precision(x.dtype))
 
 
 def psnr(video: Array, target: Array) -> Array:
