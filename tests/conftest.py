@@ -4,13 +4,13 @@ import functools
 import os
 
 import pytest
+import quick
 import torch
 from oracle import load_pipeline, save_pipeline
 
-# Most of the time of most tests goes into machine code that runs for milliseconds: it is made in a
-# hurry, here and in the processes that tests start. What is computed in which order XLA has settled
-# before that. JAX reads this when it first needs a device.
-os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
+# Most of the time of most tests goes into machine code that runs for milliseconds. These flags hold
+# here and in the processes that tests start; JAX reads them when it first needs a device.
+os.environ["XLA_FLAGS"] = f"{quick.FLAGS} {os.environ.get('XLA_FLAGS', '')}"
 
 # Two processes share the files out, one after the other: the longest first, so that neither is left
 # alone with one at the end.

@@ -14,6 +14,7 @@ from unittest import mock
 
 import jax
 import numpy as np
+import quick
 
 from cosmos3_jax import (
     Cosmos3,
@@ -35,8 +36,7 @@ MODEL = TransformerConfig(
 CONFIG = Config(transformer=MODEL)
 VAE = VideoVAEConfig(base_dim=8, decoder_base_dim=8, num_res_blocks=1)
 STEPS = 2
-# The machine code is made in a hurry: what moves is settled before.
-XLA_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+XLA_FLAGS = f"--xla_force_host_platform_device_count=8 {quick.FLAGS}"
 
 GENERATE = {  # mesh, prompts, sound latents, latent grid
     "cfg2": ("cfg=2", 1, 0, (3, 3, 5)),

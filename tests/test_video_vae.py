@@ -40,12 +40,10 @@ TOLERANCE = 5e-6
 # tolerance.
 OBVIOUS = 5e-3
 
-# Most of the time here is compilation, which takes a third as long without LLVM's optimisations.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": "0"})
-decode = jit(
+decode = jax.jit(
     video_vae.decode, static_argnums=1, static_argnames=("chunk_size", "dtype", "video_dtype")
 )
-encode = jit(video_vae.encode, static_argnums=1, static_argnames=("chunk_size", "dtype"))
+encode = jax.jit(video_vae.encode, static_argnums=1, static_argnames=("chunk_size", "dtype"))
 
 
 def build_oracle(config: VideoVAEConfig) -> AutoencoderKLWan:
@@ -202,7 +200,9 @@ def test_gradient_agrees_with_the_oracle(oracle, params):
     """Measured 1.5e-6. The way back is as long as the way there: twice the tolerance."""
     latents = random_latents(2)
     weights = np.random.default_rng(0).standard_normal((1, 3, 5, 48, 80), np.float32)
-    ours = jit(jax.grad(lambda x: jnp.sum(weights * video_vae.decode(params, CONFIG, x))))(latents)
+    ours = jax.jit(jax.grad(lambda x: jnp.sum(weights * video_vae.decode(params, CONFIG, x))))(
+        latents
+    )
     variable = torch.from_numpy(latents).requires_grad_()
     (torch.from_numpy(weights) * oracle_decode(oracle, variable)).sum().backward()
     assert np.all(np.isfinite(ours)) and np.all(np.any(ours != 0, axis=(0, 2, 3, 4)))
@@ -382,5 +382,5 @@ def columns_select_the_channel(monkeypatch):
 def test_mistakes_would_be_noticed(oracle, params, monkeypatch, way, mistake):
     inputs, expected = reference(oracle, way, 2, 2)
     mistake(monkeypatch)
-    ours = jit(lambda x: getattr(video_vae, way)(params, CONFIG, x))(inputs)
+    ours = jax.jit(lambda x: getattr(video_vae, way)(params, CONFIG, x))(inputs)
     assert relative_l2(ours, expected) > OBVIOUS
