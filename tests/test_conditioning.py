@@ -27,9 +27,6 @@ HEIGHT, WIDTH = SETTINGS["height"], SETTINGS["width"]
 TOLERANCE = 1e-5
 
 
-pytestmark = pytest.mark.usefixtures("one_torch_thread")
-
-
 @pytest.fixture(scope="module")
 def model(public_checkpoint):
     return Cosmos3.from_pretrained(public_checkpoint, dtype="float32")

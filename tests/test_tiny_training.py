@@ -30,7 +30,7 @@ from examples.tiny import tokenizer as tiny_tokenizer
 from examples.tiny.pacing import Pacer
 from examples.tiny.watch import Watch
 
-pytestmark = pytest.mark.usefixtures("one_torch_thread", "programs_made_in_a_hurry")
+pytestmark = pytest.mark.usefixtures("programs_made_in_a_hurry")
 
 SIZES = model.TRANSFORMER | dict(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
