@@ -42,14 +42,11 @@ GENERATE = {  # mesh, prompts, sound latents, latent grid
     "cfg2": ("cfg=2", 1, 0, (3, 3, 5)),
     "seq4": ("seq=4", 1, 0, (3, 4, 6)),
     "seq4, odd, with sound": ("seq=4", 1, 5, (3, 3, 5)),
-    "cfg2 x seq4": ("cfg=2,seq=4", 1, 0, (3, 3, 5)),
     "data2 x cfg2 x seq2, sound": ("data=2,cfg=2,seq=2", 2, 4, (3, 3, 5)),
     "data2": ("data=2", 2, 0, (3, 3, 5)),
     "fsdp4, sound": ("fsdp=4", 1, 5, (3, 3, 5)),
 }
 VIDEO = {  # mesh, videos, rows of latents
-    "cfg2, odd": ("cfg=2", 1, 3),
-    "seq4, odd": ("seq=4", 1, 3),
     "cfg2 x seq4, odd": ("cfg=2,seq=4", 1, 3),
     "fsdp4, odd": ("fsdp=4", 1, 3),
     "data2 x cfg2 x seq2, odd": ("data=2,cfg=2,seq=2", 2, 5),
