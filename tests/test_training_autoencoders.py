@@ -69,7 +69,7 @@ def perturbed(model) -> dict:
     params = model.init(model.config, jax.random.key(0))
     leaves, tree = jax.tree.flatten(params)
     return jax.tree.unflatten(
-        tree, [x + 0.1 * random(*x.shape, seed=i) for i, x in enumerate(leaves)]
+        tree, [np.asarray(x) + 0.1 * random(*x.shape, seed=i) for i, x in enumerate(leaves)]
     )
 
 
