@@ -40,9 +40,10 @@ def pytest_collection_finish():
 # Two processes share the files out, one after the other: the longest first, so that neither is left
 # alone with one at the end.
 LONGEST = (
-    "test_verify", "test_pipeline", "test_verify_mutations", "test_video_vae", "test_cli",
-    "test_notebook", "test_sharding", "test_distributed", "test_generate", "test_conditioning",
-    "test_readme", "test_bench",
+    "test_cli", "test_pipeline", "test_sharding", "test_training_autoencoders", "test_notebook",
+    "test_verify_mutations", "test_verify", "test_video_vae", "test_training", "test_distributed",
+    "test_tiny_training", "test_generate", "test_conditioning", "test_readme", "test_bench",
+    "test_lora",
 )  # fmt: skip
 
 

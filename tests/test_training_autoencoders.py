@@ -366,14 +366,16 @@ def test_run_resumes_to_the_same_numbers(what, tmp_path, monkeypatch):
     np.testing.assert_allclose(found, kernel * gain, rtol=2**-7, atol=1e-6)
 
 
-def test_report_of_reconstructions(tmp_path):
+def test_report_of_reconstructions(tmp_path, monkeypatch):
     """The judge sees the true video and hears what an untrained decoder makes: nothing."""
+    monkeypatch.setattr(autoencoder_check, "NOISE", (0.0, 0.1))
     model = SMALL["sound"]
     params = model.init(model.config, jax.random.key(0))
     report = autoencoder_check.report("sound", model, params, 2, tmp_path)
     rows = {row["attribute"]: row["share"] for row in report["noise"]["0.0"]["judge"]}
     assert rows["colour and shape"] == 1 and rows["pitch"] == 0
     assert report["noise"]["0.0"]["snr"] == pytest.approx(0, abs=1e-3)
+    assert report["noise"].keys() == {"0.0", "0.1"} and report["new"]["judge"]
     assert len(report["latents"]["std"]) == 4
     assert (tmp_path / "sound.png").is_file()
 
