@@ -120,7 +120,7 @@ def reference(oracle, way: str, t: int, batch: int = 1) -> tuple[np.ndarray, np.
 
 
 @each_way
-@pytest.mark.parametrize(("frames", "batch"), [(1, 1), (5, 2), (13, 1)])
+@pytest.mark.parametrize(("frames", "batch"), [(1, 1), (5, 2), (21, 1)])
 def test_agrees_with_the_oracle(oracle, params, way, frames, batch):
     inputs, expected = reference(oracle, way, (frames + 3) // 4, batch)
     ours = PASSES[way][0](params, CONFIG, inputs)
@@ -164,17 +164,17 @@ def test_bfloat16_is_as_close_as_the_oracle(oracle, params, way):
 def test_chunk_size_changes_nothing(oracle, params, way):
     """The tolerance is that of the oracle: XLA may sum a longer convolution in another order."""
     run = PASSES[way][0]
-    inputs, _ = reference(oracle, way, 4)
+    inputs, _ = reference(oracle, way, 6)
     assert video_vae.decode_chunk_size(*GRID) == 1  # what is used here if nothing is said
     streamed = run(params, CONFIG, inputs)
-    chunks_and_a_rest = run(params, CONFIG, inputs, chunk_size=2)
-    assert relative_l2(chunks_and_a_rest, streamed) < TOLERANCE
+    chunked = run(params, CONFIG, inputs, chunk_size=2)  # 1 + 2 + 2 + 1: two chunks and a rest
+    assert relative_l2(chunked, streamed) < TOLERANCE
 
 
 @pytest.mark.parametrize("latent_frames", [1, 3])
 def test_prefix_encodes_to_the_prefix(oracle, params, latent_frames):
     """Given frames may be encoded alone: as in our whole clip, and in the oracle's."""
-    video, theirs = reference(oracle, "encode", 4)
+    video, theirs = reference(oracle, "encode", 6)
     prefix = encode(params, CONFIG, video[:, :, : 4 * latent_frames - 3])
     for whole in (encode(params, CONFIG, video), theirs):
         assert relative_l2(prefix, whole[:, :latent_frames]) < TOLERANCE
