@@ -1,23 +1,49 @@
 """Fixtures that several test files share."""
 
 import functools
+import gc
 import os
 
+import jax
 import pytest
+import quick
 import torch
 from oracle import load_pipeline, save_pipeline
 
-# Most of the time of most tests goes into machine code that runs for milliseconds: it is made in a
-# hurry, here and in the processes that tests start. What is computed in which order XLA has settled
-# before that. JAX reads this when it first needs a device.
-os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
+from cosmos3_jax import sound_vae, transformer, video_vae
+
+# Most of the time of most tests goes into machine code that runs for milliseconds. These flags hold
+# here and in the processes that tests start; JAX reads them when it first needs a device.
+os.environ["XLA_FLAGS"] = f"{quick.FLAGS} {os.environ.get('XLA_FLAGS', '')}"
+
+# At these sizes torch's second thread only waits for the first, and takes the core from others.
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that are started
+torch.set_num_threads(1)
+
+
+def remembered(shapes):
+    """A `param_shapes` that traces a configuration once: every model that is opened asks for it."""
+    known = functools.cache(shapes)
+    return lambda *arguments, **options: jax.tree.map(lambda x: x, known(*arguments, **options))
+
+
+for module in (sound_vae, transformer, video_vae):
+    module.param_shapes = remembered(module.param_shapes)
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: the collector need not look at it each time."""
+    gc.collect()
+    gc.freeze()
+
 
 # Two processes share the files out, one after the other: the longest first, so that neither is left
 # alone with one at the end.
 LONGEST = (
-    "test_verify", "test_pipeline", "test_verify_mutations", "test_video_vae", "test_cli",
-    "test_notebook", "test_sharding", "test_distributed", "test_generate", "test_conditioning",
-    "test_readme", "test_bench",
+    "test_cli", "test_pipeline", "test_sharding", "test_training_autoencoders", "test_notebook",
+    "test_verify_mutations", "test_verify", "test_video_vae", "test_training", "test_distributed",
+    "test_tiny_training", "test_generate", "test_conditioning", "test_readme", "test_bench",
+    "test_lora",
 )  # fmt: skip
 
 
@@ -46,12 +72,3 @@ def silent_checkpoint(tmp_path_factory):
 def oracle(public_checkpoint):
     """(schedule, dtype) -> the oracle's pipeline on that checkpoint, loaded once."""
     return functools.cache(functools.partial(load_pipeline, public_checkpoint))
-
-
-@pytest.fixture(scope="module")
-def one_torch_thread():
-    """At these sizes a second thread only waits for the first, and takes the core from others."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

@@ -71,7 +71,7 @@ TRANSFORMER = dict(
     action_gen=True, action_dim=4, num_embodiment_domains=2,
 )  # fmt: skip
 VIDEO_VAE = dict(
-    base_dim=8, decoder_base_dim=8, z_dim=6, dim_mult=[1, 2, 4, 4], num_res_blocks=2,
+    base_dim=8, decoder_base_dim=8, z_dim=6, dim_mult=[1, 2, 4, 4], num_res_blocks=1,
     temperal_downsample=[False, True, True], in_channels=12, out_channels=12, patch_size=2,
     is_residual=True,
     scale_factor_spatial=16, scale_factor_temporal=4,

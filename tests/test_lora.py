@@ -41,8 +41,6 @@ from cosmos3_jax.transformer import velocity as our_velocity
 TOLERANCE = 1e-5
 TIMESTEP = 700
 
-pytestmark = pytest.mark.usefixtures("one_torch_thread")
-
 
 def new_oracle() -> Cosmos3OmniTransformer:
     torch.manual_seed(0)

@@ -12,11 +12,11 @@ import sys
 import jax
 import numpy as np
 import pytest
+import quick
 import torch
 from checkpoint_files import assert_same_tree
 from diffusers import AutoencoderKLWan, Cosmos3AVAEAudioTokenizer, Cosmos3OmniPipeline
 from oracle import VIDEO_VAE, perturb, relative_l2, run_oracle
-from training_run import FAST
 from transformers import AutoTokenizer, Qwen2TokenizerFast
 
 from cosmos3_jax import Cosmos3, lora_files
@@ -30,7 +30,7 @@ from examples.tiny import tokenizer as tiny_tokenizer
 from examples.tiny.pacing import Pacer
 from examples.tiny.watch import Watch
 
-pytestmark = pytest.mark.usefixtures("one_torch_thread", "programs_made_in_a_hurry")
+pytestmark = pytest.mark.usefixtures("programs_made_in_a_hurry")
 
 SIZES = model.TRANSFORMER | dict(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
@@ -96,7 +96,7 @@ def compiled_step(run, config):
 
 def hurried(step):
     """The same program, in a tenth of the time to compile."""
-    return jax.jit(step.__wrapped__, donate_argnums=0, compiler_options=FAST)
+    return jax.jit(step.__wrapped__, donate_argnums=0, compiler_options=quick.OPTIONS)
 
 
 original_step, run_base = train_towers.make_step, []

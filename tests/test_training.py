@@ -49,8 +49,6 @@ from cosmos3_jax.training.params import join_params, split_params
 from cosmos3_jax.training.step import TrainOptions, train_step
 from cosmos3_jax.transformer import Latents, param_shapes
 
-pytestmark = pytest.mark.usefixtures("one_torch_thread")
-
 
 @functools.cache
 def oracle() -> Cosmos3OmniTransformer:

@@ -162,11 +162,13 @@ def test_modalities_keep_separate_histories():
     both, _ = unipc.sample(
         lambda x, t: jax.tree.map(lambda leaf: model(leaf, t, jnp), x), noise, table
     )
+    expected = {}
     for name, alone in noise.items():
-        expected, _ = unipc.sample(lambda x, t: model(x, t, jnp), alone, table)
-        np.testing.assert_array_equal(both[name], expected)
+        expected[name], _ = unipc.sample(lambda x, t: model(x, t, jnp), alone, table)
+        # two programs: float32 rounding, measured 1e-7
+        np.testing.assert_allclose(both[name], expected[name], rtol=1e-5, atol=1e-6)
     again, _ = unipc.sample(lambda x, t: model(x, t, jnp), noise["video"], table)
-    np.testing.assert_array_equal(again, both["video"])  # nothing is left over from the run before
+    np.testing.assert_array_equal(again, expected["video"])  # nothing is left of the run before
 
 
 def test_state_is_float32_whatever_the_velocity_is():

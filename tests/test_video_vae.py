@@ -40,12 +40,10 @@ TOLERANCE = 5e-6
 # tolerance.
 OBVIOUS = 5e-3
 
-# Most of the time here is compilation, which takes a third as long without LLVM's optimisations.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": "0"})
-decode = jit(
+decode = jax.jit(
     video_vae.decode, static_argnums=1, static_argnames=("chunk_size", "dtype", "video_dtype")
 )
-encode = jit(video_vae.encode, static_argnums=1, static_argnames=("chunk_size", "dtype"))
+encode = jax.jit(video_vae.encode, static_argnums=1, static_argnames=("chunk_size", "dtype"))
 
 
 def build_oracle(config: VideoVAEConfig) -> AutoencoderKLWan:
@@ -122,7 +120,7 @@ def reference(oracle, way: str, t: int, batch: int = 1) -> tuple[np.ndarray, np.
 
 
 @each_way
-@pytest.mark.parametrize(("frames", "batch"), [(1, 1), (5, 2), (13, 1), (17, 1)])
+@pytest.mark.parametrize(("frames", "batch"), [(1, 1), (5, 2), (21, 1)])
 def test_agrees_with_the_oracle(oracle, params, way, frames, batch):
     inputs, expected = reference(oracle, way, (frames + 3) // 4, batch)
     ours = PASSES[way][0](params, CONFIG, inputs)
@@ -163,19 +161,20 @@ def test_bfloat16_is_as_close_as_the_oracle(oracle, params, way):
 
 
 @each_way
-@pytest.mark.parametrize("chunk_size", [2])  # chunks and a rest
-def test_chunk_size_changes_nothing(oracle, params, way, chunk_size):
+def test_chunk_size_changes_nothing(oracle, params, way):
     """The tolerance is that of the oracle: XLA may sum a longer convolution in another order."""
     run = PASSES[way][0]
-    inputs, _ = reference(oracle, way, 4 if chunk_size < 4 else 2)
-    streamed = run(params, CONFIG, inputs, chunk_size=1)
-    assert relative_l2(run(params, CONFIG, inputs, chunk_size=chunk_size), streamed) < TOLERANCE
+    inputs, _ = reference(oracle, way, 6)
+    assert video_vae.decode_chunk_size(*GRID) == 1  # what is used here if nothing is said
+    streamed = run(params, CONFIG, inputs)
+    chunked = run(params, CONFIG, inputs, chunk_size=2)  # 1 + 2 + 2 + 1: two chunks and a rest
+    assert relative_l2(chunked, streamed) < TOLERANCE
 
 
-@pytest.mark.parametrize("latent_frames", [1, 2, 3])
+@pytest.mark.parametrize("latent_frames", [1, 3])
 def test_prefix_encodes_to_the_prefix(oracle, params, latent_frames):
     """Given frames may be encoded alone: as in our whole clip, and in the oracle's."""
-    video, theirs = reference(oracle, "encode", 4)
+    video, theirs = reference(oracle, "encode", 6)
     prefix = encode(params, CONFIG, video[:, :, : 4 * latent_frames - 3])
     for whole in (encode(params, CONFIG, video), theirs):
         assert relative_l2(prefix, whole[:, :latent_frames]) < TOLERANCE
@@ -202,7 +201,9 @@ def test_gradient_agrees_with_the_oracle(oracle, params):
     """Measured 1.5e-6. The way back is as long as the way there: twice the tolerance."""
     latents = random_latents(2)
     weights = np.random.default_rng(0).standard_normal((1, 3, 5, 48, 80), np.float32)
-    ours = jit(jax.grad(lambda x: jnp.sum(weights * video_vae.decode(params, CONFIG, x))))(latents)
+    ours = jax.jit(jax.grad(lambda x: jnp.sum(weights * video_vae.decode(params, CONFIG, x))))(
+        latents
+    )
     variable = torch.from_numpy(latents).requires_grad_()
     (torch.from_numpy(weights) * oracle_decode(oracle, variable)).sum().backward()
     assert np.all(np.isfinite(ours)) and np.all(np.any(ours != 0, axis=(0, 2, 3, 4)))
@@ -382,5 +383,5 @@ def columns_select_the_channel(monkeypatch):
 def test_mistakes_would_be_noticed(oracle, params, monkeypatch, way, mistake):
     inputs, expected = reference(oracle, way, 2, 2)
     mistake(monkeypatch)
-    ours = jit(lambda x: getattr(video_vae, way)(params, CONFIG, x))(inputs)
+    ours = jax.jit(lambda x: getattr(video_vae, way)(params, CONFIG, x))(inputs)
     assert relative_l2(ours, expected) > OBVIOUS

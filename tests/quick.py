@@ -1,0 +1,10 @@
+"""XLA's flags for tests, whose programs run for milliseconds and are compiled for seconds."""
+
+import jax
+
+# Machine code is made in a hurry, and by the emitters of single operations, which are three times
+# as fast as those of fusions. What is computed in which order XLA has settled before either.
+OPTIONS = {"xla_backend_optimization_level": 0}
+if jax.__version_info__ < (0, 11):  # later ones do not know it
+    OPTIONS["xla_cpu_use_fusion_emitters"] = False
+FLAGS = " ".join(f"--{name}={value}".lower() for name, value in OPTIONS.items())
