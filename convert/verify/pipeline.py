@@ -84,7 +84,8 @@ def compare(
             for seed in range(SEEDS["bfloat16" if "bfloat16" in dtypes else "float32"]):
                 request = ours.prepare(
                     PROMPTS[0][0], negative_prompt=PROMPTS[0][1], prompt_style="diffusers",
-                    schedule="native", seed=seed, sound="sound" in modality, **SETTINGS,
+                    system_prompt=reference.system_prompt(theirs), schedule="native", seed=seed,
+                    sound="sound" in modality, **SETTINGS,
                 )  # fmt: skip
                 latents = _their_latents(theirs, request, device)
                 if dtype == "float32":
@@ -105,12 +106,14 @@ def compare(
 
 def _compare_ids(outcome: Outcome, pipe, config: Config, tokenizer) -> None:
     """Token ids of style `diffusers`: equal, or the first that differs."""
-    pool = Pool()
+    pool, system_prompt = Pool(), reference.system_prompt(pipe)
     for prompt, negative in PROMPTS:
         for frames, height, width, fps in SIZES:
             size = {"num_frames": frames, "height": height, "width": width, "fps": fps}
             theirs = pipe.tokenize_prompt(prompt, negative, **size)
-            resolved = resolve_prompts(prompt, negative, style="diffusers", **size)
+            resolved = resolve_prompts(
+                prompt, negative, style="diffusers", system_prompt=system_prompt, **size
+            )
             both = zip(encode_prompts(tokenizer, resolved), theirs, strict=True)
             for which, (ours, exact) in zip(("prompt", "negative"), both, strict=True):
                 ours, exact = list(ours), list(exact)
@@ -142,7 +145,7 @@ def _their_pipeline(checkpoint: Path, config: Config, dtype: str, rounded: str, 
     }
     pipe = _assemble(checkpoint, parts)
     pipe.scheduler = UniPCMultistepScheduler.from_config(
-        pipe.scheduler.config, flow_shift=10.0, use_karras_sigmas=False
+        pipe.scheduler.config, flow_shift=config.recipe.flow_shift, use_karras_sigmas=False
     )
     pipe.register_to_config(use_native_flow_schedule=True)
     pipe.set_progress_bar_config(disable=True)
