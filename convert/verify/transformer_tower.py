@@ -55,7 +55,7 @@ class FirstLayers:
 
         Returns whether all are there now.
         """
-        if len(self.trees) < self.count:
+        if len(self.texts) < self.count:  # not the trees, which `compare` lets go
             self.trees.append(tree)
             self.texts.append(texts)
             return len(self.trees) == self.count
