@@ -30,6 +30,7 @@ Params = dict[str, Any]
 VIDEO_CHANNELS, SOUND_CHANNELS = 16, 32  # of the latents; Nano has 48 and 64
 # The judge's and fine-tuning's colours and pitches lie within what the autoencoders have seen.
 ANY_COLOUR, ANY_PITCH = 0.3, 0.25  # shares of clips with one at random
+LEVEL = 0.29  # of the mean pixel
 LOWEST, HIGHEST = 150.0, 1500.0  # Hz
 
 VIDEO_CONFIG = VideoVAEConfig(
@@ -125,7 +126,7 @@ AUTOENCODERS = {
         config=VIDEO_CONFIG,
         layout=video_vae_layout,
         shapes=video_vae.param_shapes,
-        init=autoencoders.init_video_vae,
+        init=partial(autoencoders.init_video_vae, level=LEVEL),
         loss=autoencoders.video_loss,
         weights=autoencoders.VideoLossWeights,
         clips=video_clips,
