@@ -35,8 +35,8 @@ LOWEST, HIGHEST = 150.0, 1500.0  # Hz
 
 VIDEO_CONFIG = VideoVAEConfig(
     base_dim=16,
-    decoder_base_dim=32,
-    dim_mult=(1, 2, 2, 2),
+    decoder_base_dim=16,
+    dim_mult=(1, 2, 4, 4),
     num_res_blocks=1,
     z_dim=VIDEO_CHANNELS,
     latents_mean=(0.0,) * VIDEO_CHANNELS,

@@ -27,7 +27,7 @@ import optax
 from flax import serialization
 
 from cosmos3_jax.training import autoencoders as ae
-from examples.tiny import autoencoder_check, grammar, world
+from examples.tiny import autoencoder_check, grammar, optimizers, world
 from examples.tiny.autoencoder_models import (
     AUTOENCODERS,
     Autoencoder,
@@ -35,11 +35,12 @@ from examples.tiny.autoencoder_models import (
     write_public,
 )
 
+ADAM_SHARE = 1 / 3  # of the learning rate, for biases, scales and snakes
 STATE_FILE, LOG_FILE, REPORT_FILE = "state.msgpack", "log.jsonl", "report.json"
 State = dict[str, Any]
 DEFAULTS = {
-    "video": {"steps": 4000, "batch": 32, "learning_rate": 1e-3, "kl": 1e-3, "dtype": "bfloat16"},
-    "sound": {"steps": 6000, "batch": 32, "learning_rate": 1e-3, "kl": 1e-3, "dtype": "bfloat16"},
+    "video": {"steps": 2000, "batch": 16, "learning_rate": 3e-3, "kl": 1e-4, "dtype": "bfloat16"},
+    "sound": {"steps": 3000, "batch": 32, "learning_rate": 3e-3, "kl": 1e-3, "dtype": "bfloat16"},
 }
 
 
@@ -77,7 +78,7 @@ def optimizer(run: Run) -> optax.GradientTransformation:
     rate = optax.warmup_cosine_decay_schedule(
         0.0, run.learning_rate, warmup, max(run.steps, warmup + 1), run.learning_rate / 100
     )
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
+    return optimizers.optimizer(rate, adam_share=ADAM_SHARE)
 
 
 def init_state(run: Run, model: Autoencoder) -> State:
@@ -105,7 +106,7 @@ def train_step(
         return model.loss(params, model.config, clips, noise_key, **options)
 
     (value, parts), gradient = jax.value_and_grad(loss, has_aux=True)(state["params"])
-    updates, opt = optimizer(run).update(gradient, state["opt"])
+    updates, opt = optimizer(run).update(gradient, state["opt"], state["params"])
     params = optax.apply_updates(state["params"], updates)
     step = state["step"] + 1
     decay = jnp.minimum(run.ema_decay, (1 + step) / (10 + step))

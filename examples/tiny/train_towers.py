@@ -37,7 +37,7 @@ from cosmos3_jax.training.flow import LossWeights, NoiseLevels
 from cosmos3_jax.training.params import join_params, load_towers
 from cosmos3_jax.training.step import TrainOptions, TrainState, init_state, train_step
 from cosmos3_jax.transformer import unstack_layers
-from examples.tiny import assemble, data, model
+from examples.tiny import assemble, data, model, optimizers
 from examples.tiny.pacing import Pacer
 from examples.tiny.watch import Watch
 
@@ -52,7 +52,7 @@ class Run:
     Attributes:
         batch: examples a step, in so many `microbatches`.
         learning_rate: the peak, after `warmup` steps; it falls to a hundredth (cosine).
-        weight_decay: of kernels.
+        adam_share, weight_decay: see `optimizers.optimizer`.
         shift, spread: of the noise levels, see `flow.NoiseLevels`.
         sound_weight: of the sound's loss beside the video's.
         text_dropout: share of examples that are learned without their prompt.
@@ -64,8 +64,9 @@ class Run:
 
     batch: int = 256
     microbatches: int = 1
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 3e-3
     warmup: int = 400
+    adam_share: float = 0.5
     weight_decay: float = 0.02
     shift: float = 3.0
     spread: float = 1.2
@@ -89,17 +90,12 @@ def rate(run: Run, step: int, steps: int) -> float:
 
 
 def optimizer(run: Run) -> optax.GradientTransformation:
-    """AdamW; its learning rate is put into its state before each step."""
+    """Its learning rate is put into its state before each step."""
 
-    def adamw(learning_rate):
-        return optax.chain(
-            optax.clip_by_global_norm(1.0),
-            optax.adamw(
-                learning_rate, b1=0.9, b2=0.98, weight_decay=run.weight_decay, mask=model.has_decay
-            ),
-        )
+    def with_rate(learning_rate):
+        return optimizers.optimizer(learning_rate, run.adam_share, run.weight_decay)
 
-    return optax.inject_hyperparams(adamw)(learning_rate=0.0)
+    return optax.inject_hyperparams(with_rate)(learning_rate=0.0)
 
 
 def make_step(run: Run, config: Config, negatives: tuple[np.ndarray, np.ndarray]) -> Step:
