@@ -46,10 +46,9 @@ SMALL = {
         AUTOENCODERS["video"],
         config=SMALL_VIDEO,
         clips=functools.partial(video_clips, size=16),
-        short=3,
-        whole=3,
+        lengths=(3,),
     ),
-    "sound": dataclasses.replace(AUTOENCODERS["sound"], config=SMALL_SOUND, short=2, whole=4),
+    "sound": dataclasses.replace(AUTOENCODERS["sound"], config=SMALL_SOUND, lengths=(2, 4)),
 }
 each = pytest.mark.parametrize("what", SMALL)
 # float32 through a dozen layers in another order of summation; a wrong value is of order 1.
@@ -319,7 +318,7 @@ def test_run_resumes_to_the_same_numbers(what, tmp_path, monkeypatch):
         train_autoencoders, "train_step", jax.jit(step, static_argnames=static, donate_argnums=0)
     )
     run, model = (
-        Run(what, 4, 2, 1e-2, 1e-3, "float32", 0, 0.5, pool=8, every=1, save_every=2),
+        Run(what, 4, 2, 1e-2, 1e-3, "float32", pool=8, every=1, save_every=2),
         SMALL[what],
     )
     save, saved = train_autoencoders.save, []

@@ -69,8 +69,9 @@ class Autoencoder:
         init: (config, key) -> parameters.
         loss: (params, config, clips, key, weights=, dtype=) -> the loss and its parts.
         weights: of these parts.
-        clips: (scenes, key, length) -> training clips; `short` is the length of the first phase of
-            training, `whole` that of the clips of the world, both in the unit of `clips`.
+        clips: (scenes, key, length) -> training clips.
+        lengths: of them in each phase of training, in the unit of `clips`. Convolutions learn from
+            parts what holds for whole clips.
     """
 
     folder: str
@@ -82,8 +83,7 @@ class Autoencoder:
     loss: Callable[..., tuple[Array, dict[str, Array]]]
     weights: type
     clips: Callable[[dict[str, Array], Array, int], Array]
-    short: int
-    whole: int
+    lengths: tuple[int, ...]
 
 
 def video_clips(scenes: dict[str, Array], key: Array, frames: int, size: int = world.SIZE) -> Array:
@@ -130,8 +130,7 @@ AUTOENCODERS = {
         loss=autoencoders.video_loss,
         weights=autoencoders.VideoLossWeights,
         clips=video_clips,
-        short=17,
-        whole=sc.FRAMES,
+        lengths=(1, 17),
     ),
     "sound": Autoencoder(
         folder="sound_tokenizer",
@@ -143,8 +142,7 @@ AUTOENCODERS = {
         loss=autoencoders.sound_loss,
         weights=autoencoders.SoundLossWeights,
         clips=sound_clips,
-        short=24,
-        whole=world.sound_samples() // world.SAMPLES_PER_LATENT,
+        lengths=(24,),
     ),
 }
 

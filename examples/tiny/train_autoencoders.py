@@ -5,8 +5,8 @@
         [--dtype bfloat16|float32] [--clips 200]
 
 FOLDER gets log.jsonl (losses and seconds), state.msgpack (a killed run goes on from there), and at
-the end the weights in the public layout, report.json and a sheet of reconstructions. Short clips
-come first, in whole batches; the last quarter of the steps has whole clips, in smaller ones.
+the end the weights in the public layout, report.json and a sheet of reconstructions. The video
+autoencoder learns single pictures first, then parts of clips.
 
 Axes: B batch, P scenes in the pool.
 """
@@ -49,8 +49,8 @@ class Run:
     """What a run is: with the same values, the same numbers.
 
     Attributes:
-        steps: in all; `short_share` of them have short clips, `batch` at a time, and the others
-            whole clips, as many as take about the same time.
+        steps: in all, the same number for each of the model's `lengths`.
+        batch: clips of the last length; of shorter ones, as many as hold as much.
         learning_rate: the peak, after a twentieth of the steps; it falls to a hundredth (cosine).
         kl: the weight of the KL divergence, reached after a fifth of the steps: the more, the less
             noise in the latents matters, and the less exact is what comes back.
@@ -66,7 +66,6 @@ class Run:
     kl: float
     dtype: str
     seed: int = 0
-    short_share: float = 0.75
     ema_decay: float = 0.999
     pool: int = 16_384
     every: int = 50
@@ -133,11 +132,10 @@ def train(run: Run, model: Autoencoder, out: Path) -> State:
     before = json.loads(lines[-1])["seconds"] if lines else 0.0
     (out / LOG_FILE).write_text("".join(line + "\n" for line in lines))
     pool = jax.device_put(scene_pool(run.seed, run.pool))
-    small = max(run.batch * model.short // model.whole, 1)
     began = time.monotonic()
     while step < run.steps:
-        short = step < run.short_share * run.steps
-        length, batch = (model.short, run.batch) if short else (model.whole, small)
+        length = model.lengths[step * len(model.lengths) // run.steps]
+        batch = run.batch * model.lengths[-1] // length
         state, log = train_step(state, pool, run, model, length, batch)
         step += 1
         if step % run.every == 0 or step in (1, 10, run.steps):
