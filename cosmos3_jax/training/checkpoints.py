@@ -4,6 +4,7 @@ A run that resumes continues to the same numbers, if its batches are a function 
 randomness of a step is (see `step.TrainState`).
 """
 
+import shutil
 from pathlib import Path
 
 import jax
@@ -25,9 +26,14 @@ class Checkpoints:
         """
         if keep < 1:
             raise ValueError(f"keep={keep} would keep no state; choose at least 1")
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        folder = Path(folder).resolve()
+        if jax.process_index() == 0:
+            # Orbax would do it in a thread, which does not wait for that of a manager just closed.
+            for unfinished in folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(unfinished)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep)
         self._manager = ocp.CheckpointManager(
-            Path(folder).resolve(), options=options, item_handlers=ocp.StandardCheckpointHandler()
+            folder, options=options, item_handlers=ocp.StandardCheckpointHandler()
         )
 
     def __enter__(self) -> "Checkpoints":
