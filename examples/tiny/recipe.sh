@@ -45,7 +45,8 @@ fi
 stage "200 held-out sentences"
 if [ ! -d "$RUNS/random" ]; then
   $PYTHON -c "import pathlib, sys; from cosmos3_jax import tiny; \
-    tiny.write_tiny_checkpoint(pathlib.Path(sys.argv[1]))" "$RUNS/random"
+    tiny.write_tiny_checkpoint(pathlib.Path(sys.argv[1]))" "$RUNS/random.partial"
+  mv "$RUNS/random.partial" "$RUNS/random"
 fi
 $PYTHON -m examples.tiny.evaluate --checkpoint "$RUNS/towers/checkpoint" \
   --beside "random=$RUNS/random" --count 200 --batch 100 --workers "$WORKERS" --out "$RUNS/table"
