@@ -46,7 +46,7 @@ from cosmos3_jax.training import flow, placement
 from cosmos3_jax.training.checkpoints import Checkpoints
 from cosmos3_jax.training.export import write_public_checkpoint
 from cosmos3_jax.training.params import join_params, split_params
-from cosmos3_jax.training.step import TrainOptions, train_step
+from cosmos3_jax.training.step import TrainOptions, TrainState, train_step
 from cosmos3_jax.transformer import Latents, param_shapes
 
 
@@ -386,6 +386,21 @@ def test_a_killed_run_continues_to_the_same_numbers(tmp_path):
             ValueError, match=r"(?s)params/gen/layers/mlp/down/kernel: .*96, 64\).*32\)"
         ):
             checkpoints.restore(template.replace(params=halved))
+
+
+def small_state(step: int, dtype=jnp.float32) -> TrainState:
+    return TrainState(jnp.int32(step), {"w": jnp.zeros(2, dtype)}, (), None, jax.random.key(0))
+
+
+def test_a_state_older_than_the_last_is_not_lost_in_silence(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (2, 4):
+            checkpoints.save(small_state(step))
+        state = checkpoints.restore(small_state(0), step=2)
+        with pytest.raises(ValueError, match="already has step 4, so that step 3 would not be"):
+            checkpoints.save(state.replace(step=state.step + 1))
+        checkpoints.save(small_state(4))  # is there
+        checkpoints.save(small_state(5))
 
 
 # ---------------------------------------------------------------- as a checkpoint for everybody

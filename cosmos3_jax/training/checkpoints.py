@@ -52,10 +52,19 @@ class Checkpoints:
         """Write a state. It is copied first, so it may be donated at once; see `__exit__`.
 
         Saving a step that is there already does nothing.
+
+        Raises:
+            ValueError: the folder has a later step: the run was restored from an older one.
         """
         step = int(state.step)
-        if step not in self._manager.all_steps():
-            self._manager.save(step, args=ocp.args.StandardSave(_storable(state)))
+        if step in self._manager.all_steps():
+            return
+        # Orbax keeps nothing older than what it has, and says so by its result alone.
+        if not self._manager.save(step, args=ocp.args.StandardSave(_storable(state))):
+            raise ValueError(
+                f"{self._manager.directory} already has step {self.last}, so that step {step} "
+                "would not be kept; save into another folder, or delete the later states"
+            )
 
     def restore(self, like: TrainState, step: int | None = None) -> TrainState:
         """The newest state, or that of a step, where `like` lies, whatever it was saved from.
