@@ -392,7 +392,7 @@ def small_state(step: int, dtype=jnp.float32) -> TrainState:
     return TrainState(jnp.int32(step), {"w": jnp.zeros(2, dtype)}, (), None, jax.random.key(0))
 
 
-def test_a_state_older_than_the_last_is_not_lost_in_silence(tmp_path):
+def test_a_state_that_cannot_be_kept_or_restored_as_it_is(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         for step in (2, 4):
             checkpoints.save(small_state(step))
@@ -401,6 +401,10 @@ def test_a_state_older_than_the_last_is_not_lost_in_silence(tmp_path):
             checkpoints.save(state.replace(step=state.step + 1))
         checkpoints.save(small_state(4))  # is there
         checkpoints.save(small_state(5))
+        with pytest.raises(
+            ValueError, match=r"params/w: float32 \(2,\) on disk, bfloat16 \(2,\) in"
+        ):
+            checkpoints.restore(small_state(0, jnp.bfloat16))
 
 
 # ---------------------------------------------------------------- as a checkpoint for everybody
