@@ -14,6 +14,7 @@ Axes: L layers, R rank; i inputs and o outputs of a module, flat and in public o
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Sequence
 
@@ -119,12 +120,14 @@ def init(
         alpha: the scale is alpha / rank; None: alpha = rank.
 
     Raises:
-        ValueError: a pattern matches nothing, rank < 1, or alpha is 0.
+        ValueError: a pattern matches nothing, rank < 1, or alpha is 0 or not finite.
     """
     if rank < 1:
         raise ValueError(f"rank={rank} must be at least 1")
     if alpha == 0:
         raise ValueError("alpha=0 would change nothing")
+    if alpha is not None and not math.isfinite(alpha):
+        raise ValueError(f"alpha={alpha} must be finite")
     names = {
         module: (module, family.leaf)
         for family in families(config).values()
@@ -285,7 +288,7 @@ def merge_on_read(
 
     On the host and in float32, one layer of one kernel at a time.
 
-    Raises ValueError if an adapter changes nothing.
+    Raises ValueError if an adapter changes nothing, or is not finite.
     """
     known, by_leaf = families(config), {}
     for lora in loras:
@@ -309,13 +312,23 @@ def merge_on_read(
 
 
 def check_changes(lora: Lora) -> None:
-    """Raise ValueError if an adapter changes no weight: a product of zeros, or a scale of 0.
+    """Raise ValueError if an adapter changes no weight, by a product of zeros or a scale of 0; or
+    if it spoils them, by a scale or a matrix that is not finite.
 
-    It cannot know while it is traced, and then it does not.
+    Of matrices it cannot know while they are traced, and then it does not.
     """
+    if not math.isfinite(lora.scale):
+        raise ValueError(f"the adapter's scale, or factor, is {lora.scale}: it must be finite")
     pairs = [(pair["a"], pair["b"]) for pair in lora.adapters.values()]
     if any(isinstance(x, jax.core.Tracer) for pair in pairs for x in pair):
         return
+    for name, pair in lora.adapters.items():
+        for half, x in pair.items():
+            if not jnp.isfinite(x).all():
+                raise ValueError(
+                    f"the adapter's {half.upper()} of {name} has values that are not finite; train "
+                    "it again at a lower learning rate, or take an earlier state"
+                )
     if lora.scale == 0 or not any(np.any(a) and np.any(b) for a, b in pairs):
         raise ValueError(
             "the adapter changes nothing: "

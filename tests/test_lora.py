@@ -138,6 +138,7 @@ def test_a_new_adapter_covers_what_its_patterns_choose():
         (dict(patterns=["embed_tokens"]), "matches nothing"),
         (dict(rank=0), "rank=0"),
         (dict(alpha=0), "alpha=0 would change nothing"),
+        (dict(alpha=float("nan")), "alpha=nan must be finite"),
     ],
 )
 def test_an_adapter_of_nothing(options, message):
@@ -165,6 +166,27 @@ def test_an_adapter_that_changes_nothing_is_an_error(tmp_path):
     save_file(tensors, file)
     with pytest.raises(ValueError, match=r"its scale is 0\.0"):
         lora_files.load_scaled([(file, 0.0)], CONFIG)
+
+
+def test_an_adapter_that_is_not_finite_is_an_error(tmp_path):
+    good = trained(["layers.0.mlp.down_proj"])
+    file = lora_files.save(good, tmp_path, CONFIG)
+    for factor in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"safetensors: its scale is {factor}"):
+            lora_files.load_scaled([(file, factor)], CONFIG)
+        with pytest.raises(ValueError, match=f"scale, or factor, is {factor}"):
+            lora.attach(good.replace(scale=factor), {}, CONFIG)
+    [[name, pair]] = good.adapters.items()
+    bad = good.replace(adapters={name: pair | {"a": pair["a"].at[0, 0, 0].set(jnp.nan)}})
+    with pytest.raises(
+        ValueError, match=r"A of layers\.\*\.mlp\.down_proj has values that are not"
+    ):
+        lora.merge(bad, {}, CONFIG)
+    tensors = load_file(file)
+    alpha = {"transformer.layers.0.mlp.down_proj.alpha": np.array(np.nan, np.float32)}
+    save_file(tensors | alpha, file)
+    with pytest.raises(ValueError, match="pytorch_lora_weights.safetensors: .* not finite"):
+        lora_files.load(file, CONFIG)
 
 
 def test_diffusers_reads_what_we_write(tmp_path):
