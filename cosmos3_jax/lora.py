@@ -30,6 +30,10 @@ from cosmos3_jax.checkpoint.transformer_layout import transformer_layout
 from cosmos3_jax.config import TransformerConfig
 from cosmos3_jax.names import find
 
+_HELD = (
+    "the parameters already have an adapter beside {}; take those without it, merge the first "
+    "adapter into them, and then add the second"
+)
 DEFAULT_PATTERNS = ("gen/layers/(attention|mlp)/",)  # every linear map of the media tower's layers
 
 
@@ -163,12 +167,12 @@ def attach(lora: Lora, params: dict, config: TransformerConfig) -> dict:
     [i, sum of R] and [sum of R, o], zero where a part's rank meets another part's outputs.
 
     Raises:
-        ValueError: the adapter changes nothing. In training it may, at first: a step that is
-            compiled cannot know.
+        ValueError: a kernel has another adapter already; or the adapter changes nothing. In
+            training it may, at first: a step that is compiled cannot know.
     """
     check_changes(lora)
     for leaf, pair in _fused_pairs(lora, config).items():
-        params = _with_pair(params, leaf.split("/")[:-1], pair)
+        params = _with_pair(params, leaf, leaf.split("/")[:-1], pair)
     return params
 
 
@@ -195,19 +199,21 @@ def _fused_pairs(lora: Lora, config: TransformerConfig) -> dict[str, dict[str, A
     return fused
 
 
-def _with_pair(tree: dict, path: list[str], pair: dict[str, Array]) -> dict:
+def _with_pair(tree: dict, leaf: str, path: list[str], pair: dict[str, Array]) -> dict:
     """A tree with a pair beside the kernel at `path`, layer by layer if they are apart."""
     if not path:
+        if "lora_a" in tree:
+            raise ValueError(_HELD.format(leaf))
         return tree | pair
     name, *rest = path
     node = tree[name]
     if name == "layers" and "0" in node:
         apart = {
-            i: _with_pair(layer, rest, jax.tree.map(lambda x, i=i: x[int(i)], pair))
+            i: _with_pair(layer, leaf, rest, jax.tree.map(lambda x, i=i: x[int(i)], pair))
             for i, layer in node.items()
         }
         return tree | {name: apart}
-    return tree | {name: _with_pair(node, rest, pair)}
+    return tree | {name: _with_pair(node, leaf, rest, pair)}
 
 
 def merge(lora: Lora, params: dict, config: TransformerConfig) -> tuple[dict, dict[str, Array]]:
@@ -219,8 +225,11 @@ def merge(lora: Lora, params: dict, config: TransformerConfig) -> tuple[dict, di
         off the device.
 
     Raises:
-        ValueError: the adapter changes nothing, or nothing that the weights' dtype can tell.
+        ValueError: the parameters have another adapter beside them; or the adapter changes nothing,
+            or nothing that the weights' dtype can tell.
     """
+    if held := [path for path in leaf_shapes(params) if path.endswith("/lora_a")]:
+        raise ValueError(_HELD.format(held[0].removesuffix("lora_a") + "kernel"))
     attached, replaced, changed = attach(lora, params, config), {}, False
 
     def add(tree: dict, prefix: str) -> dict:

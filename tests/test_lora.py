@@ -189,6 +189,21 @@ def test_an_adapter_that_is_not_finite_is_an_error(tmp_path):
         lora_files.load(file, CONFIG)
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_second_adapter_beside_the_first_is_an_error(apart):
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), param_shapes(CONFIG))
+    tree = zeros | {"gen": unstack_layers(zeros["gen"])} if apart else zeros
+    first, second = trained(["gen/layers/mlp/down", "^proj_out"]), trained(["^proj_out"])
+    attached = lora.attach(first, tree, CONFIG)
+    for act in (lora.attach, lora.merge):
+        with pytest.raises(ValueError, match="already have an adapter beside gen/proj_out/kernel"):
+            act(second, {"gen": {"proj_out": attached["gen"]["proj_out"]}}, CONFIG)
+        with pytest.raises(ValueError, match="already have an adapter beside gen/layers/.*down/"):
+            act(trained(["gen/layers/mlp/down"]), attached, CONFIG)
+    merged, _ = lora.merge(first, tree, CONFIG)
+    lora.attach(second, merged, CONFIG)
+
+
 def test_diffusers_reads_what_we_write(tmp_path):
     """By its real loader; every kind of linear map, a scale other than 1, one layer left out."""
     adapter = trained()
