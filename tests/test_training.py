@@ -47,7 +47,7 @@ from cosmos3_jax.training.checkpoints import Checkpoints
 from cosmos3_jax.training.export import write_public_checkpoint
 from cosmos3_jax.training.params import join_params, split_params
 from cosmos3_jax.training.step import TrainOptions, TrainState, train_step
-from cosmos3_jax.transformer import Latents, param_shapes
+from cosmos3_jax.transformer import Latents, param_shapes, unstack_layers
 
 
 @functools.cache
@@ -480,6 +480,16 @@ def test_what_cannot_be_written(public_checkpoint, tmp_path):
         )
     assert "gen/proj_in/kernel" in str(caught.value)
     assert "gen/norm/scale: (3,), expected (64,)" in str(caught.value)
+    gen = unstack_layers(params()["gen"])
+    layer = gen["layers"]["1"]
+    down = layer["mlp"]["down"] | {"lora_a": np.ones((96, 2)), "lora_b": np.ones((2, 64))}
+    adapted = layer | {"mlp": layer["mlp"] | {"down": down}}
+    more = gen["layers"] | {"1": adapted, "3": layer}
+    with pytest.raises(CheckpointError, match="do not fit") as caught:
+        write({"gen": gen | {"layers": more}})
+    assert "missing" not in str(caught.value)
+    assert "gen/layers/1/mlp/down/lora_b: merge the LoRA first" in str(caught.value)
+    assert "gen/layers/3/mlp/down/kernel" in str(caught.value)
     (tmp_path / "other").mkdir()
     with pytest.raises(FileExistsError):
         write(params(), "other")

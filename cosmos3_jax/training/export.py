@@ -28,7 +28,7 @@ from cosmos3_jax.checkpoint.load import (
     load_config,
     open_components,
 )
-from cosmos3_jax.checkpoint.rules import CheckpointError, Rule, raise_problems
+from cosmos3_jax.checkpoint.rules import CheckpointError, Rule, leaf_shapes, raise_problems
 
 PARTS = {"transformer": ("und", "gen"), "vae": ("video_vae",), "sound_tokenizer": ("sound_vae",)}
 
@@ -56,7 +56,7 @@ def write_public_checkpoint(
 
     Raises:
         CheckpointError: the base is in the converted layout, or the parameters are of another
-            model.
+            model, or have leaves that no tensor of it is, such as a LoRA that is not merged.
         FileExistsError: `folder` exists and `overwrite` is not set, or it is no checkpoint.
         ValueError: an unknown part or dtype, or one folder lies in the other.
         OSError: the disk does not take a file.
@@ -108,30 +108,42 @@ def _trained_rules(component: Component, params: Mapping) -> list[Rule]:
 
 
 def _check(component: Component, params: Mapping) -> None:
-    """Raise CheckpointError unless every tensor that is to be replaced has its shape."""
-    problems: dict[str, list[str]] = {"missing": [], "wrong shape": []}
+    """Raise CheckpointError unless every tensor that is to be replaced has its shape, and every
+    leaf is one of them.
+    """
+    problems: dict[str, list[str]] = {"missing": [], "wrong shape": [], "unexpected": []}
+    read = set()
     for rule in _trained_rules(component, params):
         try:
-            leaf, index = _leaf(component, params, rule)
+            leaf, index, path = _leaf(component, params, rule)
         except KeyError:
             problems["missing"].append(rule.leaf)
             continue
+        read.add(path)
         expected = component.leaves[rule.leaf][len(rule.index) - len(index) :]
         if tuple(leaf.shape) != expected:
             problems["wrong shape"].append(f"{rule.leaf}: {tuple(leaf.shape)}, expected {expected}")
+    parts = {name: params[name] for name in PARTS[component.name] if name in params}
+    for path in leaf_shapes(parts).keys() - read:
+        adapter = path.rpartition("/")[2].startswith("lora_")
+        problems["unexpected"].append(f"{path}: merge the LoRA first" if adapter else path)
     problems = {kind: sorted(set(names)) for kind, names in problems.items()}
     raise_problems(f"the parameters do not fit {component.files.folder}", problems)
 
 
 def _leaf(component: Component, params: Mapping, rule: Rule) -> tuple:
-    """The array that a rule reads, and the rule's index in it: less the layer if it is apart."""
-    node, index = params, rule.index
+    """The array that a rule reads, the rule's index in it, less the layer if that is apart; and
+    the array's path.
+    """
+    node, index, path = params, rule.index, []
     names = f"{component.prefix}/{rule.leaf}".strip("/").split("/")
     for name in names:
         node = node[name]
+        path.append(name)
         if name == "layers" and index and str(index[0]) in node:
-            node, index = node[str(index[0])], index[1:]
-    return node, index
+            path.append(str(index[0]))
+            node, index = node[path[-1]], index[1:]
+    return node, index, "/".join(path)
 
 
 def _write(
@@ -149,7 +161,7 @@ def _write(
     def read(key: str) -> np.ndarray:
         if key not in rules:
             return files.read(key)
-        leaf, index = _leaf(component, params, rules[key])
+        leaf, index, _ = _leaf(component, params, rules[key])
         tensor = np.asarray(_placed(rules[key], index).to_public(leaf)).astype(kind(key))
         return _weight_norm(rules[key], tensor)[key] if rules[key].weight_norm else tensor
 
