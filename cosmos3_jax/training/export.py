@@ -28,7 +28,13 @@ from cosmos3_jax.checkpoint.load import (
     load_config,
     open_components,
 )
-from cosmos3_jax.checkpoint.rules import CheckpointError, Rule, leaf_shapes, raise_problems
+from cosmos3_jax.checkpoint.rules import (
+    CheckpointError,
+    Rule,
+    leaf_shapes,
+    raise_problems,
+    split_weight_norm,
+)
 
 PARTS = {"transformer": ("und", "gen"), "vae": ("video_vae",), "sound_tokenizer": ("sound_vae",)}
 
@@ -163,7 +169,10 @@ def _write(
             return files.read(key)
         leaf, index, _ = _leaf(component, params, rules[key])
         tensor = np.asarray(_placed(rules[key], index).to_public(leaf)).astype(kind(key))
-        return _weight_norm(rules[key], tensor)[key] if rules[key].weight_norm else tensor
+        if not rules[key].weight_norm:
+            return tensor
+        halves = split_weight_norm(tensor)
+        return halves[rules[key].keys.index(key)].astype(kind(key))
 
     sizes = {key: int(np.prod(files.shapes[key])) * kind(key).itemsize for key in files.shapes}
     shards = plan_shards(dict(sorted(sizes.items())), max_bytes)
@@ -180,11 +189,3 @@ def _write(
 
 def _placed(rule: Rule, index: tuple) -> Rule:
     return Rule(rule.key, rule.leaf, rule.rearrange, index, rule.sizes)
-
-
-def _weight_norm(rule: Rule, weight: np.ndarray) -> dict[str, np.ndarray]:
-    """Direction and gain that fold to a weight: the weight itself, and its norm."""
-    direction, gain = rule.keys
-    axes = tuple(range(1, weight.ndim))
-    norm = np.sqrt(np.sum(np.square(weight.astype(np.float32)), axis=axes, keepdims=True))
-    return {direction: weight, gain: norm.astype(weight.dtype)}
