@@ -346,6 +346,26 @@ def test_a_batch_that_does_not_divide(monkeypatch, sizes, count, parts, message)
         placement.check_examples(count, parts)
 
 
+def test_a_batch_on_a_mesh_by_its_fields():
+    """On one device; what it would be on more is in the shardings."""
+    one = jax.sharding.Mesh(jax.devices()[:1], ("data",))
+    batch = make_batch(count=3)  # as many examples as the prompt for none has ids
+    placed = placement.place_batch(batch.replace(sound=None), one)
+    divided = {name for name in vars(placed) if is_divided(getattr(placed, name))}
+    assert divided == {"text_ids", "text_mask", "video", "fps", "frame_mask", "weight"}
+    assert placed.sound is None
+    rows = batch.replace(fps=24.0, uncond_ids=np.tile(batch.uncond_ids, (3, 1)))
+    placed = placement.place_batch(rows, one)
+    assert is_divided(placed.uncond_ids) and is_divided(placed.sound) and not is_divided(placed.fps)
+    four = jax.sharding.AbstractMesh((4,), ("data",))
+    with pytest.raises(ValueError, match="data=4: 3 examples at a time do not divide; give a mul"):
+        placement.place_batch(batch, four)
+
+
+def is_divided(x) -> bool:
+    return x is not None and x.sharding.spec == jax.sharding.PartitionSpec(("data",))
+
+
 # ---------------------------------------------------------------- killed and resumed
 
 
