@@ -33,6 +33,7 @@ from cosmos3_jax.checkpoint.rules import CheckpointError, leaf_shapes
 from cosmos3_jax.checkpoint.transformer_layout import transformer_layout
 from cosmos3_jax.cli_generate import _lora
 from cosmos3_jax.training.flow import Batch
+from cosmos3_jax.training.params import cast_params
 from cosmos3_jax.training.step import TrainOptions, init_state, train_step
 from cosmos3_jax.transformer import Latents, encode_condition, param_shapes, unstack_layers
 from cosmos3_jax.transformer import velocity as our_velocity
@@ -290,7 +291,7 @@ def test_training_one():
     adapter = lora.init(
         jax.random.key(0), CONFIG, patterns=[r"layers\.[02]\.self_attn\.add_", "^proj_out"], rank=2
     )
-    frozen = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params())
+    frozen = cast_params(params(), jnp.bfloat16, CONFIG)
     combine = functools.partial(_combine, config=CONFIG)
     optimizer = optax.adam(3e-3)
     step = compiled_step(optimizer=optimizer, combine=combine, dtype="bfloat16", remat=True)
@@ -405,9 +406,7 @@ def test_the_benchmark_counts_what_a_step_computes(monkeypatch):
     step = functools.partial(
         train_step, config=model, optimizer=optimizer, options=TrainOptions(), combine=combine
     )
-    frozen = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), param_shapes(model)
-    )
+    frozen = jax.eval_shape(lambda x: cast_params(x, jnp.bfloat16, model), param_shapes(model))
     state = jax.eval_shape(
         lambda adapter: init_state(adapter, optimizer, jax.random.key(0)), adapter
     )

@@ -45,7 +45,7 @@ from cosmos3_jax.checkpoint.transformer_layout import transformer_layout
 from cosmos3_jax.training import flow, placement
 from cosmos3_jax.training.checkpoints import Checkpoints
 from cosmos3_jax.training.export import write_public_checkpoint
-from cosmos3_jax.training.params import join_params, split_params
+from cosmos3_jax.training.params import cast_params, join_params, split_params
 from cosmos3_jax.training.step import TrainOptions, TrainState, train_step
 from cosmos3_jax.transformer import Latents, param_shapes, unstack_layers
 
@@ -216,7 +216,12 @@ def test_attention_is_not_computed_again(monkeypatch):
     options = TrainOptions(dtype="bfloat16")
     step = functools.partial(train_step, config=CONFIG, optimizer=OPTIMIZER, options=options)
     state, frozen = start()
-    frozen = jax.tree.map(lambda x: x.astype(jnp.bfloat16), frozen)
+    with pytest.raises(ValueError, match="gen/layers/.* in float32, .* in bfloat16; cast it by"):
+        step(state, {"gen": {"layers": frozen["gen"]["layers"]}}, make_batch())
+    blurred = jax.tree.map(lambda x: x.astype(jnp.bfloat16), frozen)
+    with pytest.raises(ValueError, match="gen/time_embedder/.* in bfloat16, and .* in float32"):
+        step(state, blurred, make_batch())
+    frozen = cast_params(frozen, jnp.bfloat16, CONFIG)
     text = str(jax.make_jaxpr(step)(state, frozen, make_batch()))
     # one of either in each tower's scan over layers
     for kernel in ("dot_product_attention_fwd_wrapper", "dot_product_attention_bwd_wrapper"):
