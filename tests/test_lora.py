@@ -331,6 +331,11 @@ def test_a_pipeline_with_adapters_merged_as_it_is_read(public_checkpoint, tmp_pa
     assert np.mean(np.asarray(ours) != np.asarray(theirs).astype(jnp.bfloat16)) < 1e-3
     with pytest.raises(CheckpointError, match="is missing"):
         Cosmos3.from_pretrained(public_checkpoint, lora=tmp_path / "other")
+    # which may leave nothing of it
+    few = lora_files.save(trained(["layers.0.mlp.down_proj"]), tmp_path / "few", CONFIG)
+    small = [(few, 1e-12)]
+    with pytest.raises(ValueError, match="changes nothing: .* any weight of bfloat16"):
+        Cosmos3.from_pretrained(public_checkpoint, "bfloat16", offload=False, lora=small)
 
 
 def test_on_the_command_line(public_checkpoint, tmp_path, monkeypatch):
