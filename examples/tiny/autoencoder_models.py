@@ -18,7 +18,7 @@ from jax import Array
 from cosmos3_jax import sound_vae, video_vae
 from cosmos3_jax.checkpoint.files import TensorFiles, write_shard
 from cosmos3_jax.checkpoint.load import PUBLIC_STEM
-from cosmos3_jax.checkpoint.rules import Layout, check, leaf_shapes
+from cosmos3_jax.checkpoint.rules import Layout, check, leaf_shapes, split_weight_norm
 from cosmos3_jax.checkpoint.sound_vae_layout import sound_vae_layout
 from cosmos3_jax.checkpoint.video_vae_layout import video_vae_layout
 from cosmos3_jax.config import SoundVAEConfig, VideoVAEConfig
@@ -154,16 +154,13 @@ AUTOENCODERS = {
 def write_public(folder: Path, model: Autoencoder, params: Params, dtype: str = "bfloat16") -> None:
     """Write `config.json` and the weights of `model.config` as diffusers reads them.
 
-    A weight-norm pair is the weight and its norm. Raises OSError if the disk does not take it.
+    A weight-norm pair is `split_weight_norm`'s. Raises OSError if the disk does not take it.
     """
     tensors = {}
     for rule in model.layout(model.config).rules:
         value = np.asarray(rule.to_public(_leaf(params, rule.leaf)), np.float32)
         if rule.weight_norm:
-            axes = tuple(range(1, value.ndim))
-            direction, gain = rule.keys
-            norm = np.sqrt(np.sum(np.square(value), axis=axes, keepdims=True))
-            tensors |= {direction: value, gain: norm}
+            tensors |= dict(zip(rule.keys, split_weight_norm(value), strict=True))
         else:
             tensors[rule.key] = value
     tensors = {key: value.astype(jnp.dtype(dtype)) for key, value in sorted(tensors.items())}
