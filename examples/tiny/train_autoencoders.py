@@ -40,7 +40,7 @@ STATE_FILE, LOG_FILE, REPORT_FILE = "state.msgpack", "log.jsonl", "report.json"
 State = dict[str, Any]
 DEFAULTS = {
     "video": {"steps": 2000, "batch": 16, "learning_rate": 3e-3, "kl": 1e-4, "dtype": "bfloat16"},
-    "sound": {"steps": 3000, "batch": 32, "learning_rate": 3e-3, "kl": 1e-3, "dtype": "bfloat16"},
+    "sound": {"steps": 3000, "batch": 32, "learning_rate": 1e-3, "kl": 1e-3, "dtype": "bfloat16"},
 }
 
 
