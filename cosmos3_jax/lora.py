@@ -14,6 +14,7 @@ Axes: L layers, R rank; i inputs and o outputs of a module, flat and in public o
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Sequence
 
@@ -29,6 +30,10 @@ from cosmos3_jax.checkpoint.transformer_layout import transformer_layout
 from cosmos3_jax.config import TransformerConfig
 from cosmos3_jax.names import find
 
+_HELD = (
+    "the parameters already have an adapter beside {}; take those without it, merge the first "
+    "adapter into them, and then add the second"
+)
 DEFAULT_PATTERNS = ("gen/layers/(attention|mlp)/",)  # every linear map of the media tower's layers
 
 
@@ -119,12 +124,14 @@ def init(
         alpha: the scale is alpha / rank; None: alpha = rank.
 
     Raises:
-        ValueError: a pattern matches nothing, rank < 1, or alpha is 0.
+        ValueError: a pattern matches nothing, rank < 1, or alpha is 0 or not finite.
     """
     if rank < 1:
         raise ValueError(f"rank={rank} must be at least 1")
     if alpha == 0:
         raise ValueError("alpha=0 would change nothing")
+    if alpha is not None and not math.isfinite(alpha):
+        raise ValueError(f"alpha={alpha} must be finite")
     names = {
         module: (module, family.leaf)
         for family in families(config).values()
@@ -160,12 +167,12 @@ def attach(lora: Lora, params: dict, config: TransformerConfig) -> dict:
     [i, sum of R] and [sum of R, o], zero where a part's rank meets another part's outputs.
 
     Raises:
-        ValueError: the adapter changes nothing. In training it may, at first: a step that is
-            compiled cannot know.
+        ValueError: a kernel has another adapter already; or the adapter changes nothing. In
+            training it may, at first: a step that is compiled cannot know.
     """
     check_changes(lora)
     for leaf, pair in _fused_pairs(lora, config).items():
-        params = _with_pair(params, leaf.split("/")[:-1], pair)
+        params = _with_pair(params, leaf, leaf.split("/")[:-1], pair)
     return params
 
 
@@ -192,19 +199,21 @@ def _fused_pairs(lora: Lora, config: TransformerConfig) -> dict[str, dict[str, A
     return fused
 
 
-def _with_pair(tree: dict, path: list[str], pair: dict[str, Array]) -> dict:
+def _with_pair(tree: dict, leaf: str, path: list[str], pair: dict[str, Array]) -> dict:
     """A tree with a pair beside the kernel at `path`, layer by layer if they are apart."""
     if not path:
+        if "lora_a" in tree:
+            raise ValueError(_HELD.format(leaf))
         return tree | pair
     name, *rest = path
     node = tree[name]
     if name == "layers" and "0" in node:
         apart = {
-            i: _with_pair(layer, rest, jax.tree.map(lambda x, i=i: x[int(i)], pair))
+            i: _with_pair(layer, leaf, rest, jax.tree.map(lambda x, i=i: x[int(i)], pair))
             for i, layer in node.items()
         }
         return tree | {name: apart}
-    return tree | {name: _with_pair(node, rest, pair)}
+    return tree | {name: _with_pair(node, leaf, rest, pair)}
 
 
 def merge(lora: Lora, params: dict, config: TransformerConfig) -> tuple[dict, dict[str, Array]]:
@@ -216,8 +225,11 @@ def merge(lora: Lora, params: dict, config: TransformerConfig) -> tuple[dict, di
         off the device.
 
     Raises:
-        ValueError: the adapter changes nothing, or nothing that the weights' dtype can tell.
+        ValueError: the parameters have another adapter beside them; or the adapter changes nothing,
+            or nothing that the weights' dtype can tell.
     """
+    if held := [path for path in leaf_shapes(params) if path.endswith("/lora_a")]:
+        raise ValueError(_HELD.format(held[0].removesuffix("lora_a") + "kernel"))
     attached, replaced, changed = attach(lora, params, config), {}, False
 
     def add(tree: dict, prefix: str) -> dict:
@@ -285,7 +297,7 @@ def merge_on_read(
 
     On the host and in float32, one layer of one kernel at a time.
 
-    Raises ValueError if an adapter changes nothing.
+    Raises ValueError if an adapter changes nothing, or is not finite.
     """
     known, by_leaf = families(config), {}
     for lora in loras:
@@ -309,13 +321,23 @@ def merge_on_read(
 
 
 def check_changes(lora: Lora) -> None:
-    """Raise ValueError if an adapter changes no weight: a product of zeros, or a scale of 0.
+    """Raise ValueError if an adapter changes no weight, by a product of zeros or a scale of 0; or
+    if it spoils them, by a scale or a matrix that is not finite.
 
-    It cannot know while it is traced, and then it does not.
+    Of matrices it cannot know while they are traced, and then it does not.
     """
+    if not math.isfinite(lora.scale):
+        raise ValueError(f"the adapter's scale, or factor, is {lora.scale}: it must be finite")
     pairs = [(pair["a"], pair["b"]) for pair in lora.adapters.values()]
     if any(isinstance(x, jax.core.Tracer) for pair in pairs for x in pair):
         return
+    for name, pair in lora.adapters.items():
+        for half, x in pair.items():
+            if not jnp.isfinite(x).all():
+                raise ValueError(
+                    f"the adapter's {half.upper()} of {name} has values that are not finite; train "
+                    "it again at a lower learning rate, or take an earlier state"
+                )
     if lora.scale == 0 or not any(np.any(a) and np.any(b) for a, b in pairs):
         raise ValueError(
             "the adapter changes nothing: "

@@ -10,6 +10,7 @@ Axes: L layers, R rank, i inputs, o outputs of a module.
 
 import dataclasses
 import json
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -40,7 +41,7 @@ def save(lora: Lora, path: str | Path, config: TransformerConfig, dtype: str = "
         dtype: `float32` or `bfloat16`.
 
     Raises:
-        ValueError: the adapter changes nothing, or another dtype.
+        ValueError: the adapter changes nothing or is not finite, or another dtype.
         OSError: it cannot be written.
     """
     check_changes(lora)
@@ -89,7 +90,7 @@ def load(path: str | Path, config: TransformerConfig) -> Lora:
 
     Raises:
         CheckpointError: no such file; or its tensors do not fit the model, with all that differ.
-        ValueError: the adapter changes nothing.
+        ValueError: the adapter changes nothing, or is not finite.
     """
     path = _file(Path(path))
     tensors, settings = _read(path)
@@ -207,11 +208,13 @@ def load_scaled(
 ) -> list[Lora]:
     """Adapters from one path, or from several, each with or without a factor of its own.
 
-    Raises as `load` does, and ValueError on a factor of 0.
+    Raises as `load` does, and ValueError on a factor of 0 or one that is not finite.
     """
     several = [loras] if isinstance(loras, str | Path) else loras
     pairs = [(each, 1.0) if isinstance(each, str | Path) else each for each in several]
-    found = [load(path, config).replace(scale=float(scale)) for path, scale in pairs]
-    for lora in found:
-        check_changes(lora)
+    found = []
+    for path, scale in pairs:
+        if scale == 0 or not math.isfinite(scale):
+            raise ValueError(f"{path}: its scale is {scale}; give a finite factor other than 0")
+        found.append(load(path, config).replace(scale=float(scale)))
     return found

@@ -33,6 +33,7 @@ from cosmos3_jax.checkpoint.rules import CheckpointError, leaf_shapes
 from cosmos3_jax.checkpoint.transformer_layout import transformer_layout
 from cosmos3_jax.cli_generate import _lora
 from cosmos3_jax.training.flow import Batch
+from cosmos3_jax.training.params import cast_params
 from cosmos3_jax.training.step import TrainOptions, init_state, train_step
 from cosmos3_jax.transformer import Latents, encode_condition, param_shapes, unstack_layers
 from cosmos3_jax.transformer import velocity as our_velocity
@@ -138,6 +139,7 @@ def test_a_new_adapter_covers_what_its_patterns_choose():
         (dict(patterns=["embed_tokens"]), "matches nothing"),
         (dict(rank=0), "rank=0"),
         (dict(alpha=0), "alpha=0 would change nothing"),
+        (dict(alpha=float("nan")), "alpha=nan must be finite"),
     ],
 )
 def test_an_adapter_of_nothing(options, message):
@@ -165,6 +167,42 @@ def test_an_adapter_that_changes_nothing_is_an_error(tmp_path):
     save_file(tensors, file)
     with pytest.raises(ValueError, match=r"its scale is 0\.0"):
         lora_files.load_scaled([(file, 0.0)], CONFIG)
+
+
+def test_an_adapter_that_is_not_finite_is_an_error(tmp_path):
+    good = trained(["layers.0.mlp.down_proj"])
+    file = lora_files.save(good, tmp_path, CONFIG)
+    for factor in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"safetensors: its scale is {factor}"):
+            lora_files.load_scaled([(file, factor)], CONFIG)
+        with pytest.raises(ValueError, match=f"scale, or factor, is {factor}"):
+            lora.attach(good.replace(scale=factor), {}, CONFIG)
+    [[name, pair]] = good.adapters.items()
+    bad = good.replace(adapters={name: pair | {"a": pair["a"].at[0, 0, 0].set(jnp.nan)}})
+    with pytest.raises(
+        ValueError, match=r"A of layers\.\*\.mlp\.down_proj has values that are not"
+    ):
+        lora.merge(bad, {}, CONFIG)
+    tensors = load_file(file)
+    alpha = {"transformer.layers.0.mlp.down_proj.alpha": np.array(np.nan, np.float32)}
+    save_file(tensors | alpha, file)
+    with pytest.raises(ValueError, match="pytorch_lora_weights.safetensors: .* not finite"):
+        lora_files.load(file, CONFIG)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_second_adapter_beside_the_first_is_an_error(apart):
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), param_shapes(CONFIG))
+    tree = zeros | {"gen": unstack_layers(zeros["gen"])} if apart else zeros
+    first, second = trained(["gen/layers/mlp/down", "^proj_out"]), trained(["^proj_out"])
+    attached = lora.attach(first, tree, CONFIG)
+    for act in (lora.attach, lora.merge):
+        with pytest.raises(ValueError, match="already have an adapter beside gen/proj_out/kernel"):
+            act(second, {"gen": {"proj_out": attached["gen"]["proj_out"]}}, CONFIG)
+        with pytest.raises(ValueError, match="already have an adapter beside gen/layers/.*down/"):
+            act(trained(["gen/layers/mlp/down"]), attached, CONFIG)
+    merged, _ = lora.merge(first, tree, CONFIG)
+    lora.attach(second, merged, CONFIG)
 
 
 def test_diffusers_reads_what_we_write(tmp_path):
@@ -253,7 +291,7 @@ def test_training_one():
     adapter = lora.init(
         jax.random.key(0), CONFIG, patterns=[r"layers\.[02]\.self_attn\.add_", "^proj_out"], rank=2
     )
-    frozen = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params())
+    frozen = cast_params(params(), jnp.bfloat16, CONFIG)
     combine = functools.partial(_combine, config=CONFIG)
     optimizer = optax.adam(3e-3)
     step = compiled_step(optimizer=optimizer, combine=combine, dtype="bfloat16", remat=True)
@@ -293,6 +331,11 @@ def test_a_pipeline_with_adapters_merged_as_it_is_read(public_checkpoint, tmp_pa
     assert np.mean(np.asarray(ours) != np.asarray(theirs).astype(jnp.bfloat16)) < 1e-3
     with pytest.raises(CheckpointError, match="is missing"):
         Cosmos3.from_pretrained(public_checkpoint, lora=tmp_path / "other")
+    # which may leave nothing of it
+    few = lora_files.save(trained(["layers.0.mlp.down_proj"]), tmp_path / "few", CONFIG)
+    small = [(few, 1e-12)]
+    with pytest.raises(ValueError, match="changes nothing: .* any weight of bfloat16"):
+        Cosmos3.from_pretrained(public_checkpoint, "bfloat16", offload=False, lora=small)
 
 
 def test_on_the_command_line(public_checkpoint, tmp_path, monkeypatch):
@@ -368,9 +411,7 @@ def test_the_benchmark_counts_what_a_step_computes(monkeypatch):
     step = functools.partial(
         train_step, config=model, optimizer=optimizer, options=TrainOptions(), combine=combine
     )
-    frozen = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), param_shapes(model)
-    )
+    frozen = jax.eval_shape(lambda x: cast_params(x, jnp.bfloat16, model), param_shapes(model))
     state = jax.eval_shape(
         lambda adapter: init_state(adapter, optimizer, jax.random.key(0)), adapter
     )

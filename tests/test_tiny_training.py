@@ -19,14 +19,26 @@ from diffusers import AutoencoderKLWan, Cosmos3AVAEAudioTokenizer, Cosmos3OmniPi
 from oracle import VIDEO_VAE, perturb, relative_l2, run_oracle
 from transformers import AutoTokenizer, Qwen2TokenizerFast
 
-from cosmos3_jax import Cosmos3, lora_files
+from cosmos3_jax import Cosmos3, lora_files, sound_vae, video_vae
+from cosmos3_jax.config import TransformerConfig
 from cosmos3_jax.frontend import load_frontend
 from cosmos3_jax.prepare import prepare_request
 from cosmos3_jax.prompt import Tokenizer
 from cosmos3_jax.training.params import load_towers
-from examples.tiny import assemble, data, evaluate, finetune_lora, grammar, model, train_towers
+from cosmos3_jax.transformer import param_shapes
+from examples.tiny import (
+    assemble,
+    data,
+    evaluate,
+    finetune_lora,
+    grammar,
+    model,
+    optimizers,
+    train_towers,
+)
 from examples.tiny import judge as jd
 from examples.tiny import tokenizer as tiny_tokenizer
+from examples.tiny.autoencoder_models import SOUND_CONFIG, VIDEO_CONFIG
 from examples.tiny.pacing import Pacer
 from examples.tiny.watch import Watch
 
@@ -242,7 +254,45 @@ def test_a_killed_run_continues_to_the_same_numbers(trained, tmp_path, monkeypat
         (2, None), (4, None), (4, True), (6, None),
     ]  # fmt: skip
     with pytest.raises(ValueError, match="is of .*; choose another folder"):
-        train_towers._record(tmp_path / "killed", dataclasses.replace(RUN, batch=5))
+        train_towers._record(tmp_path / "killed", dataclasses.replace(RUN, batch=5), {})
+    with pytest.raises(ValueError, match="is of {'base': .*choose another folder"):
+        train_towers._record(tmp_path / "killed", RUN, {"base": "other"})
+
+
+def test_a_run_that_was_killed_at_its_very_end_still_writes_its_checkpoint(
+    trained, tmp_path, monkeypatch
+):
+    def full(*_):
+        raise OSError("no space")
+
+    monkeypatch.setattr(train_towers.assemble, "write_trained", full)
+    with pytest.raises(OSError, match="no space"):
+        trained(tmp_path, steps=2, evaluations=1)
+    monkeypatch.undo()
+    trained(tmp_path, steps=2, evaluations=1)
+    assert (tmp_path / "checkpoint" / "model_index.json").is_file()
+    written = (tmp_path / "checkpoint" / "transformer" / "config.json").stat().st_mtime_ns
+    trained(tmp_path, steps=2, evaluations=1)  # nothing is left to do
+    assert (tmp_path / "checkpoint" / "transformer" / "config.json").stat().st_mtime_ns == written
+
+
+def test_what_is_a_matrix():
+    """For Muon: which axes add up, and which are outputs."""
+    sizes = {"latent_channel": 4, "patch_latent_dim": 4, "sound_dim": 8, "vocab_size": 40}
+    towers = param_shapes(TransformerConfig.from_dict(model.TRANSFORMER | sizes))
+    found = optimizers.matrices(towers)
+    attention, mlp = (found["gen"]["layers"][name] for name in ("attention", "mlp"))
+    assert attention["qkv"]["kernel"] == ((1,), (2, 3))
+    assert attention["out"]["kernel"] == ((1, 2), (3,))
+    assert mlp["gate_up"]["kernel"] == ((1,), (2, 3)) and mlp["down"]["kernel"] == ((1,), (2,))
+    assert found["und"]["last_layer"]["kv"]["kernel"] == ((0,), (1, 2))
+    assert attention["q_norm"]["scale"] is found["und"]["embed"]["embedding"] is None
+    vae = optimizers.matrices(video_vae.param_shapes(VIDEO_CONFIG))
+    assert vae["decoder"]["conv_in"]["kernel"] == ((0, 1, 2, 3), (4,))
+    sound = optimizers.matrices(sound_vae.param_shapes(SOUND_CONFIG, with_encoder=True))
+    block = sound["encoder"]["layers_1"]
+    assert block["dwconv_1"]["kernel"] is None and block["pwconv1"]["kernel"] == ((0, 1), (2,))
+    assert sound["decoder"]["conv2"]["kernel"] is None  # two channels
 
 
 def test_the_learning_rate():

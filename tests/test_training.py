@@ -45,9 +45,9 @@ from cosmos3_jax.checkpoint.transformer_layout import transformer_layout
 from cosmos3_jax.training import flow, placement
 from cosmos3_jax.training.checkpoints import Checkpoints
 from cosmos3_jax.training.export import write_public_checkpoint
-from cosmos3_jax.training.params import join_params, split_params
-from cosmos3_jax.training.step import TrainOptions, train_step
-from cosmos3_jax.transformer import Latents, param_shapes
+from cosmos3_jax.training.params import cast_params, join_params, split_params
+from cosmos3_jax.training.step import TrainOptions, TrainState, train_step
+from cosmos3_jax.transformer import Latents, param_shapes, unstack_layers
 
 
 @functools.cache
@@ -216,7 +216,12 @@ def test_attention_is_not_computed_again(monkeypatch):
     options = TrainOptions(dtype="bfloat16")
     step = functools.partial(train_step, config=CONFIG, optimizer=OPTIMIZER, options=options)
     state, frozen = start()
-    frozen = jax.tree.map(lambda x: x.astype(jnp.bfloat16), frozen)
+    with pytest.raises(ValueError, match="gen/layers/.* in float32, .* in bfloat16; cast it by"):
+        step(state, {"gen": {"layers": frozen["gen"]["layers"]}}, make_batch())
+    blurred = jax.tree.map(lambda x: x.astype(jnp.bfloat16), frozen)
+    with pytest.raises(ValueError, match="gen/time_embedder/.* in bfloat16, and .* in float32"):
+        step(state, blurred, make_batch())
+    frozen = cast_params(frozen, jnp.bfloat16, CONFIG)
     text = str(jax.make_jaxpr(step)(state, frozen, make_batch()))
     # one of either in each tower's scan over layers
     for kernel in ("dot_product_attention_fwd_wrapper", "dot_product_attention_bwd_wrapper"):
@@ -346,6 +351,26 @@ def test_a_batch_that_does_not_divide(monkeypatch, sizes, count, parts, message)
         placement.check_examples(count, parts)
 
 
+def test_a_batch_on_a_mesh_by_its_fields():
+    """On one device; what it would be on more is in the shardings."""
+    one = jax.sharding.Mesh(jax.devices()[:1], ("data",))
+    batch = make_batch(count=3)  # as many examples as the prompt for none has ids
+    placed = placement.place_batch(batch.replace(sound=None), one)
+    divided = {name for name in vars(placed) if is_divided(getattr(placed, name))}
+    assert divided == {"text_ids", "text_mask", "video", "fps", "frame_mask", "weight"}
+    assert placed.sound is None
+    rows = batch.replace(fps=24.0, uncond_ids=np.tile(batch.uncond_ids, (3, 1)))
+    placed = placement.place_batch(rows, one)
+    assert is_divided(placed.uncond_ids) and is_divided(placed.sound) and not is_divided(placed.fps)
+    four = jax.sharding.AbstractMesh((4,), ("data",))
+    with pytest.raises(ValueError, match="data=4: 3 examples at a time do not divide; give a mul"):
+        placement.place_batch(batch, four)
+
+
+def is_divided(x) -> bool:
+    return x is not None and x.sharding.spec == jax.sharding.PartitionSpec(("data",))
+
+
 # ---------------------------------------------------------------- killed and resumed
 
 
@@ -366,9 +391,11 @@ def test_a_killed_run_continues_to_the_same_numbers(tmp_path):
                 break
     assert process.returncode == -signal.SIGKILL
     assert [float(loss) for _, _, loss in lines] == reference[:3]
+    (folder / "9.orbax-checkpoint-tmp" / "default").mkdir(parents=True)
     with Checkpoints(folder) as checkpoints:
         last = checkpoints.last
     assert last in (1, 2, 3)  # saving goes on in the background
+    assert not list(folder.glob("*tmp*"))
     assert run(folder, 6) == reference[last:]
     with Checkpoints(folder, keep=2) as checkpoints:
         assert checkpoints.last == 6
@@ -384,6 +411,25 @@ def test_a_killed_run_continues_to_the_same_numbers(tmp_path):
             ValueError, match=r"(?s)params/gen/layers/mlp/down/kernel: .*96, 64\).*32\)"
         ):
             checkpoints.restore(template.replace(params=halved))
+
+
+def small_state(step: int, dtype=jnp.float32) -> TrainState:
+    return TrainState(jnp.int32(step), {"w": jnp.zeros(2, dtype)}, (), None, jax.random.key(0))
+
+
+def test_a_state_that_cannot_be_kept_or_restored_as_it_is(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (2, 4):
+            checkpoints.save(small_state(step))
+        state = checkpoints.restore(small_state(0), step=2)
+        with pytest.raises(ValueError, match="already has step 4, so that step 3 would not be"):
+            checkpoints.save(state.replace(step=state.step + 1))
+        checkpoints.save(small_state(4))  # is there
+        checkpoints.save(small_state(5))
+        with pytest.raises(
+            ValueError, match=r"params/w: float32 \(2,\) on disk, bfloat16 \(2,\) in"
+        ):
+            checkpoints.restore(small_state(0, jnp.bfloat16))
 
 
 # ---------------------------------------------------------------- as a checkpoint for everybody
@@ -427,10 +473,14 @@ def read_towers(folder) -> dict:
 
 
 def test_autoencoders_are_written_too(public_checkpoint, tmp_path):
-    """The sound's weight norm is folded as it is read: what is written folds to the same."""
+    """The sound's weight norm is folded as it is read: what is written folds to the same, and to
+    zeros, not to 0 / 0, where a filter is zero.
+    """
     base = Cosmos3.from_pretrained(public_checkpoint, "float32", offload=False).params
     parts = ("video_vae", "sound_vae", "gen")
     trained = {name: jax.tree.map(lambda x: 1.5 * np.asarray(x), base[name]) for name in parts}
+    kernel = trained["sound_vae"]["decoder"]["conv1"]["kernel"]
+    kernel[..., 0] = 0
     folder = write_public_checkpoint(
         tmp_path / "trained", trained, public_checkpoint, dtype="float32"
     )
@@ -459,6 +509,16 @@ def test_what_cannot_be_written(public_checkpoint, tmp_path):
         )
     assert "gen/proj_in/kernel" in str(caught.value)
     assert "gen/norm/scale: (3,), expected (64,)" in str(caught.value)
+    gen = unstack_layers(params()["gen"])
+    layer = gen["layers"]["1"]
+    down = layer["mlp"]["down"] | {"lora_a": np.ones((96, 2)), "lora_b": np.ones((2, 64))}
+    adapted = layer | {"mlp": layer["mlp"] | {"down": down}}
+    more = gen["layers"] | {"1": adapted, "3": layer}
+    with pytest.raises(CheckpointError, match="do not fit") as caught:
+        write({"gen": gen | {"layers": more}})
+    assert "missing" not in str(caught.value)
+    assert "gen/layers/1/mlp/down/lora_b: merge the LoRA first" in str(caught.value)
+    assert "gen/layers/3/mlp/down/kernel" in str(caught.value)
     (tmp_path / "other").mkdir()
     with pytest.raises(FileExistsError):
         write(params(), "other")

@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKLWan, Cosmos3AVAEAudioTokenizer
 from oracle import relative_l2
 
-from cosmos3_jax import sound_vae, video_vae
+from cosmos3_jax import sound_vae, video_vae, video_vae_modules
 from cosmos3_jax.config import SoundVAEConfig, VideoVAEConfig
 from cosmos3_jax.training import autoencoders as ae
 from examples.tiny import autoencoder_check, grammar, train_autoencoders, world
@@ -46,10 +46,9 @@ SMALL = {
         AUTOENCODERS["video"],
         config=SMALL_VIDEO,
         clips=functools.partial(video_clips, size=16),
-        short=3,
-        whole=3,
+        lengths=(3,),
     ),
-    "sound": dataclasses.replace(AUTOENCODERS["sound"], config=SMALL_SOUND, short=2, whole=4),
+    "sound": dataclasses.replace(AUTOENCODERS["sound"], config=SMALL_SOUND, lengths=(2, 4)),
 }
 each = pytest.mark.parametrize("what", SMALL)
 # float32 through a dozen layers in another order of summation; a wrong value is of order 1.
@@ -71,6 +70,59 @@ def perturbed(model) -> dict:
     return jax.tree.unflatten(
         tree, [np.asarray(x) + 0.1 * random(*x.shape, seed=i) for i, x in enumerate(leaves)]
     )
+
+
+# ---- the arithmetic of training ----
+
+
+@pytest.mark.parametrize("stride, padding", [(1, ((1, 1), (1, 1))), (2, ((0, 1), (0, 1)))])
+def test_products_are_the_convolution(stride, padding):
+    """Values and gradients by pictures and kernel."""
+    x, kernel = random(2, 6, 8, 3), random(3, 3, 3, 4, seed=1)
+    theirs = video_vae_modules.Convolution()
+
+    def loss(convolve, x, kernel):
+        return jnp.sum(jnp.sin(convolve(x, kernel, padding, stride)))
+
+    ours, expected = (
+        jax.value_and_grad(functools.partial(loss, convolve), (0, 1))(x, kernel)
+        for convolve in (ae.convolve, functools.partial(theirs.apply, {}, method="convolve"))
+    )
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        assert relative_l2(one, other) < TOLERANCE
+
+
+def test_the_video_loss_has_no_convolution():
+    """Or the products are not used, and the tests of their values say nothing."""
+    model = SMALL["video"]
+    shapes = jax.eval_shape(lambda: model.init(model.config, jax.random.key(0)))
+    video = jax.ShapeDtypeStruct((1, 3, 5, 16, 16), jnp.float32)
+
+    def loss(params, video):
+        return ae.video_loss(params, model.config, video, jax.random.key(0))[0]
+
+    assert "conv_general_dilated" not in str(jax.make_jaxpr(loss)(shapes, video))
+
+
+@pytest.mark.parametrize("dilation", [1, 3, 9])
+def test_the_gradients_of_dilated_convolutions(dilation):
+    x, kernel = random(2, 40, 3), random(7, 3, 3, seed=1)
+
+    def plain(x, kernel, dilation):
+        return jax.lax.conv_general_dilated(
+            x, kernel, (1,), [(3 * dilation,) * 2], rhs_dilation=(dilation,),
+            dimension_numbers=("NWC", "WIO", "NWC"),
+        )  # fmt: skip
+
+    def loss(convolve, x, kernel):
+        return jnp.sum(jnp.sin(convolve(x, kernel, dilation)))
+
+    for ours, expected in zip(
+        jax.grad(functools.partial(loss, sound_vae._dilated), (0, 1))(x, kernel),
+        jax.grad(functools.partial(loss, plain), (0, 1))(x, kernel),
+        strict=True,
+    ):
+        assert relative_l2(ours, expected) < TOLERANCE
 
 
 # ---- losses ----
@@ -319,7 +371,7 @@ def test_run_resumes_to_the_same_numbers(what, tmp_path, monkeypatch):
         train_autoencoders, "train_step", jax.jit(step, static_argnames=static, donate_argnums=0)
     )
     run, model = (
-        Run(what, 4, 2, 1e-2, 1e-3, "float32", 0, 0.5, pool=8, every=1, save_every=2),
+        Run(what, 4, 2, 1e-2, 1e-3, "float32", pool=8, every=1, save_every=2),
         SMALL[what],
     )
     save, saved = train_autoencoders.save, []

@@ -248,6 +248,7 @@ def load_params(
 
     Raises:
         CheckpointError: a file no longer gives what it held when it was opened.
+        ValueError: of all that is added to a component, the dtype's rounding leaves nothing.
     """
     tree: dict = {}
     for component in components:
@@ -257,7 +258,29 @@ def load_params(
             _hang(tree, component, path, leaf)
             if on_bytes is not None:
                 on_bytes(leaf.nbytes)
+        if pieces:
+            _check_addition(component, dtype)
     return tree
+
+
+def _check_addition(component: Component, dtype: jnp.dtype) -> None:
+    """Raise ValueError if what is added to a component changes none of its values.
+
+    It looks at one piece after the other until one differs, which is the first one that anything is
+    added to, but for additions that are about to be lost in rounding.
+    """
+    if component.addition is None:
+        return
+    plain = dataclasses.replace(component, addition=None)
+    for piece in component.pieces(dtype):
+        if component.addition(*_layer_of(piece)) is None:
+            continue
+        if np.any(component.read(piece) != plain.read(piece)):
+            return
+    raise ValueError(
+        "the adapter changes nothing: what it adds is too small for any weight of "
+        f"{jnp.dtype(dtype).name}; read the checkpoint in float32, or train it for longer"
+    )
 
 
 def param_structs(

@@ -121,6 +121,17 @@ def fold_weight_norm(direction: np.ndarray, gain: np.ndarray) -> np.ndarray:
     return gain.astype(np.float32) * direction / norm
 
 
+def split_weight_norm(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A direction and a gain, float32, that fold to a weight: the weight itself, and its norm.
+
+    Where the norm is 0 the direction is 1 and the gain 0, since a direction of 0 folds to 0 / 0.
+    """
+    weight = weight.astype(np.float32)
+    axes = tuple(range(1, weight.ndim))
+    gain = np.sqrt(np.sum(np.square(weight), axis=axes, keepdims=True))
+    return np.where(gain == 0, np.float32(1), weight), gain
+
+
 def canonical_key(key: str) -> str:
     """The older spelling of a weight-norm tensor, whichever of the two a file uses."""
     key = key.replace("parametrizations.weight.original0", "weight_g")

@@ -320,21 +320,27 @@ def rescale_sound_latents(params: Params, config: SoundVAEConfig, deviation: np.
 # --------------------------------------------------------------------------------------------------
 
 
-def init_video_vae(config: VideoVAEConfig, key: Array, deviation: float = 0.1) -> Params:
+def init_video_vae(
+    config: VideoVAEConfig, key: Array, deviation: float = 0.05, level: float = 0.5
+) -> Params:
     """Random float32 parameters: residual branches silent, the posterior's `deviation` constant.
 
     Silent branches leave the averaging and repeating shortcuts, which carry the picture through at
-    once (after Goyal et al., 2017, for ResNets). The first picture is grey.
+    once (after Goyal et al., 2017, for ResNets). What averages leave of a picture is little, so the
+    means are made larger: else the noise would drown them. The first picture is grey of `level` in
+    [0, 1]: far from the mean of all pictures, the way there is learned by every layer, and leaves
+    none that tells one picture from another.
     """
     silent = r"(resnets_\d+/conv2|attentions_0/proj|decoder/conv_out)/kernel"
     params = _random(key, video_vae.param_shapes(config), silent)
     quant = params["encoder"]["quant_conv"]
     is_mean = jnp.arange(2 * config.z_dim) < config.z_dim
     params["encoder"]["quant_conv"] = {
-        "kernel": jnp.where(is_mean, quant["kernel"], 0.0),
+        "kernel": jnp.where(is_mean, 8 * quant["kernel"], 0.0),
         # Of a weak type, the first step's program would not be the second's.
         "bias": jnp.where(is_mean, 0.0, 2 * jnp.log(deviation)).astype(jnp.float32),
     }
+    params["decoder"]["conv_out"]["bias"] += 2 * level - 1
     return params
 
 

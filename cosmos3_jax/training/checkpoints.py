@@ -4,9 +4,12 @@ A run that resumes continues to the same numbers, if its batches are a function 
 randomness of a step is (see `step.TrainState`).
 """
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from cosmos3_jax.checkpoint.rules import raise_problems
@@ -25,9 +28,14 @@ class Checkpoints:
         """
         if keep < 1:
             raise ValueError(f"keep={keep} would keep no state; choose at least 1")
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        folder = Path(folder).resolve()
+        if jax.process_index() == 0:
+            # Orbax would do it in a thread, which does not wait for that of a manager just closed.
+            for unfinished in folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(unfinished)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep)
         self._manager = ocp.CheckpointManager(
-            Path(folder).resolve(), options=options, item_handlers=ocp.StandardCheckpointHandler()
+            folder, options=options, item_handlers=ocp.StandardCheckpointHandler()
         )
 
     def __enter__(self) -> "Checkpoints":
@@ -46,10 +54,19 @@ class Checkpoints:
         """Write a state. It is copied first, so it may be donated at once; see `__exit__`.
 
         Saving a step that is there already does nothing.
+
+        Raises:
+            ValueError: the folder has a later step: the run was restored from an older one.
         """
         step = int(state.step)
-        if step not in self._manager.all_steps():
-            self._manager.save(step, args=ocp.args.StandardSave(_storable(state)))
+        if step in self._manager.all_steps():
+            return
+        # Orbax keeps nothing older than what it has, and says so by its result alone.
+        if not self._manager.save(step, args=ocp.args.StandardSave(_storable(state))):
+            raise ValueError(
+                f"{self._manager.directory} already has step {self.last}, so that step {step} "
+                "would not be kept; save into another folder, or delete the later states"
+            )
 
     def restore(self, like: TrainState, step: int | None = None) -> TrainState:
         """The newest state, or that of a step, where `like` lies, whatever it was saved from.
@@ -60,7 +77,8 @@ class Checkpoints:
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: it does not fit `like`: another model, optimizer or choice of parameters.
+            ValueError: it does not fit `like`: another model, optimizer, dtype or choice of
+                parameters.
         """
         self._manager.wait_until_finished()
         step = self.last if step is None else step
@@ -91,23 +109,30 @@ def _check(title: str, stored, wanted) -> None:
     problems = {
         "only on disk": sorted(set(stored) - set(wanted)),
         "only in the run": sorted(set(wanted) - set(stored)),
-        "another shape": [
-            f"{path}: {stored[path]} on disk, {shape} in the run"
-            for path, shape in wanted.items()
-            if stored.get(path, shape) != shape
+        "another shape or dtype": [
+            f"{path}: {_describe(stored[path])} on disk, {_describe(leaf)} in the run"
+            for path, leaf in wanted.items()
+            if path in stored and _describe(stored[path]) != _describe(leaf)
         ],
     }
     raise_problems(f"{title} is not one of this run", problems)
 
 
-def _leaves(tree) -> dict[str, tuple[int, ...]]:
-    """Path -> shape; orbax has numbers where a tuple is, and names where a dataclass is."""
+def _describe(leaf) -> str:
+    # Orbax would cast to the run's dtype without a word.
+    return f"{jnp.dtype(leaf.dtype).name} {tuple(leaf.shape)}"
+
+
+def _leaves(tree) -> dict[str, Any]:
+    """Path -> what has a shape and a dtype.
+
+    Orbax has numbers where a tuple is, and names where a dataclass is.
+    """
 
     def name(key) -> str:
         found = (getattr(key, kind, None) for kind in ("name", "key", "idx"))
         return str(next(x for x in found if x is not None))
 
     return {
-        "/".join(map(name, path)): tuple(leaf.shape)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        "/".join(map(name, path)): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }

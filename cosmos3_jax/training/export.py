@@ -28,7 +28,13 @@ from cosmos3_jax.checkpoint.load import (
     load_config,
     open_components,
 )
-from cosmos3_jax.checkpoint.rules import CheckpointError, Rule, raise_problems
+from cosmos3_jax.checkpoint.rules import (
+    CheckpointError,
+    Rule,
+    leaf_shapes,
+    raise_problems,
+    split_weight_norm,
+)
 
 PARTS = {"transformer": ("und", "gen"), "vae": ("video_vae",), "sound_tokenizer": ("sound_vae",)}
 
@@ -56,7 +62,7 @@ def write_public_checkpoint(
 
     Raises:
         CheckpointError: the base is in the converted layout, or the parameters are of another
-            model.
+            model, or have leaves that no tensor of it is, such as a LoRA that is not merged.
         FileExistsError: `folder` exists and `overwrite` is not set, or it is no checkpoint.
         ValueError: an unknown part or dtype, or one folder lies in the other.
         OSError: the disk does not take a file.
@@ -108,30 +114,42 @@ def _trained_rules(component: Component, params: Mapping) -> list[Rule]:
 
 
 def _check(component: Component, params: Mapping) -> None:
-    """Raise CheckpointError unless every tensor that is to be replaced has its shape."""
-    problems: dict[str, list[str]] = {"missing": [], "wrong shape": []}
+    """Raise CheckpointError unless every tensor that is to be replaced has its shape, and every
+    leaf is one of them.
+    """
+    problems: dict[str, list[str]] = {"missing": [], "wrong shape": [], "unexpected": []}
+    read = set()
     for rule in _trained_rules(component, params):
         try:
-            leaf, index = _leaf(component, params, rule)
+            leaf, index, path = _leaf(component, params, rule)
         except KeyError:
             problems["missing"].append(rule.leaf)
             continue
+        read.add(path)
         expected = component.leaves[rule.leaf][len(rule.index) - len(index) :]
         if tuple(leaf.shape) != expected:
             problems["wrong shape"].append(f"{rule.leaf}: {tuple(leaf.shape)}, expected {expected}")
+    parts = {name: params[name] for name in PARTS[component.name] if name in params}
+    for path in leaf_shapes(parts).keys() - read:
+        adapter = path.rpartition("/")[2].startswith("lora_")
+        problems["unexpected"].append(f"{path}: merge the LoRA first" if adapter else path)
     problems = {kind: sorted(set(names)) for kind, names in problems.items()}
     raise_problems(f"the parameters do not fit {component.files.folder}", problems)
 
 
 def _leaf(component: Component, params: Mapping, rule: Rule) -> tuple:
-    """The array that a rule reads, and the rule's index in it: less the layer if it is apart."""
-    node, index = params, rule.index
+    """The array that a rule reads, the rule's index in it, less the layer if that is apart; and
+    the array's path.
+    """
+    node, index, path = params, rule.index, []
     names = f"{component.prefix}/{rule.leaf}".strip("/").split("/")
     for name in names:
         node = node[name]
+        path.append(name)
         if name == "layers" and index and str(index[0]) in node:
-            node, index = node[str(index[0])], index[1:]
-    return node, index
+            path.append(str(index[0]))
+            node, index = node[path[-1]], index[1:]
+    return node, index, "/".join(path)
 
 
 def _write(
@@ -149,9 +167,12 @@ def _write(
     def read(key: str) -> np.ndarray:
         if key not in rules:
             return files.read(key)
-        leaf, index = _leaf(component, params, rules[key])
+        leaf, index, _ = _leaf(component, params, rules[key])
         tensor = np.asarray(_placed(rules[key], index).to_public(leaf)).astype(kind(key))
-        return _weight_norm(rules[key], tensor)[key] if rules[key].weight_norm else tensor
+        if not rules[key].weight_norm:
+            return tensor
+        halves = split_weight_norm(tensor)
+        return halves[rules[key].keys.index(key)].astype(kind(key))
 
     sizes = {key: int(np.prod(files.shapes[key])) * kind(key).itemsize for key in files.shapes}
     shards = plan_shards(dict(sorted(sizes.items())), max_bytes)
@@ -168,11 +189,3 @@ def _write(
 
 def _placed(rule: Rule, index: tuple) -> Rule:
     return Rule(rule.key, rule.leaf, rule.rearrange, index, rule.sizes)
-
-
-def _weight_norm(rule: Rule, weight: np.ndarray) -> dict[str, np.ndarray]:
-    """Direction and gain that fold to a weight: the weight itself, and its norm."""
-    direction, gain = rule.keys
-    axes = tuple(range(1, weight.ndim))
-    norm = np.sqrt(np.sum(np.square(weight.astype(np.float32)), axis=axes, keepdims=True))
-    return {direction: weight, gain: norm.astype(weight.dtype)}

@@ -9,17 +9,25 @@ Inside a program these functions read the mesh that `jax.set_mesh` made the ambi
 nothing without one. Outside they take the mesh as an argument.
 """
 
+import math
 from typing import Any
 
 import jax
+import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cosmos3_jax import sharding
 from cosmos3_jax.sharding import PROMPTS, WEIGHTS
+from cosmos3_jax.training.flow import Batch
 from cosmos3_jax.training.params import TOWERS
 
 Tree = Any
+# How many axes a field has if its first is that of examples.
+BATCH_AXES = {
+    "text_ids": 2, "text_mask": 2, "video": 5, "sound": 3, "fps": 1, "frame_mask": 2,
+    "uncond_ids": 2, "uncond_mask": 2, "weight": 1,
+}  # fmt: skip
 
 
 def divide_batch(batch: Tree, axis: int = 0) -> Tree:
@@ -72,37 +80,50 @@ def state_template(state: Tree, mesh: Mesh) -> Tree:
     )  # fmt: skip
 
 
-def place_batch(batch: Tree, mesh: Mesh) -> Tree:
+def place_batch(batch: Batch, mesh: Mesh) -> Batch:
     """A batch from the host, each device's examples sent to it and to no other.
 
     What has no axis of examples, a scalar `fps` or one prompt for none, goes to all. In a job of
     several processes each gives the whole batch, and sends the examples of its own devices.
+
+    Raises:
+        ValueError: the examples do not divide over the mesh.
     """
     count = len(batch.video)
+    _check_divides(count, 1, dict(mesh.shape))
     axes = tuple(name for name in PROMPTS if name in mesh.shape)
 
-    def place(x) -> Array:
-        divided = getattr(x, "ndim", 0) > 0 and len(x) == count
+    def place(name: str) -> Array | None:
+        x = getattr(batch, name)
+        if x is None:
+            return None
+        # By its axes: one prompt for none may be as long as there are examples. An array of another
+        # number of examples goes to all whole; `check_batch` refuses it, with its name.
+        divided = np.ndim(x) == BATCH_AXES[name] and len(x) == count
         spec = PartitionSpec(axes) if divided else PartitionSpec()
         return jax.device_put(x, NamedSharding(mesh, spec))
 
-    return jax.tree.map(place, batch)
+    return batch.replace(**{name: place(name) for name in BATCH_AXES})
 
 
 def check_examples(count: int, microbatches: int) -> None:
     """Raise ValueError if a batch does not divide over microbatches and the ambient mesh."""
-    sizes = sharding.mesh_sizes()
     if microbatches < 1 or count % microbatches:
         raise ValueError(
             f"a batch of {count} cannot go through in {microbatches} equal parts; choose from "
             + ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
         )
+    _check_divides(count, microbatches, sharding.mesh_sizes())
+
+
+def _check_divides(count: int, microbatches: int, sizes: dict[str, int]) -> None:
+    """Raise ValueError if a part of a batch does not divide over a mesh of these sizes."""
     if sizes.get("cfg", 1) > 1:
         raise ValueError(
             f"mesh cfg={sizes['cfg']}: training has no branches of guidance; give its devices to "
             "data"
         )
-    ways = sharding.ways(PROMPTS)
+    ways = math.prod(sizes.get(name, 1) for name in PROMPTS)
     if count // microbatches % ways:
         raise ValueError(
             f"mesh data={ways}: {count // microbatches} examples at a time do not divide; give a "

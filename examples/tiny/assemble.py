@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cosmos3_jax import random_checkpoint
+from cosmos3_jax.checkpoint.convert import put_in_place
 from cosmos3_jax.checkpoint.files import FLOAT_DTYPES, TensorFiles, write_shard
 from cosmos3_jax.checkpoint.load import (
     PUBLIC_STEM,
@@ -71,7 +72,13 @@ def write_base(
         seed: of the towers.
         sizes: the transformer's; what depends on the autoencoders and the tokenizer is put in.
         recipe: what generation does by default.
+
+    Raises FileExistsError if the folder is there.
     """
+    if folder.exists():
+        raise FileExistsError(f"{folder} is there already; remove it or choose another folder")
+    place, folder = folder, folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     shutil.copytree(video, folder / "vae")
     shutil.copytree(sound, folder / "sound_tokenizer")
@@ -96,7 +103,8 @@ def write_base(
     tensors = {key: tensors[key].astype(jnp.bfloat16) for key in sorted(tensors)}
     write_shard(folder / "transformer" / f"{PUBLIC_STEM}.safetensors", tensors)
     check(folder)
-    return folder
+    put_in_place(folder, place)
+    return place
 
 
 def write_trained(folder: Path, params: dict, base: Path, made: str) -> Path:

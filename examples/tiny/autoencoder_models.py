@@ -18,7 +18,7 @@ from jax import Array
 from cosmos3_jax import sound_vae, video_vae
 from cosmos3_jax.checkpoint.files import TensorFiles, write_shard
 from cosmos3_jax.checkpoint.load import PUBLIC_STEM
-from cosmos3_jax.checkpoint.rules import Layout, check, leaf_shapes
+from cosmos3_jax.checkpoint.rules import Layout, check, leaf_shapes, split_weight_norm
 from cosmos3_jax.checkpoint.sound_vae_layout import sound_vae_layout
 from cosmos3_jax.checkpoint.video_vae_layout import video_vae_layout
 from cosmos3_jax.config import SoundVAEConfig, VideoVAEConfig
@@ -30,12 +30,13 @@ Params = dict[str, Any]
 VIDEO_CHANNELS, SOUND_CHANNELS = 16, 32  # of the latents; Nano has 48 and 64
 # The judge's and fine-tuning's colours and pitches lie within what the autoencoders have seen.
 ANY_COLOUR, ANY_PITCH = 0.3, 0.25  # shares of clips with one at random
+LEVEL = 0.29  # of the mean pixel
 LOWEST, HIGHEST = 150.0, 1500.0  # Hz
 
 VIDEO_CONFIG = VideoVAEConfig(
     base_dim=16,
-    decoder_base_dim=32,
-    dim_mult=(1, 2, 2, 2),
+    decoder_base_dim=16,
+    dim_mult=(1, 2, 4, 4),
     num_res_blocks=1,
     z_dim=VIDEO_CHANNELS,
     latents_mean=(0.0,) * VIDEO_CHANNELS,
@@ -68,8 +69,9 @@ class Autoencoder:
         init: (config, key) -> parameters.
         loss: (params, config, clips, key, weights=, dtype=) -> the loss and its parts.
         weights: of these parts.
-        clips: (scenes, key, length) -> training clips; `short` is the length of the first phase of
-            training, `whole` that of the clips of the world, both in the unit of `clips`.
+        clips: (scenes, key, length) -> training clips.
+        lengths: of them in each phase of training, in the unit of `clips`. Convolutions learn from
+            parts what holds for whole clips.
     """
 
     folder: str
@@ -81,8 +83,7 @@ class Autoencoder:
     loss: Callable[..., tuple[Array, dict[str, Array]]]
     weights: type
     clips: Callable[[dict[str, Array], Array, int], Array]
-    short: int
-    whole: int
+    lengths: tuple[int, ...]
 
 
 def video_clips(scenes: dict[str, Array], key: Array, frames: int, size: int = world.SIZE) -> Array:
@@ -125,12 +126,11 @@ AUTOENCODERS = {
         config=VIDEO_CONFIG,
         layout=video_vae_layout,
         shapes=video_vae.param_shapes,
-        init=autoencoders.init_video_vae,
+        init=partial(autoencoders.init_video_vae, level=LEVEL),
         loss=autoencoders.video_loss,
         weights=autoencoders.VideoLossWeights,
         clips=video_clips,
-        short=17,
-        whole=sc.FRAMES,
+        lengths=(1, 17),
     ),
     "sound": Autoencoder(
         folder="sound_tokenizer",
@@ -142,8 +142,7 @@ AUTOENCODERS = {
         loss=autoencoders.sound_loss,
         weights=autoencoders.SoundLossWeights,
         clips=sound_clips,
-        short=24,
-        whole=world.sound_samples() // world.SAMPLES_PER_LATENT,
+        lengths=(24,),
     ),
 }
 
@@ -155,16 +154,13 @@ AUTOENCODERS = {
 def write_public(folder: Path, model: Autoencoder, params: Params, dtype: str = "bfloat16") -> None:
     """Write `config.json` and the weights of `model.config` as diffusers reads them.
 
-    A weight-norm pair is the weight and its norm. Raises OSError if the disk does not take it.
+    A weight-norm pair is `split_weight_norm`'s. Raises OSError if the disk does not take it.
     """
     tensors = {}
     for rule in model.layout(model.config).rules:
         value = np.asarray(rule.to_public(_leaf(params, rule.leaf)), np.float32)
         if rule.weight_norm:
-            axes = tuple(range(1, value.ndim))
-            direction, gain = rule.keys
-            norm = np.sqrt(np.sum(np.square(value), axis=axes, keepdims=True))
-            tensors |= {direction: value, gain: norm}
+            tensors |= dict(zip(rule.keys, split_weight_norm(value), strict=True))
         else:
             tensors[rule.key] = value
     tensors = {key: value.astype(jnp.dtype(dtype)) for key, value in sorted(tensors.items())}

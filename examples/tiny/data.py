@@ -262,16 +262,21 @@ def get_bank(
 
     Args as for `build_bank`.
     """
-    digest = hashlib.sha256()
-    for name in ("vae", "sound_tokenizer", TOKENIZER_FOLDER, load.RECIPE_FILE):
-        for path in sorted((base / name).rglob("*")) or [base / name]:
-            digest.update(path.read_bytes() if path.is_file() else b"")
-    about = {"of": digest.hexdigest(), "asked": count, **options}
+    about = {"of": digest(base), "asked": count, **options}
     bank = load_bank(folder, about)
     if bank is None:
         bank = build_bank(base, vaes, count, pool=pool, **options)
         save_bank(bank, folder, about)
     return bank
+
+
+def digest(base: Path) -> str:
+    """Of all that examples are made with: autoencoders, tokenizer and recipe."""
+    found = hashlib.sha256()
+    for name in ("vae", "sound_tokenizer", TOKENIZER_FOLDER, load.RECIPE_FILE):
+        for path in sorted((base / name).rglob("*")) or [base / name]:
+            found.update(path.read_bytes() if path.is_file() else b"")
+    return found.hexdigest()
 
 
 def load_vaes(base: Path, dtype: str) -> dict:

@@ -93,11 +93,6 @@ def _inputs(names: list[str], shape: tuple[int, ...]) -> int:
     return int(np.prod(shape[:2])) if names[-2] == "out" else shape[0]
 
 
-def has_decay(params: dict) -> dict:
-    """Which leaves weight decay is for: kernels, neither scales nor biases nor embeddings."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
-
-
 def count(params: dict) -> int:
     """Numbers in a tree."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))

@@ -5,8 +5,8 @@
         [--dtype bfloat16|float32] [--clips 200]
 
 FOLDER gets log.jsonl (losses and seconds), state.msgpack (a killed run goes on from there), and at
-the end the weights in the public layout, report.json and a sheet of reconstructions. Short clips
-come first, in whole batches; the last quarter of the steps has whole clips, in smaller ones.
+the end the weights in the public layout, report.json and a sheet of reconstructions. The video
+autoencoder learns single pictures first, then parts of clips.
 
 Axes: B batch, P scenes in the pool.
 """
@@ -27,7 +27,7 @@ import optax
 from flax import serialization
 
 from cosmos3_jax.training import autoencoders as ae
-from examples.tiny import autoencoder_check, grammar, world
+from examples.tiny import autoencoder_check, grammar, optimizers, world
 from examples.tiny.autoencoder_models import (
     AUTOENCODERS,
     Autoencoder,
@@ -35,11 +35,12 @@ from examples.tiny.autoencoder_models import (
     write_public,
 )
 
+ADAM_SHARE = 1 / 3  # of the learning rate, for biases, scales and snakes
 STATE_FILE, LOG_FILE, REPORT_FILE = "state.msgpack", "log.jsonl", "report.json"
 State = dict[str, Any]
 DEFAULTS = {
-    "video": {"steps": 4000, "batch": 32, "learning_rate": 1e-3, "kl": 1e-3, "dtype": "bfloat16"},
-    "sound": {"steps": 6000, "batch": 32, "learning_rate": 1e-3, "kl": 1e-3, "dtype": "bfloat16"},
+    "video": {"steps": 2000, "batch": 16, "learning_rate": 3e-3, "kl": 1e-4, "dtype": "bfloat16"},
+    "sound": {"steps": 3000, "batch": 32, "learning_rate": 1e-3, "kl": 1e-3, "dtype": "bfloat16"},
 }
 
 
@@ -48,8 +49,8 @@ class Run:
     """What a run is: with the same values, the same numbers.
 
     Attributes:
-        steps: in all; `short_share` of them have short clips, `batch` at a time, and the others
-            whole clips, as many as take about the same time.
+        steps: in all, the same number for each of the model's `lengths`.
+        batch: clips of the last length; of shorter ones, as many as hold as much.
         learning_rate: the peak, after a twentieth of the steps; it falls to a hundredth (cosine).
         kl: the weight of the KL divergence, reached after a fifth of the steps: the more, the less
             noise in the latents matters, and the less exact is what comes back.
@@ -65,7 +66,6 @@ class Run:
     kl: float
     dtype: str
     seed: int = 0
-    short_share: float = 0.75
     ema_decay: float = 0.999
     pool: int = 16_384
     every: int = 50
@@ -77,7 +77,7 @@ def optimizer(run: Run) -> optax.GradientTransformation:
     rate = optax.warmup_cosine_decay_schedule(
         0.0, run.learning_rate, warmup, max(run.steps, warmup + 1), run.learning_rate / 100
     )
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
+    return optimizers.optimizer(rate, adam_share=ADAM_SHARE)
 
 
 def init_state(run: Run, model: Autoencoder) -> State:
@@ -105,7 +105,7 @@ def train_step(
         return model.loss(params, model.config, clips, noise_key, **options)
 
     (value, parts), gradient = jax.value_and_grad(loss, has_aux=True)(state["params"])
-    updates, opt = optimizer(run).update(gradient, state["opt"])
+    updates, opt = optimizer(run).update(gradient, state["opt"], state["params"])
     params = optax.apply_updates(state["params"], updates)
     step = state["step"] + 1
     decay = jnp.minimum(run.ema_decay, (1 + step) / (10 + step))
@@ -132,11 +132,10 @@ def train(run: Run, model: Autoencoder, out: Path) -> State:
     before = json.loads(lines[-1])["seconds"] if lines else 0.0
     (out / LOG_FILE).write_text("".join(line + "\n" for line in lines))
     pool = jax.device_put(scene_pool(run.seed, run.pool))
-    small = max(run.batch * model.short // model.whole, 1)
     began = time.monotonic()
     while step < run.steps:
-        short = step < run.short_share * run.steps
-        length, batch = (model.short, run.batch) if short else (model.whole, small)
+        length = model.lengths[step * len(model.lengths) // run.steps]
+        batch = run.batch * model.lengths[-1] // length
         state, log = train_step(state, pool, run, model, length, batch)
         step += 1
         if step % run.every == 0 or step in (1, 10, run.steps):

@@ -9,7 +9,7 @@ evaluation. A run that was killed goes on from its last state.
 
 With --minutes the number of steps is chosen when the first have been timed, within the warm-up of
 the learning rate, and corrected if they turn out slower or faster: the schedule comes to its end.
-With --steps a run is a function of its seed.
+With --steps a run is a function of its seed and its bank.
 
 Axes: B batch.
 """
@@ -37,7 +37,7 @@ from cosmos3_jax.training.flow import LossWeights, NoiseLevels
 from cosmos3_jax.training.params import join_params, load_towers
 from cosmos3_jax.training.step import TrainOptions, TrainState, init_state, train_step
 from cosmos3_jax.transformer import unstack_layers
-from examples.tiny import assemble, data, model
+from examples.tiny import assemble, data, model, optimizers
 from examples.tiny.pacing import Pacer
 from examples.tiny.watch import Watch
 
@@ -52,7 +52,7 @@ class Run:
     Attributes:
         batch: examples a step, in so many `microbatches`.
         learning_rate: the peak, after `warmup` steps; it falls to a hundredth (cosine).
-        weight_decay: of kernels.
+        adam_share, weight_decay: see `optimizers.optimizer`.
         shift, spread: of the noise levels, see `flow.NoiseLevels`.
         sound_weight: of the sound's loss beside the video's.
         text_dropout: share of examples that are learned without their prompt.
@@ -64,8 +64,9 @@ class Run:
 
     batch: int = 256
     microbatches: int = 1
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 3e-3
     warmup: int = 400
+    adam_share: float = 0.5
     weight_decay: float = 0.02
     shift: float = 3.0
     spread: float = 1.2
@@ -89,17 +90,12 @@ def rate(run: Run, step: int, steps: int) -> float:
 
 
 def optimizer(run: Run) -> optax.GradientTransformation:
-    """AdamW; its learning rate is put into its state before each step."""
+    """Its learning rate is put into its state before each step."""
 
-    def adamw(learning_rate):
-        return optax.chain(
-            optax.clip_by_global_norm(1.0),
-            optax.adamw(
-                learning_rate, b1=0.9, b2=0.98, weight_decay=run.weight_decay, mask=model.has_decay
-            ),
-        )
+    def with_rate(learning_rate):
+        return optimizers.optimizer(learning_rate, run.adam_share, run.weight_decay)
 
-    return optax.inject_hyperparams(adamw)(learning_rate=0.0)
+    return optax.inject_hyperparams(with_rate)(learning_rate=0.0)
 
 
 def make_step(run: Run, config: Config, negatives: tuple[np.ndarray, np.ndarray]) -> Step:
@@ -174,20 +170,39 @@ def train(
     _, tokenizer = load_frontend(base)
     negatives = data.negative_ids(tokenizer, config.recipe)
     state = init_state(params, optimizer(run), jax.random.key(run.seed), ema=True)
-    record = _record(out, run)
+    about = {"base": data.digest(base), "asked": steps}
+    record = _record(out, run, about)
     step = make_step(run, config, jax.tree.map(jnp.asarray, negatives))
     log = partial(_log, out)
     text = int(np.asarray(bank.lengths[0, 0]))
     media = math.prod(bank.video.shape[1:4]) + bank.sound.shape[1]
     flops = run.batch * model.flops_per_example(config.transformer, media, text)
 
+    def evaluate() -> None:
+        """Write the average as a checkpoint, and have it watched."""
+        nonlocal evaluated
+        start = time.monotonic()
+        made = f"Towers: {done} of {total} steps of {run.batch} clips: `{run}`."
+        assemble.write_trained(out / "checkpoint", jax.device_get(state.ema), base, made)
+        if watch is not None:
+            watch.start(done, state.ema)
+        pacer.paused(time.monotonic() - start)
+        evaluated = max(_evaluations_due(evaluations, done, total), evaluated + 1)
+        remember()
+
+    def remember() -> None:
+        values = {"steps": total, "seconds": pacer.used, "evaluated": evaluated}
+        _write_record(out, {"run": dataclasses.asdict(run), **about, **values})
+
     with Checkpoints(out / "states", keep=2) as states:
         if states.last is not None:
             state = states.restore(state)
+            _forget(out, int(state.step))
             log({"step": int(state.step), "resumed": True})
         done, total = int(state.step), steps or record.get("steps")
         pacer = Pacer(done, record.get("seconds", 0.0))
-        evaluated = _evaluations_due(evaluations, done, total)
+        # No more than were due by then: those after the last state are made again.
+        evaluated = min(record.get("evaluated", 0), _evaluations_due(evaluations, done, total))
         while total is None or done < total:
             learning_rate = rate(run, done, total or 10**9)
             state, metrics = step(state, bank, jnp.float32(learning_rate))
@@ -202,18 +217,15 @@ def train(
                 values |= {"steps": total, "learning_rate": round(learning_rate, 8)}
                 values |= {"seconds": round(pacer.used, 1), "seconds_a_step": round(pace, 4)}
                 log({"step": done, **values, "tflops": round(flops / pace / 1e12, 2)})
-                _write_record(out, run, {"steps": total, "seconds": pacer.used})
+                remember()
                 if watch is not None:
                     watch.finish()
             if done % save_every == 0 or done == total:
                 states.save(state)
-            if (due := _evaluations_due(evaluations, done, total)) > evaluated:
-                evaluated, start = due, time.monotonic()
-                made = f"Towers: {done} of {total} steps of {run.batch} clips: `{run}`."
-                assemble.write_trained(out / "checkpoint", jax.device_get(state.ema), base, made)
-                if watch is not None:
-                    watch.start(done, state.ema)
-                pacer.paused(time.monotonic() - start)
+            if done != total and _evaluations_due(evaluations, done, total) > evaluated:
+                evaluate()
+        if evaluated < evaluations or not (out / "checkpoint").is_dir():
+            evaluate()  # also if the run was killed after its last state
         if watch is not None:
             watch.finish(wait=True)
     return state
@@ -223,21 +235,30 @@ def _evaluations_due(evaluations: int, done: int, total: int | None) -> int:
     return evaluations * done // total if total else 0
 
 
-def _record(out: Path, run: Run) -> dict[str, Any]:
+def _record(out: Path, run: Run, about: dict[str, Any]) -> dict[str, Any]:
     """What a folder says of its run. Raises ValueError if it is another one."""
     path = out / RUN_FILE
     if not path.is_file():
         return {}
-    found = json.loads(path.read_text())
-    if found["run"] != dataclasses.asdict(run):
-        raise ValueError(f"{path} is of {found['run']}, not of {run}; choose another folder")
+    found, wanted = json.loads(path.read_text()), {"run": dataclasses.asdict(run), **about}
+    other = {name: found.get(name) for name in wanted if found.get(name) != wanted[name]}
+    if other:
+        asked = {name: wanted[name] for name in other}
+        raise ValueError(f"{path} is of {other}, not of {asked}; choose another folder")
     return found
 
 
-def _write_record(out: Path, run: Run, values: dict) -> None:
+def _write_record(out: Path, values: dict) -> None:
     temporary = out / f".{RUN_FILE}.partial"
-    temporary.write_text(json.dumps({"run": dataclasses.asdict(run), **values}))
+    temporary.write_text(json.dumps(values))
     os.replace(temporary, out / RUN_FILE)
+
+
+def _forget(out: Path, step: int) -> None:
+    """Drop the log's lines of steps that a killed run took after its last state."""
+    lines = (out / LOG_FILE).read_text().splitlines() if (out / LOG_FILE).is_file() else []
+    kept = [line for line in lines if json.loads(line).get("step", 0) <= step]
+    (out / LOG_FILE).write_text("".join(f"{line}\n" for line in kept))
 
 
 def _log(out: Path, values: dict) -> None:
