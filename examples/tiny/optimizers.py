@@ -44,6 +44,12 @@ def optimizer(
     )
 
 
+def adam(learning_rate: Any) -> optax.GradientTransformation:
+    """Gradients of norm 1 at most, then Adam for all."""
+    clip = optax.clip_by_global_norm(1.0)
+    return optax.chain(clip, optax.adam(learning_rate, b2=0.99))
+
+
 def _scaled(rate: Any, share: float) -> Any:
     return (lambda step: share * rate(step)) if callable(rate) else share * rate
 

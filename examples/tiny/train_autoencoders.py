@@ -2,7 +2,7 @@
 
     python -m examples.tiny.train_autoencoders --what video|sound --out FOLDER
         [--steps N] [--batch B] [--seed S] [--learning-rate R] [--kl W]
-        [--dtype bfloat16|float32] [--clips 200]
+        [--dtype bfloat16|float32] [--algorithm muon|adam] [--clips 200]
 
 FOLDER gets log.jsonl (losses and seconds), state.msgpack (a killed run goes on from there), and at
 the end the weights in the public layout, report.json and a sheet of reconstructions. The video
@@ -39,9 +39,15 @@ ADAM_SHARE = 1 / 3  # of the learning rate, for biases, scales and snakes
 STATE_FILE, LOG_FILE, REPORT_FILE = "state.msgpack", "log.jsonl", "report.json"
 State = dict[str, Any]
 DEFAULTS = {
-    "video": {"steps": 2000, "batch": 16, "learning_rate": 3e-3, "kl": 1e-4, "dtype": "bfloat16"},
-    "sound": {"steps": 3000, "batch": 32, "learning_rate": 1e-3, "kl": 1e-3, "dtype": "bfloat16"},
-}
+    "video": {
+        "steps": 2000, "batch": 16, "learning_rate": 3e-3, "kl": 1e-4, "dtype": "bfloat16",
+        "algorithm": "muon",
+    },
+    "sound": {
+        "steps": 3000, "batch": 32, "learning_rate": 1e-3, "kl": 1e-3, "dtype": "bfloat16",
+        "algorithm": "adam",
+    },
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +61,7 @@ class Run:
         kl: the weight of the KL divergence, reached after a fifth of the steps: the more, the less
             noise in the latents matters, and the less exact is what comes back.
         dtype: of both passes. Parameters and optimizer are float32.
+        algorithm: "muon" or "adam", see `optimizers`.
         pool: scenes that are made at first, and drawn from.
         every, save_every: steps from one line of the log, and one saved state, to the next.
     """
@@ -65,6 +72,7 @@ class Run:
     learning_rate: float
     kl: float
     dtype: str
+    algorithm: str = "muon"
     seed: int = 0
     ema_decay: float = 0.999
     pool: int = 16_384
@@ -77,6 +85,8 @@ def optimizer(run: Run) -> optax.GradientTransformation:
     rate = optax.warmup_cosine_decay_schedule(
         0.0, run.learning_rate, warmup, max(run.steps, warmup + 1), run.learning_rate / 100
     )
+    if run.algorithm == "adam":
+        return optimizers.adam(rate)
     return optimizers.optimizer(rate, adam_share=ADAM_SHARE)
 
 
@@ -203,6 +213,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--kl", type=float)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"))
+    parser.add_argument("--algorithm", choices=("muon", "adam"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--clips", type=int, default=200, help="held-out clips that are judged")
     args = parser.parse_args()
