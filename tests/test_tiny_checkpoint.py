@@ -21,8 +21,6 @@ from cosmos3_jax import Cosmos3, cli, frontend
 from cosmos3_jax.training.params import load_towers
 from examples.tiny import assemble, grammar, judge
 
-pytestmark = pytest.mark.usefixtures("one_torch_thread")
-
 FOLDER = Path(cosmos3_jax.__file__).parent / "data" / "tiny"
 MAX_BYTES = 25_000_000
 STEPS = 4  # for what the judge is asked here; bounces and their tones want the recipe's
