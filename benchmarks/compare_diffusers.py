@@ -41,7 +41,7 @@ DTYPE = "bfloat16"
 
 
 def tiny_config() -> Config:
-    """The embedded checkpoint's sizes: for a look at the whole path in seconds."""
+    """The sizes of `random`: for a look at the whole path in seconds."""
     return Config(
         transformer=TransformerConfig.from_dict(
             random_checkpoint.TRANSFORMER | {"vocab_size": 512}

@@ -3,7 +3,7 @@
 python benchmarks/random_checkpoint.py FOLDER
 
 For what needs files rather than arrays: loading, `--offload`, the whole command line. The tokenizer
-is the embedded default's. Weights repeat a block of normal values: a GPU cannot tell, and to draw
+is that of `random`. Weights repeat a block of normal values: a GPU cannot tell, and to draw
 16 billion would take minutes. It needs no GPU.
 """
 

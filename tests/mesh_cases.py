@@ -202,7 +202,7 @@ def default_meshes() -> list:
 
 
 def write_checkpoint(folder: Path) -> None:
-    """The embedded one with four key/value heads, which eight devices can share out."""
+    """`random` with four key/value heads, which eight devices can share out."""
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 2}
     parts = {
         "TRANSFORMER": heads, "VIDEO_VAE": {"base_dim": 8, "decoder_base_dim": 8},

@@ -44,7 +44,7 @@ TINY = ["bench", "--checkpoint", "random", *SHAPE]
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
-    """The embedded checkpoint is written anew, not found in the home folder."""
+    """`random` is written anew, not found in the home folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield

@@ -1,6 +1,6 @@
 """Train both towers of the tiny Cosmos3 on clips that the autoencoders have encoded.
 
-    python -m examples.tiny.train_towers --base BASE --out RUN --minutes 8
+    python -m examples.tiny.train_towers --base BASE --out RUN --minutes 11
         [--steps N] [--batch 128] [--clips 20480] [--bank-minutes 2] [--bank FOLDER] ...
 
 RUN gets log.jsonl (a line of losses every so often, and what the judge says of held-out sentences),
