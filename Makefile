@@ -5,11 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 DEMO := outputs/demo.mp4
+PROMPT :=# of the demo: make demo PROMPT="..."; the command line's own if empty
 
 .PHONY: demo test gpu-test notebook lint format wheel-test clean
 
-demo: $(VENV)/.runtime  ## a video with sound from the embedded random checkpoint
-	$(BIN)/cosmos3-jax generate --checkpoint tiny --sound --out $(DEMO) --overwrite
+demo: export SENTENCE = $(PROMPT)
+demo: $(VENV)/.runtime  ## a video with sound from the embedded checkpoint
+	$(BIN)/cosmos3-jax generate --checkpoint tiny --sound --out $(DEMO) --overwrite \
+		$(if $(strip $(PROMPT)),--prompt "$$SENTENCE")
 
 test: $(VENV)/.dev  ## every test that needs no GPU
 	$(BIN)/python -m pytest -q -m "not gpu" --numprocesses 2 --dist loadfile \

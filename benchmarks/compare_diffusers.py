@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from compare_report import VARIANTS, merge, new_report, table
 
-from cosmos3_jax import bench, tiny, transformer
+from cosmos3_jax import bench, random_checkpoint, transformer
 from cosmos3_jax.bench import Job
 from cosmos3_jax.bench_measure import device_peak_gib, environment, measure
 from cosmos3_jax.config import Config, TransformerConfig, VideoVAEConfig
@@ -41,10 +41,12 @@ DTYPE = "bfloat16"
 
 
 def tiny_config() -> Config:
-    """The embedded checkpoint's sizes: for a look at the whole path in seconds."""
+    """The sizes of `random`: for a look at the whole path in seconds."""
     return Config(
-        transformer=TransformerConfig.from_dict(tiny.TRANSFORMER | {"vocab_size": 512}),
-        video_vae=VideoVAEConfig.from_dict(tiny.VIDEO_VAE),
+        transformer=TransformerConfig.from_dict(
+            random_checkpoint.TRANSFORMER | {"vocab_size": 512}
+        ),
+        video_vae=VideoVAEConfig.from_dict(random_checkpoint.VIDEO_VAE),
     )
 
 
@@ -102,7 +104,7 @@ def bench_options(jobs: dict[str, Job]) -> str:
         return f"--random nano --dtype {DTYPE} --size {','.join(jobs)}"
     names = ("num_frames", "height", "width", "fps", "steps", "text_tokens", "negative_tokens")
     sizes = (f"--{name.replace('_', '-')} {getattr(jobs[TINY], name)}" for name in names)
-    return f"--checkpoint {tiny.NAME} --dtype {DTYPE} {' '.join(sizes)}"
+    return f"--checkpoint {random_checkpoint.NAME} --dtype {DTYPE} {' '.join(sizes)}"
 
 
 def read_ours(path: Path, config: Config, jobs: dict[str, Job]) -> Iterator[dict]:
@@ -120,7 +122,9 @@ def read_ours(path: Path, config: Config, jobs: dict[str, Job]) -> Iterator[dict
                 f"`cosmos3-jax bench {bench_options(jobs)} --out FILE.json`"
             )
 
-    require("weights", report.get("weights"), tiny.NAME if TINY in jobs else "random nano")
+    require(
+        "weights", report.get("weights"), random_checkpoint.NAME if TINY in jobs else "random nano"
+    )
     require("dtype", report.get("dtype"), DTYPE)
     results = report.get("results", {})
     require("the list of sizes", [size for size in jobs if size in results], list(jobs))

@@ -3,7 +3,7 @@
 python benchmarks/random_checkpoint.py FOLDER
 
 For what needs files rather than arrays: loading, `--offload`, the whole command line. The tokenizer
-is the embedded default's. Weights repeat a block of normal values: a GPU cannot tell, and to draw
+is that of `random`. Weights repeat a block of normal values: a GPU cannot tell, and to draw
 16 billion would take minutes. It needs no GPU.
 """
 
@@ -21,7 +21,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from cosmos3_jax import sound_vae, tiny, transformer, video_vae
+from cosmos3_jax import random_checkpoint, sound_vae, transformer, video_vae
 from cosmos3_jax.checkpoint.files import plan_shards, shard_name, write_index, write_shard
 from cosmos3_jax.checkpoint.load import CONVERTED_STEM, TOKENIZER_FOLDER, converted_layout
 from cosmos3_jax.checkpoint.rules import Layout, leaf_shapes
@@ -61,7 +61,7 @@ def write_random_checkpoint(folder: Path, config: Config) -> int:
         text = json.dumps(dataclasses.asdict(values), indent=2)
         (folder / name / "config.json").write_text(text + "\n")
         size += _write_component(folder / name, layout, leaf_shapes(shapes))
-    shutil.copytree(tiny.tiny_checkpoint() / TOKENIZER_FOLDER, folder / TOKENIZER_FOLDER)
+    shutil.copytree(random_checkpoint.cached() / TOKENIZER_FOLDER, folder / TOKENIZER_FOLDER)
     return size
 
 

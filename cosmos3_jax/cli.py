@@ -20,17 +20,25 @@ from cosmos3_jax import (
     memory,
     memory_limits,
     startup,
-    tiny,
     unipc,
 )
 from cosmos3_jax.checkpoint import load
 from cosmos3_jax.checkpoint.convert import check_target, convert_checkpoint
 from cosmos3_jax.cli_generate import run_generate
 from cosmos3_jax.config import Config
+from cosmos3_jax.frontend import BUILT_IN, TINY
 from cosmos3_jax.pipeline import Cosmos3, find_checkpoint
 from cosmos3_jax.prompt import PROMPT_STYLES
 
-DEFAULT_PROMPT = "A red ball bounces across a wooden floor; each bounce makes a soft knock."
+# A sentence that the embedded checkpoint understands.
+DEFAULT_PROMPT = (
+    "A large red circle moves fast to the right over a plain navy background and bounces off the "
+    "wall early with a high bell."
+)
+CHECKPOINT_HELP = (
+    "folder, Hub id owner/name, or one that is built in: tiny, trained on a world of coloured "
+    "shapes, or random, of random weights"
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -83,8 +91,8 @@ def parser() -> argparse.ArgumentParser:
 def _add_checkpoint(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--checkpoint",
-        default=tiny.NAME,
-        help=f"folder, Hub id owner/name, or {tiny.NAME}, the embedded default (%(default)s)",
+        default=TINY,
+        help=CHECKPOINT_HELP + " (%(default)s)",
     )
 
 
@@ -203,7 +211,7 @@ def _add_info(command: argparse.ArgumentParser) -> None:
 def _add_bench(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=run_bench)
     weights = command.add_mutually_exclusive_group()
-    weights.add_argument("--checkpoint", help=f"folder, Hub id owner/name, or {tiny.NAME}")
+    weights.add_argument("--checkpoint", help=CHECKPOINT_HELP)
     weights.add_argument(
         "--random", choices=("nano",), help="random weights of these sizes (default: nano)"
     )
@@ -244,7 +252,7 @@ def run_convert(options: argparse.Namespace) -> int:
 def run_info(options: argparse.Namespace) -> int:
     folder = find_checkpoint(options.checkpoint, weights=False)
     config = load.load_config(folder, load_sound=options.sound or None)
-    here = folder == Path(options.checkpoint) or options.checkpoint == tiny.NAME
+    here = folder == Path(options.checkpoint) or options.checkpoint in BUILT_IN
     lines = [*_memory_lines(options, config)]  # first, as this is what may be refused
     if here:
         layout = "converted" if load.is_converted(folder / "transformer") else "public"

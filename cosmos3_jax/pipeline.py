@@ -98,7 +98,8 @@ class Cosmos3:
         The autoencoders come whole: `encode_video` and `encode_sound` read their encoders.
 
         Args:
-            path_or_hub_id: a local folder; a Hub id `owner/name`; or `tiny`, the embedded default.
+            path_or_hub_id: a local folder; a Hub id `owner/name`; `tiny`, the embedded default; or
+                `random`, see `frontend.find_checkpoint`.
             dtype: of the weights and of the computation, `bfloat16` or `float32`. The timestep
                 embedding and the sampler are always float32.
             load_sound: None loads sound if the checkpoint has it, True insists, False leaves it

@@ -25,6 +25,7 @@ from jax.typing import DTypeLike
 
 from cosmos3_jax import sharding
 from cosmos3_jax.config import VideoVAEConfig
+from cosmos3_jax.device import default_device
 from cosmos3_jax.layers import precision
 
 
@@ -40,7 +41,13 @@ class Convolution(nn.Module):
         padding: Sequence[tuple[int, int]],
         stride: int = 1,
     ) -> jax.Array:
-        """Each picture of x, [N, H, W, C], with a kernel [h, w, C, C']."""
+        """Each picture of x, [N, H, W, C], with a kernel [h, w, C, C'].
+
+        A CPU has no units for bfloat16. There the sums come in float32, which the kernel computes
+        in anyway, and are rounded once, with the bias in them.
+        """
+        if default_device().platform == "cpu":
+            x, kernel = x.astype(jnp.float32), kernel.astype(jnp.float32)
         return lax.conv_general_dilated(
             x,
             kernel,
@@ -69,7 +76,7 @@ class Conv2d(Convolution):
         frames = rearrange(x, "B T H W C -> (B T) H W C")
         y = self.convolve(frames, kernel, (self.padding, self.padding), self.stride)
         y = rearrange(y, "(B T) H W C -> B T H W C", B=len(x))
-        return sharding.divide_rows(y + bias)
+        return sharding.divide_rows((y + bias).astype(self.dtype))
 
 
 class CausalConv(Convolution):
@@ -114,7 +121,7 @@ class CausalConv(Convolution):
             return rearrange(y, "(B T) H W C -> B T H W C", B=len(x))
 
         y = sharding.over_blocks(convolve, x, kernel) if apart else convolve(x, kernel)
-        return sharding.divide_rows(y + bias)
+        return sharding.divide_rows((y + bias).astype(self.dtype))
 
 
 def _window(past: jax.Array, x: jax.Array, start: int, length: int) -> jax.Array:

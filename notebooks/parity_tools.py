@@ -20,6 +20,7 @@ import transformers
 from diffusers import Cosmos3OmniPipeline, UniPCMultistepScheduler
 
 from convert.verify import reference
+from cosmos3_jax.checkpoint.load import load_config
 from cosmos3_jax.request import T2VRequest
 
 
@@ -39,12 +40,16 @@ class RecordingScheduler(UniPCMultistepScheduler):
 
 
 def load_diffusers(folder: Path, dtype: str, device: str) -> Cosmos3OmniPipeline:
-    """The pipeline with the schedule that this package calls `native`: linear flow, shift 10."""
+    """The pipeline with the schedule that this package calls `native`: linear flow, shifted as the
+    checkpoint's recipe says.
+    """
     pipe = Cosmos3OmniPipeline.from_pretrained(
         folder, torch_dtype=getattr(torch, dtype), enable_safety_checker=False
     ).to(device)
     pipe.scheduler = RecordingScheduler.from_config(
-        pipe.scheduler.config, flow_shift=10.0, use_karras_sigmas=False
+        pipe.scheduler.config,
+        flow_shift=load_config(folder).recipe.flow_shift,
+        use_karras_sigmas=False,
     )
     pipe.register_to_config(use_native_flow_schedule=True)
     # For a prompt alone it encodes a black clip, of which it reads the shape: once is enough.

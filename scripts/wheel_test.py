@@ -1,5 +1,7 @@
 """Build the wheel, make the demo with it in an empty environment, and open what came out.
 
+The wheel brings the checkpoint `tiny` along, whole, and the demo uses nothing else.
+
 With a path: only open that demo.
 """
 
@@ -8,10 +10,12 @@ import subprocess
 import sys
 import tempfile
 import venv
+import zipfile
 from pathlib import Path
 
+from cosmos3_jax.checkpoint.load import load_config
+from cosmos3_jax.frontend import TINY, find_checkpoint
 from cosmos3_jax.media import probe
-from cosmos3_jax.tiny import RECIPE
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -21,6 +25,7 @@ def main() -> None:
         folder = Path(folder)
         run(sys.executable, "-m", "build", "--wheel", "--outdir", folder / "dist", REPOSITORY)
         [wheel] = (folder / "dist").glob("*.whl")
+        check_data(wheel)
         venv.create(folder / "empty", with_pip=True)
         python, command = (folder / "empty" / "bin" / name for name in ("python", "cosmos3-jax"))
         constraints = REPOSITORY / "constraints.txt"
@@ -28,6 +33,22 @@ def main() -> None:
         run(python, *install, cwd=folder)
         run(command, "generate", "--sound", "--out", "demo.mp4", cwd=folder)
         check_demo(folder / "demo.mp4")
+        if made := [path.name for path in (folder / "cache" / "cosmos3_jax").glob("random-*")]:
+            sys.exit(f"the demo made {made} in the cache; it should have used {TINY}")
+
+
+def check_data(wheel: Path) -> None:
+    """The wheel has every file of the checkpoint `tiny`, byte for byte, and no other."""
+    source, inside = find_checkpoint(TINY), f"cosmos3_jax/data/{TINY}/"
+    files = {path.relative_to(source).as_posix(): path for path in source.rglob("*")}
+    files = {name: path.read_bytes() for name, path in files.items() if path.is_file()}
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if name.startswith(inside)]
+        packed = {name.removeprefix(inside): archive.read(name) for name in names}
+    print(f"{wheel.name}: {wheel.stat().st_size:,} bytes, {len(packed)} files of {TINY}")
+    if packed != files:
+        differ = {name for name in packed | files if packed.get(name) != files.get(name)}
+        sys.exit(f"{wheel} and {source} differ in {', '.join(sorted(differ))}")
 
 
 def check_demo(path: Path) -> None:
@@ -35,7 +56,8 @@ def check_demo(path: Path) -> None:
     info = probe(path)
     print(info)
     found = (info.frames, info.height, info.width, float(info.fps))
-    expected = tuple(RECIPE[name] for name in ("num_frames", "height", "width", "fps"))
+    recipe = load_config(find_checkpoint(TINY)).recipe
+    expected = (recipe.num_frames, recipe.height, recipe.width, recipe.fps)
     if found != expected:
         sys.exit(f"{path} has frames, height, width, fps {found}, not {expected}")
     if (info.audio_codec, info.sample_rate) != ("aac", 48000):

@@ -20,8 +20,8 @@ from cosmos3_jax import (
     Cosmos3,
     T2VRequest,
     generate,
+    random_checkpoint,
     sharding,
-    tiny,
     transformer,
     unipc,
     video_vae,
@@ -202,14 +202,14 @@ def default_meshes() -> list:
 
 
 def write_checkpoint(folder: Path) -> None:
-    """The embedded one with four key/value heads, which eight devices can share out."""
+    """`random` with four key/value heads, which eight devices can share out."""
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 2}
     parts = {
         "TRANSFORMER": heads, "VIDEO_VAE": {"base_dim": 8, "decoder_base_dim": 8},
     }  # fmt: skip
-    changed = {name: getattr(tiny, name) | values for name, values in parts.items()}
-    with mock.patch.multiple(tiny, **changed):
-        tiny.write_tiny_checkpoint(folder)
+    changed = {name: getattr(random_checkpoint, name) | values for name, values in parts.items()}
+    with mock.patch.multiple(random_checkpoint, **changed):
+        random_checkpoint.write(folder)
 
 
 def decode(params: dict, latents: np.ndarray) -> jax.Array:

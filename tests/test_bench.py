@@ -39,12 +39,12 @@ JOB = bench.Job(
     num_frames=5, height=48, width=80, steps=3, text_tokens=20, negative_tokens=130, repeats=2
 )
 SHAPE = ["--num-frames", "5", "--height", "48", "--width", "80", "--steps", "2", "--repeats", "1"]
-TINY = ["bench", "--checkpoint", "tiny", *SHAPE]
+TINY = ["bench", "--checkpoint", "random", *SHAPE]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
-    """The embedded checkpoint is written anew, not found in the home folder."""
+    """`random` is written anew, not found in the home folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -295,7 +295,7 @@ def test_the_command_line_end_to_end(tmp_path, capsys, monkeypatch):
     assert said == bench_measure.table("48x80", record["results"]["48x80"]) + "\n"
     for stage in record["results"]["48x80"]["stages"]:
         assert f"\n  {stage} " in said
-    assert (record["weights"], record["dtype"], record["backend"]) == ("tiny", "float32", "cpu")
+    assert (record["weights"], record["dtype"], record["backend"]) == ("random", "float32", "cpu")
     assert record["device"] == jax.devices()[0].device_kind
     assert record["settings"]["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.9"
     assert "XLA_FLAGS" in record["settings"]
@@ -370,7 +370,7 @@ def test_bad_arguments_are_one_line_before_any_work(
 
 def test_a_checkpoint_and_random_weights_exclude_each_other(capsys, no_weights):
     with pytest.raises(SystemExit) as stop:
-        cli.main(["bench", "--checkpoint", "tiny", "--random", "nano"])
+        cli.main(["bench", "--checkpoint", "random", "--random", "nano"])
     assert stop.value.code == 2 and "not allowed with argument" in capsys.readouterr().err
 
 

@@ -21,8 +21,9 @@ import cosmos3_jax
 from cosmos3_jax import Cosmos3, cli, device, media, memory, pipeline, unipc
 from cosmos3_jax.generate import encode_conditions
 
-# The smallest video with sound of the embedded checkpoint that has an odd latent height and width.
-SHAPE = ["--num-frames", "9", "--height", "48", "--width", "80"]
+# The smallest video with sound of the random checkpoint that has an odd latent height and width.
+RANDOM = ["--checkpoint", "random"]
+SHAPE = [*RANDOM, "--num-frames", "9", "--height", "48", "--width", "80"]
 PROMPT = "A red ball"
 TEXTS = ["--prompt", PROMPT, "--negative-prompt", "blurry"]
 BARE = ["generate", *SHAPE, "--steps", "2", "--sound"]
@@ -41,7 +42,7 @@ sys.exit(status)
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
-    """The embedded checkpoint is written anew, not found in the home folder."""
+    """The random checkpoint is written anew, not found in the home folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -82,7 +83,7 @@ def latents(made):
 
 @pytest.fixture(scope="module")
 def model(cache):
-    return Cosmos3.from_pretrained("tiny", dtype="float32")
+    return Cosmos3.from_pretrained("random", dtype="float32")
 
 
 @pytest.fixture
@@ -157,8 +158,9 @@ def test_the_record_has_everything(made, record, model):
         PROMPT, num_frames=9, height=48, width=80, negative_prompt="blurry", sound=True
     )
     expected = {
-        "checkpoint": "tiny", "prompt": PROMPT, "negative_prompt": "blurry", "system_prompt": None,
-        "prompt_style": "native", "num_frames": 9, "height": 48, "width": 80, "fps": 24.0,
+        "checkpoint": "random", "prompt": PROMPT, "negative_prompt": "blurry",
+        "system_prompt": None, "prompt_style": "native", "num_frames": 9, "height": 48,
+        "width": 80, "fps": 24.0,
         "seed": 7, "noise": None, "num_inference_steps": 2,
         "guidance_scale": model.config.recipe.guidance_scale,
         "sigmas": unipc.sigmas("native", 2, model.config.recipe.flow_shift).tolist(),
@@ -268,8 +270,8 @@ def test_an_image(tmp_path, model, suffix):
     """One frame: the caption speaks of an image, and the file is one."""
     out, arrays = tmp_path / f"a{suffix}", tmp_path / "a.npz"
     command = [
-        "generate", "--num-frames", "1", "--height", "48", "--width", "80", "--steps", "1", *TEXTS,
-        "--out", str(out), "--save-latents", str(arrays),
+        "generate", *SHAPE, "--num-frames", "1", "--steps", "1", *TEXTS, "--out", str(out),
+        "--save-latents", str(arrays),
     ]  # fmt: skip
     assert cli.main(command) == 0
     noted = json.loads(out.with_suffix(".json").read_text())
@@ -284,7 +286,7 @@ def test_an_image(tmp_path, model, suffix):
 
 def test_an_image_is_named_as_one(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    image = ["generate", "--num-frames", "1", "--height", "48", "--width", "80", "--steps", "1"]
+    image = ["generate", *SHAPE, "--num-frames", "1", "--steps", "1"]
     assert cli.main([*image, *TEXTS]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["output.json", "output.png"]
     assert cli.main([*image, "--out", "a.mp4"]) == 2
@@ -471,7 +473,7 @@ def number_after(text: str, name: str) -> float:
 def test_info_says_what_is_there(capsys, monkeypatch, unloaded, silent_checkpoint, model):
     assert cli.main(["info", "--sound", "--dtype", "float32", *SHAPE]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("tiny: public layout\n")
+    assert text.startswith("random: public layout\n")
     for component in ("transformer", "vae", "sound_tokenizer"):
         assert number_after(text, component) > 10  # tensors
     assert "sound: yes" in text and "num_inference_steps=8" in text

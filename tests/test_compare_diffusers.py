@@ -17,7 +17,7 @@ import compare_diffusers as compare  # noqa: E402
 import compare_report  # noqa: E402
 import oracle_model  # noqa: E402
 
-from cosmos3_jax import bench, cli, device, tiny, transformer, video_vae  # noqa: E402
+from cosmos3_jax import bench, cli, device, random_checkpoint, transformer, video_vae  # noqa: E402
 from cosmos3_jax.config import Config  # noqa: E402
 
 SIZE = compare.TINY
@@ -94,7 +94,7 @@ def bench_file():
     job = dataclasses.asdict(compare.TINY_JOB)
     result = {"job": job, "stages": stages, "peak_gib": None}
     return {
-        "device": "cpu", "weights": "tiny", "dtype": "bfloat16", "results": {SIZE: result},
+        "device": "cpu", "weights": "random", "dtype": "bfloat16", "results": {SIZE: result},
     }  # fmt: skip
 
 
@@ -128,7 +128,7 @@ def test_our_side_from_a_file(report, bench_file, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "place, value, message",
     [
-        (["weights"], "random nano", "weights is 'random nano', must be 'tiny'"),
+        (["weights"], "random nano", "weights is 'random nano', must be 'random'"),
         (["dtype"], "float32", "dtype is 'float32', must be 'bfloat16'"),
         (["results"], {}, rf"list of sizes is \[\], must be \['{SIZE}'\]"),
         (["results", SIZE, "job", "steps"], 3, f"steps at {SIZE} is 3, must be 2"),
@@ -174,7 +174,9 @@ def test_the_command_that_makes_such_a_file(config, monkeypatch, tmp_path, size)
     assert ran == list(jobs.values())
     events = list(compare.read_ours(out, config, jobs))
     assert [event.get("size") for event in events] == [None, size]
-    assert events[0]["environment"]["weights"] == (tiny.NAME if size == SIZE else "random nano")
+    assert events[0]["environment"]["weights"] == (
+        random_checkpoint.NAME if size == SIZE else "random nano"
+    )
 
 
 def test_a_total_formed_of_few_steps_says_so():

@@ -602,7 +602,7 @@ def test_sound_can_be_left_out_of_a_checkpoint_that_has_it(public_checkpoint, mo
 @pytest.mark.parametrize(
     ("source", "dtype", "message"),
     [
-        ("tiny", "float16", "dtype='float16' is not supported; choose bfloat16 or float32"),
+        ("random", "float16", "dtype='float16' is not supported; choose bfloat16 or float32"),
         ("no/such/folder", "float32", "is not a folder, nor a Hub id of the form owner/name"),
     ],
 )

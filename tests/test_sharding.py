@@ -11,9 +11,8 @@ import jax
 import numpy as np
 import pytest
 
-from cosmos3_jax import mesh, sharding
+from cosmos3_jax import mesh, random_checkpoint, sharding
 from cosmos3_jax.checkpoint import load
-from cosmos3_jax.tiny import tiny_checkpoint
 
 import mesh_cases  # isort: skip
 
@@ -228,7 +227,7 @@ def test_what_is_no_mesh_is_refused():
 
 def test_a_part_of_the_weights_is_read_and_no_more(monkeypatch):
     """By a process that holds the second quarter of each matrix, from the public layout."""
-    folder = tiny_checkpoint()
+    folder = random_checkpoint.cached()
     components = load.open_components(folder, load.load_config(folder))
     component = components[0]
     read, files = [], component.files

@@ -171,6 +171,28 @@ def test_chunk_size_changes_nothing(oracle, params, way):
     assert relative_l2(chunked, streamed) < TOLERANCE
 
 
+@pytest.mark.parametrize("kind", ["frame by frame", "causal"])
+def test_a_convolution_rounds_once(kind):
+    """In bfloat16 on a CPU: what the float32 one gives, bias included, rounded; to the last bit."""
+    modules = {
+        "frame by frame": lambda dtype: video_vae_modules.Conv2d(8, dtype, padding=(1, 1)),
+        "causal": lambda dtype: video_vae_modules.CausalConv(8, dtype),
+    }
+    random = np.random.default_rng(0)
+    x = jnp.asarray(random.standard_normal((1, 3, 6, 5, 8)), jnp.bfloat16)
+    low, high = (modules[kind](dtype) for dtype in (jnp.bfloat16, jnp.float32))
+    params = low.init(jax.random.key(0), x)["params"] | {
+        "bias": jnp.asarray(random.standard_normal(8), jnp.float32)
+    }
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16).astype(jnp.float32), params)
+    rounded, exact = (
+        module.apply({"params": params}, x.astype(module.dtype), mutable=["cache"])[0]
+        for module in (low, high)
+    )
+    assert rounded.dtype == jnp.bfloat16
+    assert (rounded == exact.astype(jnp.bfloat16)).all()
+
+
 @pytest.mark.parametrize("latent_frames", [1, 3])
 def test_prefix_encodes_to_the_prefix(oracle, params, latent_frames):
     """Given frames may be encoded alone: as in our whole clip, and in the oracle's."""

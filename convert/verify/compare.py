@@ -29,7 +29,7 @@ FLOAT32 = {
     "video_vae": 5e-5,  # thirty convolutions deep
     "sound_vae": 5e-5,  # as deep, with exponentials and sines in between
     "sampler": 5e-6,  # the reference's coefficients are float32, ours float64
-    "pipeline": 1e-4,  # guidance 6 amplifies the transformer's error at every step
+    "pipeline": 1e-4,  # guidance amplifies the transformer's error at every step
 }
 # Weights that differ by less, rounding to bfloat16 included, are the same weights.
 ALIKE = 1e-2

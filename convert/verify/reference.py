@@ -71,6 +71,13 @@ def load_module(checkpoint: Path, component: str, dtype: str, rounded: str, devi
     return module.to(device).eval()
 
 
+def system_prompt(pipe: Cosmos3OmniPipeline) -> str | None:
+    """What our style `diffusers` is told, so that it has a system turn where this pipeline has one:
+    a checkpoint's `model_index.json` may turn it off.
+    """
+    return None if pipe.config.default_use_system_prompt else ""
+
+
 def to_bfloat16(module: torch.nn.Module) -> torch.nn.Module:
     """In place, as diffusers' loader does: the timestep embedding and all buffers stay sharp."""
     for name, parameter in module.named_parameters():

@@ -61,7 +61,9 @@ def _their_steps(checkpoint: Path, schedule: str, steps: int) -> dict[str, np.nd
     }  # fmt: skip
     if (checkpoint / "scheduler" / "scheduler_config.json").is_file():
         fields = UniPCMultistepScheduler.load_config(checkpoint / "scheduler")
-    change = {} if schedule == "karras" else {"flow_shift": SHIFT, "use_karras_sigmas": False}
+    # Whichever of them this checkpoint samples by itself.
+    change: dict = {"use_karras_sigmas": schedule == "karras"}
+    change |= {} if schedule == "karras" else {"flow_shift": SHIFT}
     scheduler = UniPCMultistepScheduler.from_config(fields, **change)
     native = (
         {"sigmas": np.linspace(1 - 1 / 1000, 0, steps + 1)[:-1]} if schedule == "native" else {}

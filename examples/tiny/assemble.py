@@ -16,7 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from cosmos3_jax import tiny
+from cosmos3_jax import random_checkpoint
 from cosmos3_jax.checkpoint.convert import put_in_place
 from cosmos3_jax.checkpoint.files import FLOAT_DTYPES, TensorFiles, write_shard
 from cosmos3_jax.checkpoint.load import (
@@ -98,7 +98,7 @@ def write_base(
         rule.key: np.ascontiguousarray(rule.to_public(_leaf(params, rule)))
         for rule in transformer_layout(config).rules
     }
-    unread = tiny.unread_shapes(config, values)
+    unread = random_checkpoint.unread_shapes(config, values)
     tensors |= {key: np.zeros(shape, np.float32) for key, shape in unread.items()}
     tensors = {key: tensors[key].astype(jnp.bfloat16) for key in sorted(tensors)}
     write_shard(folder / "transformer" / f"{PUBLIC_STEM}.safetensors", tensors)

@@ -28,7 +28,8 @@ from examples.tiny import world
 
 Params = dict[str, Any]
 VIDEO_CHANNELS, SOUND_CHANNELS = 16, 32  # of the latents; Nano has 48 and 64
-# The judge's and fine-tuning's colours and pitches lie within what the autoencoders have seen.
+# So that colours kept for fine-tuning lie within what the video autoencoder has seen. For the
+# highest pitch this share is too small: see the README.
 ANY_COLOUR, ANY_PITCH = 0.3, 0.25  # shares of clips with one at random
 LEVEL = 0.29  # of the mean pixel
 LOWEST, HIGHEST = 150.0, 1500.0  # Hz

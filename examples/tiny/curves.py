@@ -1,4 +1,8 @@
-"""Curves of a run of `train_towers`: python -m examples.tiny.curves --run RUN --out curves.png"""
+"""Curves of training: python -m examples.tiny.curves --runs RUNS --out curves.png
+
+RUNS is a folder of the recipe, with the logs of `sound`, `video` and `towers`; those that are not
+there are left out.
+"""
 
 import argparse
 import json
@@ -6,49 +10,81 @@ from pathlib import Path
 
 import numpy as np
 
-LOSSES = {"video": "#346ebe", "sound": "#de6a42"}
+from cosmos3_jax import media
+
+COLOURS = {"video": "#346ebe", "sound": "#de6a42"}
+FIDELITY = {"video": "psnr", "sound": "snr"}  # dB, of training clips
 SHARES = {
     "colour and shape": "#346ebe", "direction": "#3c9a5f", "pitch": "#de6a42",
     "bounce and tone, 4/24 s": "#8a4fa3",
 }  # fmt: skip
-SMOOTH = 9  # lines of the log that a point is the mean of
+SMOOTH = {"autoencoders": 3, "losses": 9}  # lines of a log that a point is the mean of
 
 
-def draw(log: list[dict], out: Path) -> None:
-    """Losses by step, and what the judge said of held-out sentences."""
+def read(runs: Path) -> dict[str, list[dict]]:
+    """The lines of each log that is there. Raises FileNotFoundError if none is."""
+    logs = {}
+    for name in ("sound", "video", "towers"):
+        path = runs / name / "log.jsonl"
+        if path.is_file():
+            logs[name] = [json.loads(line) for line in path.read_text().splitlines()]
+    if not logs:
+        raise FileNotFoundError(f"{runs} has no log of sound, video or towers")
+    return logs
+
+
+def draw(logs: dict[str, list[dict]], out: Path) -> None:
+    """What the autoencoders give back, the towers' losses, and what the judge said meanwhile."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    losses = [line for line in log if "loss" in line]
-    for name, colour in LOSSES.items():
-        steps, values = (np.array([line[key] for line in losses]) for key in ("step", name))
-        width = min(SMOOTH, len(values))
-        mean = np.convolve(values, np.ones(width) / width, "valid")
-        left.plot(steps, values, colour, alpha=0.25, linewidth=1)
-        left.plot(steps[width - 1 :], mean, colour, label=name)
-    left.set(xlabel="step", ylabel="mean squared error of the velocity", yscale="log")
-    judged = [line for line in log if "shares" in line]
-    for name, colour in SHARES.items():
-        points = [(line["step"], line["shares"][name]) for line in judged if name in line["shares"]]
-        if points:
-            right.plot(*zip(*points, strict=True), colour, marker="o", label=name)
-    right.set(xlabel="step", ylabel="right, of held-out sentences", ylim=(0, 1.02))
-    for axes in (left, right):
-        axes.legend(frameon=False)
+    towers = logs.get("towers", [])
+    judged = [line for line in towers if "shares" in line]
+    figure, panels = pyplot.subplots(
+        1, 3 if judged else 2, figsize=(13 if judged else 9, 3.2), layout="constrained"
+    )
+    autoencoders, losses = panels[:2]
+    autoencoders.set(xlabel="step", ylabel="autoencoders: PSNR, SNR in dB")
+    losses.set(xlabel="step", ylabel="towers: squared error of the velocity", yscale="log")
+    for name, colour in COLOURS.items():
+        lines = logs.get(name, [])
+        if lines:
+            _curve(autoencoders, lines, FIDELITY[name], colour, name, SMOOTH["autoencoders"])
+        lines = [line for line in towers if name in line]
+        if lines:
+            _curve(losses, lines, name, colour, name, SMOOTH["losses"])
+    if judged:
+        panels[2].set(xlabel="step", ylabel="right, of held-out sentences", ylim=(0, 1.02))
+        for name, colour in SHARES.items():
+            points = [(ln["step"], ln["shares"][name]) for ln in judged if name in ln["shares"]]
+            if points:
+                panels[2].plot(*zip(*points, strict=True), colour, marker="o", label=name)
+    for axes in panels:
+        if axes.lines:
+            axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(out, dpi=150)
+    pyplot.close(figure)
+
+
+def _curve(axes, lines: list[dict], key: str, colour: str, label: str, smooth: int) -> None:
+    """The values of a log, and their running mean."""
+    steps, values = (np.array([line[name] for line in lines]) for name in ("step", key))
+    width = min(smooth, len(values))
+    mean = np.convolve(values, np.ones(width) / width, "valid")
+    axes.plot(steps, values, colour, alpha=0.25, linewidth=1)
+    axes.plot(steps[width // 2 :][: len(mean)], mean, colour, label=label)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw the curves of a run of train_towers.")
-    parser.add_argument("--run", type=Path, required=True)
+    parser = argparse.ArgumentParser(description="Draw the curves of a run of the recipe.")
+    parser.add_argument("--runs", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    lines = (args.run / "log.jsonl").read_text().splitlines()
-    draw([json.loads(line) for line in lines], args.out)
+    media.check_writable(args.out, overwrite=True)
+    draw(read(args.runs), args.out)
 
 
 if __name__ == "__main__":

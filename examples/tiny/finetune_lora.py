@@ -3,7 +3,8 @@
     python -m examples.tiny.finetune_lora --checkpoint tiny --new orange --out DIR
         [--steps 160] [--batch 8] [--rank 8] [--clips 96] [--count 12]
 
-`--new` is a kept word of the world, `orange` or `E6`, or both with a comma between. DIR gets
+`--new` is a kept word of the world, `orange` or `E6`, or both with a comma between. The sound
+autoencoder of `tiny` does not give E6 back: that one needs a checkpoint with a better one. DIR gets
 log.jsonl, the adapter as diffusers reads it, the judge's tables before and after on sentences of
 combinations that were not trained on, and a sheet of the same sentences before and after.
 
@@ -159,7 +160,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Teach the tiny model a new word with a LoRA.")
     parser.add_argument("--checkpoint", default="tiny")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--new", default="orange", help="orange, E6, or both with a comma between")
+    parser.add_argument(
+        "--new",
+        default="orange",
+        help="orange; or, of a checkpoint whose sound autoencoder gives it back, E6",
+    )
     parser.add_argument("--count", type=int, default=12, help="test sentences")
     parser.add_argument("--eval-batch", type=int, default=4)
     parser.add_argument("--sheet-rows", type=int, default=3, help="sentences on the sheet")

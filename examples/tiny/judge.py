@@ -244,15 +244,20 @@ def markdown(rows: Sequence[Row], beside: Mapping[str, Sequence[Row]] | None = N
     for n, row in enumerate(rows):
         cells = [
             row.attribute,
-            f"{row.share:.1%} ({row.right}/{row.total})",
-            f"{row.low:.1%} to {row.high:.1%}",
-            *(f"{other[n].share:.1%}" for other in beside.values()),
-            f"{row.shuffled:.1%}",
-            f"{row.chance:.1%}",
+            f"{_percent(row.share)} ({row.right}/{row.total})",
+            f"{_percent(row.low)} to {_percent(row.high)}" if row.total else "",
+            *(_percent(other[n].share) for other in beside.values()),
+            _percent(row.shuffled),
+            _percent(row.chance),
             "" if row.bar is None else f"{row.bar:.0%}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _percent(share: float) -> str:
+    """A share of nothing is a dash."""
+    return "-" if math.isnan(share) else f"{share:.1%}"
 
 
 # The command

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from cosmos3_jax import tiny, transformer
+from cosmos3_jax import random_checkpoint, transformer
 from cosmos3_jax.config import SoundVAEConfig, TransformerConfig, VideoVAEConfig
 from examples.tiny import scenes as sc
 from examples.tiny import world
@@ -23,7 +23,7 @@ MAX_TOKENS = 88
 # The keys of a published file, with other values. A latent pixel is a token, since a picture has
 # only 36. Neither theta nor the timestep's scale are Nano's: over 13 x 6 x 6 positions all
 # frequencies should turn, and the embedding of a timestep should differ from its neighbour's.
-TRANSFORMER: dict[str, Any] = tiny.TRANSFORMER | {
+TRANSFORMER: dict[str, Any] = random_checkpoint.TRANSFORMER | {
     "hidden_size": 192, "num_hidden_layers": 8, "num_attention_heads": 6, "num_key_value_heads": 2,
     "head_dim": 32, "intermediate_size": 512, "rope_theta": 256.0, "timestep_scale": 0.1,
     "latent_patch_size": 1,
@@ -34,14 +34,17 @@ RECIPE: dict[str, Any] = {
     "negative_prompt": "",
 }  # fmt: skip
 # Together with the scheduler's file these make diffusers sample as the recipe says.
-MODEL_INDEX: dict[str, Any] = tiny.MODEL_INDEX | {
+MODEL_INDEX: dict[str, Any] = random_checkpoint.MODEL_INDEX | {
     "default_use_system_prompt": False, "use_native_flow_schedule": True,
 }  # fmt: skip
 
 
 def scheduler(recipe: dict[str, Any]) -> dict[str, Any]:
     """`scheduler_config.json` that samples as the recipe does."""
-    return tiny.SCHEDULER | {"use_karras_sigmas": False, "flow_shift": recipe["flow_shift"]}
+    return random_checkpoint.SCHEDULER | {
+        "use_karras_sigmas": False,
+        "flow_shift": recipe["flow_shift"],
+    }
 
 
 def transformer_values(

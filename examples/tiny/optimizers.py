@@ -1,8 +1,9 @@
-"""The optimizer of all three trainings: Muon for what multiplies, Adam for everything else.
+"""Optimizers of the three trainings. Video autoencoder and towers: Muon for what multiplies, Adam
+for everything else. Sound autoencoder: Adam.
 
 Muon (Jordan et al., 2024) makes each update of a matrix orthogonal: it learns in all directions
 alike, where Adam follows the few that have most of the gradient. On the video autoencoder's first
-frames it is where Adam is after five times the steps (README). Updates have the size of Adam's (Liu
+frames it has 25 dB where Adam has 19 (README). Updates have the size of Adam's (Liu
 et al., "Muon is Scalable for LLM Training", 2025), so learning rates are of the same order.
 """
 

@@ -1,7 +1,7 @@
 """Train both towers of the tiny Cosmos3 on clips that the autoencoders have encoded.
 
-    python -m examples.tiny.train_towers --base BASE --out RUN --minutes 8
-        [--steps N] [--batch 256] [--clips 200000] [--bank-minutes 2] [--bank FOLDER] ...
+    python -m examples.tiny.train_towers --base BASE --out RUN --minutes 11
+        [--steps N] [--batch 128] [--clips 20480] [--bank-minutes 2] [--bank FOLDER] ...
 
 RUN gets log.jsonl (a line of losses every so often, and what the judge says of held-out sentences),
 orbax states, and `checkpoint/`, the averaged towers in the public layout, written anew at each
@@ -62,7 +62,7 @@ class Run:
         seed: of parameters' use of noise and of the order of examples.
     """
 
-    batch: int = 256
+    batch: int = 128
     microbatches: int = 1
     learning_rate: float = 3e-3
     warmup: int = 400
@@ -274,7 +274,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, help="for training, the bank not included")
     parser.add_argument("--steps", type=int)
-    parser.add_argument("--clips", type=int, default=200_000, help="in the bank")
+    parser.add_argument("--clips", type=int, default=20_480, help="in the bank")
     parser.add_argument("--bank", type=Path, help="where the bank is kept (default: RUN/bank)")
     parser.add_argument("--bank-minutes", type=float, default=2.0)
     parser.add_argument("--chunk", type=int, default=data.CHUNK)

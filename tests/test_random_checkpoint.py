@@ -1,4 +1,4 @@
-"""The embedded default: reproducible, small, and a public checkpoint to any strict reader."""
+"""`random`, the checkpoint: reproducible, small, and a public one to any strict reader."""
 
 import hashlib
 import json
@@ -16,14 +16,14 @@ from checkpoint_files import assert_same_folder, contents, read_tensors
 from oracle import load_pipeline
 from safetensors import safe_open
 
-from cosmos3_jax import Cosmos3, cli, pipeline, tiny
+from cosmos3_jax import Cosmos3, cli, pipeline, random_checkpoint
 from cosmos3_jax.checkpoint import load
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
-    tiny.write_tiny_checkpoint(folder)
+    folder = tmp_path_factory.mktemp("random") / "checkpoint"
+    random_checkpoint.write(folder)
     return folder
 
 
@@ -35,16 +35,16 @@ def cache(tmp_path, monkeypatch):
 
 
 def test_the_same_bytes_each_time(folder, tmp_path):
-    tiny.write_tiny_checkpoint(tmp_path / "again")
+    random_checkpoint.write(tmp_path / "again")
     assert_same_folder(tmp_path / "again", folder)
 
 
 def test_the_version_covers_the_content(folder):
     """Users keep the folder in a cache by its version: other content needs another version.
 
-    If this fails, raise `tiny.VERSION` and write the new digest here. Weights count by names and
-    shapes alone, since sums of squares may round differently on another CPU, and the tokenizer by
-    its vocabulary, since its library chooses how to write it.
+    If this fails, raise `random_checkpoint.VERSION` and write the new digest here. Weights count by
+    names and shapes alone, since sums of squares may round differently on another CPU, and the
+    tokenizer by its vocabulary, since its library chooses how to write it.
     """
     digest = hashlib.sha256()
     for name, content in contents(folder).items():
@@ -58,7 +58,7 @@ def test_the_version_covers_the_content(folder):
             words = [token["content"] for token in written["added_tokens"]]
             content = json.dumps([written["model"]["vocab"], words], sort_keys=True).encode()
         digest.update(name.encode() + b"\0" + content)
-    assert (tiny.VERSION, digest.hexdigest()[:16]) == (1, "1979fce6201da291")
+    assert (random_checkpoint.VERSION, digest.hexdigest()[:16]) == (1, "1979fce6201da291")
 
 
 def test_it_is_small_and_in_shards(folder):
@@ -108,19 +108,19 @@ def test_it_loads_here(folder):
     model = Cosmos3.from_pretrained(folder, "float32")
     assert model.config.has_sound
     assert set(model.params) == {"und", "gen", "video_vae", "sound_vae"}
-    assert model.config.recipe.num_frames == tiny.RECIPE["num_frames"]
+    assert model.config.recipe.num_frames == random_checkpoint.RECIPE["num_frames"]
 
 
 def test_the_cache_is_made_once(cache, monkeypatch):
     """In XDG_CACHE_HOME, found again by name, and nothing else beside it."""
-    made = pipeline.find_checkpoint("tiny")
-    assert made == cache / f"tiny-v{tiny.VERSION}"
+    made = pipeline.find_checkpoint("random")
+    assert made == cache / f"random-v{random_checkpoint.VERSION}"
     assert [path.name for path in cache.iterdir()] == [made.name]
-    monkeypatch.setattr(tiny, "write_tiny_checkpoint", None)  # it must not be called
-    assert pipeline.find_checkpoint("tiny") == made
-    monkeypatch.setattr(tiny, "VERSION", tiny.VERSION + 1)
+    monkeypatch.setattr(random_checkpoint, "write", None)  # it must not be called
+    assert pipeline.find_checkpoint("random") == made
+    monkeypatch.setattr(random_checkpoint, "VERSION", random_checkpoint.VERSION + 1)
     with pytest.raises(TypeError):
-        tiny.tiny_checkpoint()
+        random_checkpoint.cached()
 
 
 def test_without_xdg_the_cache_is_in_the_home(tmp_path, monkeypatch):
@@ -130,23 +130,23 @@ def test_without_xdg_the_cache_is_in_the_home(tmp_path, monkeypatch):
         else:
             monkeypatch.setenv("XDG_CACHE_HOME", unset)
         monkeypatch.setenv("HOME", str(tmp_path))
-        made = tiny.tiny_checkpoint()
-        assert made == tmp_path / ".cache" / "cosmos3_jax" / f"tiny-v{tiny.VERSION}"
+        made = random_checkpoint.cached()
+        assert made == tmp_path / ".cache" / "cosmos3_jax" / f"random-v{random_checkpoint.VERSION}"
     assert load.load_config(made).has_sound
 
 
-def test_a_folder_named_tiny_wins(cache, folder, tmp_path, monkeypatch):
+def test_a_folder_of_that_name_wins(cache, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    os.symlink(folder, "tiny")
-    assert pipeline.find_checkpoint("tiny") == Path("tiny")
+    os.symlink(folder, "random")
+    assert pipeline.find_checkpoint("random") == Path("random")
     assert not cache.exists()
 
 
 RACE = """
 import os, sys, time
-from cosmos3_jax import tiny
+from cosmos3_jax import random_checkpoint
 
-write = tiny.write_tiny_checkpoint
+write = random_checkpoint.write
 
 def write_together(folder):
     write(folder)
@@ -154,8 +154,8 @@ def write_together(folder):
     while len(os.listdir(os.path.dirname(sys.argv[1]))) < 2:  # until the other is here too
         time.sleep(0.01)
 
-tiny.write_tiny_checkpoint = write_together
-print(tiny.tiny_checkpoint())
+random_checkpoint.write = write_together
+print(random_checkpoint.cached())
 """
 
 
@@ -164,7 +164,7 @@ def test_two_processes_leave_one_good_folder(cache, folder, tmp_path):
     (tmp_path / "ready").mkdir()
     command = [sys.executable, "-c", RACE, str(tmp_path / "ready" / "process")]
     racers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    made = cache / f"tiny-v{tiny.VERSION}"
+    made = cache / f"random-v{random_checkpoint.VERSION}"
     assert [racer.communicate(timeout=60)[0] for racer in racers] == [f"{made}\n"] * 2
     assert [racer.returncode for racer in racers] == [0, 0]
     assert [path.name for path in cache.iterdir()] == [made.name]
@@ -176,9 +176,9 @@ def test_a_failed_write_leaves_nothing(cache, monkeypatch):
         (folder / "transformer").mkdir(parents=True)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tiny, "write_tiny_checkpoint", fail)
+    monkeypatch.setattr(random_checkpoint, "write", fail)
     with pytest.raises(OSError, match="cannot be written .*No space left.*; set XDG_CACHE_HOME"):
-        tiny.tiny_checkpoint()
+        random_checkpoint.cached()
     assert list(cache.iterdir()) == []
 
 
@@ -186,15 +186,15 @@ def test_an_unwritable_cache_names_the_way_out(tmp_path, monkeypatch, capsys):
     """A file stands where the cache should be: the one obstacle that stops root, too."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert cli.main(["info"]) == 2
+    assert cli.main(["info", "--checkpoint", "random"]) == 2
     printed = capsys.readouterr().err
-    assert printed.startswith("cosmos3-jax: error: the tiny checkpoint cannot be written into ")
+    assert printed.startswith("cosmos3-jax: error: the random checkpoint cannot be written into ")
     assert str(tmp_path / "file" / "cosmos3_jax") in printed
     assert printed.endswith("; set XDG_CACHE_HOME to a folder that can be written\n")
 
 
 def test_others_may_read_the_cache(cache):
     """One cache can serve several users: no file or folder in it is for its maker alone."""
-    made = tiny.tiny_checkpoint()
+    made = random_checkpoint.cached()
     for path in (made, *made.rglob("*")):
         assert path.stat().st_mode & stat.S_IROTH, path

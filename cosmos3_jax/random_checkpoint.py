@@ -1,8 +1,9 @@
-"""The embedded default: a small random checkpoint in the public layout, made on first use, offline.
+"""`random`: a small checkpoint in the public layout that knows nothing, made on first use, offline.
 
 It has every tensor that a published checkpoint has, those that generation never reads included, so
 any program that reads the public layout reads it. Its weights are random: it shows that the
-machinery works, not what the model can do.
+machinery works, and what the scores of a model that learnt nothing are. The checkpoint that did
+learn something is `tiny`, see `frontend`.
 """
 
 import dataclasses
@@ -33,7 +34,7 @@ from cosmos3_jax.config import SoundVAEConfig, TransformerConfig, VideoVAEConfig
 from cosmos3_jax.prompt import Tokenizer
 from cosmos3_jax.tiny_tokenizer import write_tokenizer
 
-NAME = "tiny"
+NAME = "random"
 VERSION = 1  # raise it when what is written changes: a cached folder of another version is not read
 TRANSFORMER_SHARD_BYTES = 1024**2  # several shards, as the published ones have
 
@@ -74,8 +75,8 @@ MODEL_INDEX = {
 QUIET = ((r"decoder\.block\.\d\.res_unit\d\.conv2\.weight", 0.2), (r"decoder\.conv2\.weight", 0.1))
 
 
-def tiny_checkpoint() -> Path:
-    """The folder of the tiny checkpoint, made if this user's cache does not hold it yet.
+def cached() -> Path:
+    """The folder of the random checkpoint, made if this user's cache does not hold it yet.
 
     The cache is `$XDG_CACHE_HOME/cosmos3_jax`, by default `~/.cache/cosmos3_jax`.
 
@@ -90,7 +91,7 @@ def tiny_checkpoint() -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, prefix=f".{NAME}-") as scratch:
             made = Path(scratch) / NAME
-            write_tiny_checkpoint(made)
+            write(made)
             os.replace(made, folder)
     except OSError as error:
         if not folder.is_dir():  # or else another process was faster; what it made is the same
@@ -101,7 +102,7 @@ def tiny_checkpoint() -> Path:
     return folder
 
 
-def write_tiny_checkpoint(folder: Path) -> None:
+def write(folder: Path) -> None:
     """Write the checkpoint into a folder; the bytes are the same each time."""
     write_tokenizer(folder / TOKENIZER_FOLDER)
     vocabulary = Tokenizer.from_folder(folder / TOKENIZER_FOLDER).vocab_size
