@@ -22,7 +22,7 @@ from cosmos3_jax.checkpoint.rules import Layout, check, leaf_shapes, split_weigh
 from cosmos3_jax.checkpoint.sound_vae_layout import sound_vae_layout
 from cosmos3_jax.checkpoint.video_vae_layout import video_vae_layout
 from cosmos3_jax.config import SoundVAEConfig, VideoVAEConfig
-from cosmos3_jax.training import autoencoders
+from cosmos3_jax.training import autoencoder_init, autoencoders
 from examples.tiny import scenes as sc
 from examples.tiny import world
 
@@ -127,7 +127,7 @@ AUTOENCODERS = {
         config=VIDEO_CONFIG,
         layout=video_vae_layout,
         shapes=video_vae.param_shapes,
-        init=partial(autoencoders.init_video_vae, level=LEVEL),
+        init=partial(autoencoder_init.init_video_vae, level=LEVEL),
         loss=autoencoders.video_loss,
         weights=autoencoders.VideoLossWeights,
         clips=video_clips,
@@ -139,7 +139,7 @@ AUTOENCODERS = {
         config=SOUND_CONFIG,
         layout=partial(sound_vae_layout, with_encoder=True),
         shapes=partial(sound_vae.param_shapes, with_encoder=True),
-        init=autoencoders.init_sound_vae,
+        init=autoencoder_init.init_sound_vae,
         loss=autoencoders.sound_loss,
         weights=autoencoders.SoundLossWeights,
         clips=sound_clips,
