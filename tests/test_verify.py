@@ -124,11 +124,21 @@ def test_other_tokens_fail_their_row(monkeypatch):
     ids = [1, 2, 3]
     monkeypatch.setattr(pipeline, "resolve_prompts", lambda *_, **__: None)
     monkeypatch.setattr(pipeline, "encode_prompts", lambda *_: (ids, ids[:2]))
-    pipe = SimpleNamespace(tokenize_prompt=lambda *_, **__: (ids, ids))
+    pipe = SimpleNamespace(
+        tokenize_prompt=lambda *_, **__: (ids, ids),
+        config=SimpleNamespace(default_use_system_prompt=True),
+    )
     outcome = Outcome()
     pipeline._compare_ids(outcome, pipe, None, None)
     assert not outcome.rows[0].passed
     assert outcome.places[0].operation.startswith("token 2 of the negative")
+
+
+def test_the_pipelines_own_system_prompt_is_ours():
+    """None is the style's default, an empty one is none at all."""
+    for theirs, ours in ((True, None), (False, "")):
+        config = SimpleNamespace(default_use_system_prompt=theirs)
+        assert reference.system_prompt(SimpleNamespace(config=config)) == ours
 
 
 def test_how_weights_are_stored_decides_what_is_rounded(
