@@ -7,4 +7,6 @@ import jax
 OPTIONS = {"xla_backend_optimization_level": 0}
 if jax.__version_info__ < (0, 11):  # later ones do not know it
     OPTIONS["xla_cpu_use_fusion_emitters"] = False
+else:  # on two cores a step of the sound autoencoder waits for ever for threads of its own pool
+    OPTIONS["xla_cpu_multi_thread_eigen"] = False
 FLAGS = " ".join(f"--{name}={value}".lower() for name, value in OPTIONS.items())
