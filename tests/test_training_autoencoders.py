@@ -370,10 +370,9 @@ def test_run_resumes_to_the_same_numbers(what, tmp_path, monkeypatch):
     monkeypatch.setattr(
         train_autoencoders, "train_step", jax.jit(step, static_argnames=static, donate_argnums=0)
     )
-    run, model = (
-        Run(what, 4, 2, 1e-2, 1e-3, "float32", pool=8, every=1, save_every=2),
-        SMALL[what],
-    )
+    algorithm = train_autoencoders.DEFAULTS[what]["algorithm"]  # another for each
+    run = Run(what, 4, 2, 1e-2, 1e-3, "float32", algorithm, pool=8, every=1, save_every=2)
+    model = SMALL[what]
     save, saved = train_autoencoders.save, []
 
     def die(out, run, state):

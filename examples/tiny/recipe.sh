@@ -2,9 +2,9 @@
 # The tiny Cosmos3 from nothing, on one GPU: bash examples/tiny/recipe.sh [RUNS]
 #
 # The embedded checkpoint was made by these commands, with one difference: its autoencoders trained
-# side by side, on an H100, in 5.5 minutes; one after the other they take about 8. The bank took 0.8
+# side by side, on an H100, in 5.5 minutes; one after the other, about 8 by estimate. The bank took 0.8
 # and the towers 11 on an H200, compilation included. The sampler's settings were not searched for,
-# and the table was made on a CPU; on a GPU it takes about 2.
+# and the table was made on a CPU, in 28.
 # What is there already is not made again, and a run that was killed goes on: start it once more.
 # All that can be set here: MINUTES for the towers, CLIPS in their bank (on an H200 encoded at 6,000
 # a second), WORKERS for what the host does, TUNE=yes to search for the sampler's settings.
@@ -37,7 +37,8 @@ fi
 if [ ! -f "$RUNS/towers/done" ]; then
   stage "towers"
   $PYTHON -m examples.tiny.train_towers --base "$RUNS/base" --out "$RUNS/towers" \
-    --minutes "$MINUTES" --clips "$CLIPS" --workers "$WORKERS" --sentences 0 --evaluations 5 --every 100
+    --minutes "$MINUTES" --clips "$CLIPS" --workers "$WORKERS" \
+    --sentences 0 --evaluations 5 --every 100
   touch "$RUNS/towers/done"
 fi
 if [ "${TUNE:-no}" = yes ] && [ ! -f "$RUNS/tuned/tune.json" ]; then

@@ -85,9 +85,11 @@ def optimizer(run: Run) -> optax.GradientTransformation:
     rate = optax.warmup_cosine_decay_schedule(
         0.0, run.learning_rate, warmup, max(run.steps, warmup + 1), run.learning_rate / 100
     )
-    if run.algorithm == "adam":
-        return optimizers.adam(rate)
-    return optimizers.optimizer(rate, adam_share=ADAM_SHARE)
+    algorithms = {
+        "muon": partial(optimizers.optimizer, adam_share=ADAM_SHARE),
+        "adam": optimizers.adam,
+    }
+    return algorithms[run.algorithm](rate)
 
 
 def init_state(run: Run, model: Autoencoder) -> State:
