@@ -52,6 +52,31 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: names.index(item.path.stem if item.path.stem in names else None))
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--sensitivities",
+        action="store_true",
+        help="print what tolerances stand on",
+    )
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """The table of `rounding.check`: what was measured, and the tolerance that stands on it."""
+    if not config.getoption("--sensitivities"):
+        return
+    terminalreporter.write_line("| test | one unit moves it by | tolerance | times |")
+    terminalreporter.write_line("|---|---|---|---|")
+    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
+        for key, value in report.user_properties:
+            if key == "sensitivity":
+                name, found, tolerance = value
+                test = " ".join(filter(None, (report.nodeid.removeprefix("tests/"), name)))
+                times = tolerance / found
+                terminalreporter.write_line(
+                    f"| {test} | {found:.1e} | {tolerance:.1e} | {times:.0f} |"
+                )
+
+
 @pytest.fixture(scope="session")
 def public_checkpoint(tmp_path_factory):
     """A small checkpoint with sound, saved by the oracle in the public layout."""

@@ -15,6 +15,7 @@ from unittest import mock
 import jax
 import numpy as np
 import quick
+from rounding import relative_l2
 
 from cosmos3_jax import (
     Cosmos3,
@@ -77,10 +78,6 @@ def collectives(text: str) -> list[dict]:
                  "origin": origin, "looped": not entry}
             )  # fmt: skip
     return found
-
-
-def relative_l2(ours: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.linalg.norm(ours - expected) / np.linalg.norm(expected))
 
 
 def random_params(shapes: dict) -> dict:

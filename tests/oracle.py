@@ -55,13 +55,6 @@ def perturb(module: torch.nn.Module, seed: int, scale: float = 0.1) -> torch.nn.
     return module.eval()
 
 
-def relative_l2(ours, reference) -> float:
-    """|ours - reference| / |reference| over all values, in float64."""
-    ours, reference = (np.asarray(x, np.float64) for x in (ours, reference))
-    assert ours.shape == reference.shape, (ours.shape, reference.shape)
-    return float(np.linalg.norm(ours - reference) / np.linalg.norm(reference))
-
-
 # Nano's switches at small sizes: silu, text qk-norm, sound and action weights, grouped key/value
 # heads.
 TRANSFORMER = dict(

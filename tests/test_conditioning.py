@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.cosmos import pipeline_cosmos3_omni as oracle_module
-from oracle import NEGATIVE, PROMPT, SETTINGS, prepare, relative_l2, run_oracle
+from oracle import NEGATIVE, PROMPT, SETTINGS, prepare, run_oracle
 from PIL import Image
+from rounding import relative_l2
 
 from cosmos3_jax import Cosmos3, generate, media, pipeline, programs
 from cosmos3_jax.conditioning import (

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import relative_l2
+from rounding import relative_l2
 
 from cosmos3_jax import Cosmos3, T2VRequest, generate, unipc
 from cosmos3_jax.request import initial_noise

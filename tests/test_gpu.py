@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rounding import relative_l2
 
 from cosmos3_jax import flash_attention, rope, transformer, video_vae
 from cosmos3_jax.attention import _cudnn_attention, attention
@@ -18,11 +19,6 @@ pytestmark = pytest.mark.gpu
 def need_gpu():
     if jax.default_backend() != "gpu":
         pytest.skip("no GPU")
-
-
-def relative_l2(ours, reference) -> float:
-    ours, reference = (np.asarray(x, np.float64) for x in (ours, reference))
-    return float(np.linalg.norm(ours - reference) / np.linalg.norm(reference))
 
 
 def attention_inputs(media: int, text: int):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import mesh_cases
 import numpy as np
 import pytest
+from rounding import relative_l2
 
 from cosmos3_jax import generate, sharding, transformer, video_vae
 from cosmos3_jax.config import Config
@@ -45,7 +46,7 @@ def media_tower():
 
 
 def error(ours: dict, expected: dict) -> float:
-    return max(mesh_cases.relative_l2(ours[name], expected[name]) for name in expected)
+    return max(relative_l2(ours[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("mesh", JOBS)

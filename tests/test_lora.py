@@ -13,8 +13,9 @@ import pytest
 import torch
 from checkpoint_files import assert_same_tree
 from diffusers import Cosmos3OmniTransformer
-from oracle import TRANSFORMER, oracle_velocity, perturb, relative_l2, tree_from_state_dict
+from oracle import TRANSFORMER, oracle_velocity, perturb, tree_from_state_dict
 from peft import LoraConfig
+from rounding import relative_l2
 from safetensors.numpy import load_file, save_file
 from training_run import (
     BUCKET,

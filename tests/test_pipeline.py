@@ -13,7 +13,8 @@ import torch
 import tqdm
 from checkpoint_files import link_checkpoint, replace_file
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
-from oracle import NEGATIVE, PROMPT, SETTINGS, load_pipeline, prepare, relative_l2, run_oracle
+from oracle import NEGATIVE, PROMPT, SETTINGS, load_pipeline, prepare, run_oracle
+from rounding import relative_l2
 
 from cosmos3_jax import Cosmos3, device, generate, media, pipeline, progress, unipc
 from cosmos3_jax.memory_limits import OutOfDeviceMemory

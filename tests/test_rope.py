@@ -12,7 +12,7 @@ from diffusers.pipelines.cosmos.pipeline_cosmos3_omni import (
     get_3d_mrope_ids_text_tokens,
     get_3d_mrope_ids_vae_tokens,
 )
-from oracle import relative_l2
+from rounding import relative_l2
 
 from cosmos3_jax import rope
 from cosmos3_jax.config import TransformerConfig

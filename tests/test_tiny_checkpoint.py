@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import Cosmos3OmniPipeline
-from oracle import relative_l2, run_oracle
+from oracle import run_oracle
+from rounding import relative_l2
 from safetensors import safe_open
 
 import cosmos3_jax

@@ -16,8 +16,9 @@ import quick
 import torch
 from checkpoint_files import assert_same_tree
 from diffusers import AutoencoderKLWan, Cosmos3AVAEAudioTokenizer, Cosmos3OmniPipeline
-from oracle import VIDEO_VAE, perturb, relative_l2, run_oracle
+from oracle import VIDEO_VAE, perturb, run_oracle
 from PIL import Image
+from rounding import relative_l2
 from transformers import AutoTokenizer, Qwen2TokenizerFast
 
 from cosmos3_jax import Cosmos3, lora_files, sound_vae, video_vae

@@ -24,7 +24,8 @@ import training_mesh_cases
 from checkpoint_files import assert_same_folder, assert_same_tree, read_tensors
 from diffusers import Cosmos3OmniTransformer
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
-from oracle import TRANSFORMER, load_pipeline, perturb, relative_l2, tree_from_state_dict
+from oracle import TRANSFORMER, load_pipeline, perturb, tree_from_state_dict
+from rounding import relative_l2
 from training_oracle import oracle_loss
 from training_run import (
     CONFIG,

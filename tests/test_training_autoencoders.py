@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, Cosmos3AVAEAudioTokenizer
-from oracle import relative_l2
+from rounding import relative_l2
 
 from cosmos3_jax import sound_vae, video_vae, video_vae_modules
 from cosmos3_jax.config import SoundVAEConfig, VideoVAEConfig

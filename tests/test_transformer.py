@@ -17,14 +17,8 @@ import pytest
 import torch
 from diffusers import Cosmos3OmniTransformer
 from diffusers.models.normalization import RMSNorm as OracleRMSNorm
-from oracle import (
-    TRANSFORMER,
-    oracle_velocity,
-    pack,
-    perturb,
-    relative_l2,
-    tree_from_state_dict,
-)
+from oracle import TRANSFORMER, oracle_velocity, pack, perturb, tree_from_state_dict
+from rounding import relative_l2
 
 from cosmos3_jax import rope
 from cosmos3_jax.attention import attention

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UniPCMultistepScheduler
-from oracle import relative_l2
+from rounding import relative_l2
 
 from cosmos3_jax import unipc
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
-from oracle import perturb, relative_l2, tree_from_state_dict
+from oracle import perturb, tree_from_state_dict
+from rounding import relative_l2
 
 from cosmos3_jax import video_vae, video_vae_modules
 from cosmos3_jax.checkpoint import rules

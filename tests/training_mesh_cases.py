@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from mesh_cases import COLLECTIVE, MODEL, collectives, random_params, relative_l2
+from mesh_cases import COLLECTIVE, MODEL, collectives, random_params
+from rounding import relative_l2
 from training_run import compiled
 
 from cosmos3_jax import lora, sharding
