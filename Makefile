@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 DEMO := outputs/demo.mp4
 PROMPT :=# of the demo: make demo PROMPT="..."; the command line's own if empty
 
-.PHONY: demo test gpu-test notebook lint format wheel-test clean
+.PHONY: demo test gpu-check notebook lint format wheel-test clean
 
 demo: export SENTENCE = $(PROMPT)
 demo: $(VENV)/.runtime  ## a video with sound from the embedded checkpoint
@@ -18,8 +18,8 @@ test: $(VENV)/.dev  ## every test that needs no GPU
 	$(BIN)/python -m pytest -q -m "not gpu" --numprocesses 2 --dist loadfile \
 		--no-loadscope-reorder
 
-gpu-test:  ## the tests that need a CUDA GPU, in the environment at hand
-	$(PYTHON) -m pytest -q -m gpu
+gpu-check:  ## the tests that need one CUDA GPU or two, whichever are there; says what was not run
+	$(PYTHON) -m pytest -q -m gpu --numprocesses 6 --dist worksteal --durations 10 -rs
 
 notebook: $(VENV)/.dev  ## execute notebooks/parity.ipynb from the top, in place
 	$(BIN)/python scripts/run_notebook.py notebooks/parity.ipynb

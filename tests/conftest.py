@@ -16,6 +16,9 @@ from cosmos3_jax import sound_vae, transformer, video_vae
 # here and in the processes that tests start; JAX reads them when it first needs a device.
 os.environ["XLA_FLAGS"] = f"{quick.FLAGS} {os.environ.get('XLA_FLAGS', '')}"
 
+# Where there is a GPU, torch and other processes need a share of it.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
 # At these sizes torch's second thread only waits for the first, and takes the core from others.
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that are started
 torch.set_num_threads(1)
@@ -58,6 +61,31 @@ def pytest_addoption(parser):
         action="store_true",
         help="print what tolerances stand on",
     )
+    parser.addoption(
+        "--dry", action="store_true", help="run GPU tests on the CPU: the same code, tiny sizes"
+    )
+
+
+@pytest.fixture(scope="session")
+def dry(pytestconfig) -> bool:
+    """Whether a GPU test runs on the CPU, to see that it still runs."""
+    return pytestconfig.getoption("--dry")
+
+
+def pytest_runtest_setup(item):
+    """A test marked `gpu(count)` runs on machines with as many GPUs, and is named on others.
+
+    With two GPUs or more, tests of one are left out: they cost as much there as on one.
+    """
+    marker = item.get_closest_marker("gpu")
+    if marker is None or item.config.getoption("--dry"):
+        return
+    needed = marker.kwargs.get("count", 1)
+    found = len(jax.devices()) if jax.default_backend() == "gpu" else 0
+    if found < needed:
+        pytest.skip(f"not run: needs {needed} GPU{'s' * (needed > 1)}, and there are {found}")
+    if needed == 1 < found:
+        pytest.skip("not run: needs one GPU, and is run on machines with one")
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -1,6 +1,4 @@
-"""What only a CUDA GPU can show: cuDNN attention, TF32 and the device's own cosines. Run with -m
-gpu.
-"""
+"""What only a CUDA GPU can show: attention kernels, TF32 and the device's own cosines."""
 
 import jax
 import jax.numpy as jnp
@@ -8,17 +6,27 @@ import numpy as np
 import pytest
 from rounding import relative_l2
 
+from cosmos3_jax import attention as attention_module
 from cosmos3_jax import flash_attention, rope, transformer, video_vae
-from cosmos3_jax.attention import _cudnn_attention, attention
+from cosmos3_jax.attention import attention
 from cosmos3_jax.config import TransformerConfig, VideoVAEConfig
 
 pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(autouse=True)
-def need_gpu():
-    if jax.default_backend() != "gpu":
-        pytest.skip("no GPU")
+def kernels(dry, monkeypatch):
+    """With --dry XLA's attention stands for cuDNN's, and for our kernel."""
+    if dry:
+        monkeypatch.setattr(attention_module, "_cudnn_attention", attention_module._xla_attention)
+
+
+def cudnn(*arguments):
+    return attention_module._cudnn_attention(*arguments)
+
+
+# Two roundings to bfloat16, of 1.7e-3 each on average.
+SAME_IN_BFLOAT16 = 5e-3
 
 
 def attention_inputs(media: int, text: int):
@@ -32,7 +40,7 @@ def attention_inputs(media: int, text: int):
 def masked(query, key, value, text_key, text_value, length):
     """One attention over all keys with a mask."""
     keys, values = (jnp.concatenate(pair, 1) for pair in ((key, text_key), (value, text_value)))
-    return _cudnn_attention(query, keys, values, key.shape[1] + length)
+    return cudnn(query, keys, values, key.shape[1] + length)
 
 
 def float32_rows(query, key, value, text_key, text_value, length, rows):
@@ -48,17 +56,19 @@ def float32_rows(query, key, value, text_key, text_value, length, rows):
 # Whole numbers of key and query blocks, and not; text that ends inside a block, and at its end.
 @pytest.mark.parametrize("media", [1024, 2880, 33089])
 @pytest.mark.parametrize("length", [1, 300, 512])
-def test_flash_attention_is_exact(media, length):
+def test_flash_attention_is_exact(media, length, dry):
+    media = media // 64 if dry else media
     arrays = attention_inputs(media, 512)
     lengths = jnp.array([length])
-    assert flash_attention.obstacle(arrays[0], arrays[1]) is None, "these tests need a Hopper GPU"
+    obstacle = flash_attention.obstacle(arrays[0], arrays[1])
+    assert dry or obstacle is None, "these tests need a Hopper GPU"
     ours = attention(*arrays[:3], text=(*arrays[3:], lengths))
-    cudnn = masked(*arrays, lengths)
+    library = masked(*arrays, lengths)
     rows = np.unique([*np.linspace(0, media - 1, 64, dtype=int), media - 2])
     exact = float32_rows(*arrays, length, rows)
     error = relative_l2(ours[:, rows], exact)
     # The same two roundings, of the probabilities and of the result; measured within 1%.
-    assert error <= 1.1 * relative_l2(cudnn[:, rows], exact)
+    assert error <= 1.1 * relative_l2(library[:, rows], exact)
     assert error < 5e-3
 
 
@@ -69,8 +79,8 @@ def test_flash_attention_of_peaked_logits():
     lengths = jnp.array([77])
     ours = attention(query, key, value, text=(*text, lengths))
     exact = float32_rows(query, key, value, *text, 77, np.arange(1000))
-    cudnn = masked(query, key, value, *text, lengths)
-    assert relative_l2(ours, exact) <= 1.1 * relative_l2(cudnn, exact)
+    library = masked(query, key, value, *text, lengths)
+    assert relative_l2(ours, exact) <= 1.1 * relative_l2(library, exact)
 
 
 def test_flash_attention_of_a_batch_and_under_vmap():
@@ -87,11 +97,14 @@ def test_flash_attention_of_a_batch_and_under_vmap():
             *(x[b : b + 1] for x in arrays[:3]),
             text=(*(x[b : b + 1] for x in arrays[3:]), lengths[b : b + 1]),
         )
-        assert (whole[b] == alone[0]).all() and (mapped[b] == alone).all()
+        # Every block of queries is computed alike, whatever the batch; XLA may fuse its scaling
+        # otherwise. Mixed-up lengths or text cost more than 0.1.
+        assert relative_l2(whole[b], alone[0]) <= SAME_IN_BFLOAT16
+        assert relative_l2(mapped[b], alone) <= SAME_IN_BFLOAT16
 
 
-def test_gradient_of_flash_attention():
-    arrays = attention_inputs(3001, 256)
+def test_gradient_of_flash_attention(dry):
+    arrays = attention_inputs(91 if dry else 3001, 256)
     lengths = jnp.array([100])
     weights = jax.random.normal(jax.random.key(9), arrays[0].shape, jnp.float32)
     gradient = jax.grad(
@@ -165,15 +178,16 @@ def test_float32_does_not_fall_to_tf32():
         out = transformer.velocity(params["gen"], config, condition, latents, 500)
         return out.video, out.sound, video_vae.decode(vae_params, vae, video)
 
-    on_gpu = jax.jit(run)()
+    on_gpu = jax.jit(run)()  # with --dry on the CPU, too
     with jax.default_device(jax.devices("cpu")[0]):
         on_cpu = jax.jit(run)()
     for ours, expected in zip(on_gpu, on_cpu, strict=True):
         assert relative_l2(ours, expected) < 2e-5  # float32; TF32 gives about 1e-3
 
 
-def test_attention_without_cudnn_refuses_what_cannot_fit():
+def test_attention_without_cudnn_refuses_what_cannot_fit(dry):
     query = jax.ShapeDtypeStruct((1, 44160, 32, 128), jnp.float32)
     key = jax.ShapeDtypeStruct((1, 44160, 8, 128), jnp.float32)
-    with pytest.raises(ValueError, match="dtype is float32, not bfloat16 or float16"):
+    reason = "device is a CPU" if dry else "dtype is float32, not bfloat16 or float16"
+    with pytest.raises(ValueError, match=reason):
         jax.eval_shape(attention, query, key, key)
