@@ -140,15 +140,18 @@ def checkpoint(tmp_path_factory):
 
 
 class Command:
-    """`cosmos3-jax generate` in a process of its own, with simulated devices."""
+    """`cosmos3-jax generate` in a process of its own, with simulated devices or on GPUs."""
 
-    def __init__(self, folder: Path, checkpoint: Path, devices: int, *options: str):
+    def __init__(self, folder: Path, checkpoint: Path, devices: int | str, *options: str):
+        """`devices`: how many to simulate, or the numbers of GPUs, "0,1"."""
         folder.mkdir()
         self.folder = folder
-        environment = os.environ | {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {quick.FLAGS}",
-            "COSMOS3_JAX_HEARTBEAT_SECONDS": "10",
-        }
+        if isinstance(devices, int):
+            flags = f"--xla_force_host_platform_device_count={devices} {quick.FLAGS}"
+            environment = {"XLA_FLAGS": flags}
+        else:
+            environment = {"CUDA_VISIBLE_DEVICES": devices}
+        environment = os.environ | {"COSMOS3_JAX_HEARTBEAT_SECONDS": "10"} | environment
         self.process = subprocess.Popen(
             [
                 sys.executable, "-m", "cosmos3_jax.cli", "generate", "--checkpoint", checkpoint,
@@ -171,7 +174,7 @@ def run(tmp_path, checkpoint):
     """Start commands; whatever happens, they end with the test."""
     started = []
 
-    def run(name: str, devices: int, *options: str) -> Command:
+    def run(name: str, devices: int | str, *options: str) -> Command:
         started.append(Command(tmp_path / name, checkpoint, devices, *options))
         return started[-1]
 
@@ -181,20 +184,32 @@ def run(tmp_path, checkpoint):
         command.process.wait()
 
 
-def run_two(run, *options: str, each: tuple = ((), ())) -> list[Command]:
-    """Two processes of four devices each, with the same options, and `each` its own."""
+def run_two(run, *options: str, each: tuple = ((), ()), devices=(4, 4)) -> list[Command]:
+    """Two processes, by default of four devices each; with the same options, and `each` its own."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     together = ("--coordinator", f"localhost:{port}", "--processes", "2", *options)
-    return [run(str(i), 4, *together, "--process-id", str(i), *each[i]) for i in range(2)]
+    return [
+        run(str(i), devices[i], *together, "--process-id", str(i), *each[i]) for i in range(2)
+    ]
 
 
-def test_two_processes_make_the_video_of_one(run):
-    """Of weights that no device has whole, and tokens that are on both sides."""
-    two = run_two(run, "--mesh", "cfg=2,seq=2,fsdp=2")
+@pytest.mark.parametrize(
+    "mesh, devices",
+    [
+        pytest.param("cfg=2,seq=2,fsdp=2", (4, 4, 1), id="simulated"),
+        pytest.param("fsdp=2", ("0", "1", "0"), id="GPUs", marks=pytest.mark.gpu(count=2)),
+    ],
+)
+def test_two_processes_make_the_video_of_one(run, mesh, devices):
+    """Of weights that no device has whole, and tokens that are on both sides. `devices` of the
+    two, and of the one.
+    """
+    settings = ("--dtype", "float32", "--mesh")
+    two = run_two(run, *settings, mesh, devices=devices[:2])
     assert [command.wait() for command in two] == [0, 0], two[0].log() + two[1].log()
-    one = run("one", 1)
+    one = run("one", devices[2], *settings, "data=1")
     assert one.wait() == 0, one.log()
     written = [sorted(path.name for path in command.folder.iterdir()) for command in two]
     assert written == [["latents.npz", "log", "out.json", "out.mp4"], ["log"]]
