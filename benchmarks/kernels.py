@@ -22,8 +22,8 @@ from jax import Array
 from jax._src.cudnn.fused_attention_stablehlo import MaskType
 from jax._src.cudnn.fused_attention_stablehlo import dot_product_attention as cudnn_attention
 
-from cosmos3_jax.bench_measure import environment
-from cosmos3_jax.flash_attention import flash_attention
+from cosmos3_jax.cli.bench_measure import environment
+from cosmos3_jax.models.flash_attention import flash_attention
 
 TOKENS = {"720p": 44160, "480p": 18720, "256p": 5760}  # 256p: both guidance branches as one batch
 GEMMS = {"qkv": (4096, 6144), "out": (4096, 4096), "gate_up": (4096, 24576), "down": (12288, 4096)}

@@ -2,7 +2,7 @@
 
 import sys
 
-from cosmos3_jax.cli import main
+from cosmos3_jax.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(["convert", *sys.argv[1:]]))

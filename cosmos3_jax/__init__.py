@@ -1,12 +1,12 @@
 """Cosmos3 generation in JAX/Flax: a prompt becomes an image or a video, also with sound, also from
 an image or a video."""
 
-from cosmos3_jax.generate import generate
-from cosmos3_jax.media import save_image, save_mp4
+from cosmos3_jax.io.media import save_image, save_mp4
+from cosmos3_jax.models.sound_vae import sound_latent_length
+from cosmos3_jax.models.video_vae import pixel_to_latent_shape
 from cosmos3_jax.pipeline import Cosmos3
-from cosmos3_jax.request import T2VRequest
-from cosmos3_jax.sound_vae import sound_latent_length
-from cosmos3_jax.video_vae import pixel_to_latent_shape
+from cosmos3_jax.sampling.generate import generate
+from cosmos3_jax.sampling.request import T2VRequest
 
 __version__ = "0.1.0"
 

@@ -20,15 +20,16 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from cosmos3_jax import device, lora_files, memory, memory_limits
-from cosmos3_jax.checkpoint import load
+from cosmos3_jax.checkpoint import load, lora_files
+from cosmos3_jax.checkpoint.frontend import find_checkpoint, load_frontend
+from cosmos3_jax.checkpoint.lora import merge_on_read
 from cosmos3_jax.config import Config
-from cosmos3_jax.frontend import find_checkpoint, load_frontend
-from cosmos3_jax.generate import params_dtype
-from cosmos3_jax.lora import merge_on_read
-from cosmos3_jax.mesh import Meshes, ambient, reachable
-from cosmos3_jax.prepare import TEXT_BUCKET, prepare_request
-from cosmos3_jax.programs import (
+from cosmos3_jax.io.prepare import TEXT_BUCKET, prepare_request
+from cosmos3_jax.io.prompt import Tokenizer, pad_token_ids
+from cosmos3_jax.parallel import device
+from cosmos3_jax.parallel.mesh import Meshes, ambient, reachable
+from cosmos3_jax.runtime import memory, memory_limits
+from cosmos3_jax.runtime.programs import (
     compile_for,
     decode_sound,
     decode_video,
@@ -40,10 +41,10 @@ from cosmos3_jax.programs import (
     sample_latents,
     text_request,
 )
-from cosmos3_jax.progress import compile_with_bar, sample_with_bar
-from cosmos3_jax.prompt import Tokenizer, pad_token_ids
-from cosmos3_jax.request import T2VRequest
-from cosmos3_jax.weights import Weights
+from cosmos3_jax.runtime.progress import compile_with_bar, sample_with_bar
+from cosmos3_jax.runtime.weights import Weights
+from cosmos3_jax.sampling.generate import params_dtype
+from cosmos3_jax.sampling.request import T2VRequest
 
 
 def _settings_of(function: Callable) -> Callable[[Callable], Callable]:

@@ -21,7 +21,7 @@ from diffusers import Cosmos3OmniPipeline, UniPCMultistepScheduler
 
 from convert.verify import reference
 from cosmos3_jax.checkpoint.load import load_config
-from cosmos3_jax.request import T2VRequest
+from cosmos3_jax.sampling.request import T2VRequest
 
 
 class RecordingScheduler(UniPCMultistepScheduler):

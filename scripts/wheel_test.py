@@ -13,9 +13,9 @@ import venv
 import zipfile
 from pathlib import Path
 
+from cosmos3_jax.checkpoint.frontend import TINY, find_checkpoint
 from cosmos3_jax.checkpoint.load import load_config
-from cosmos3_jax.frontend import TINY, find_checkpoint
-from cosmos3_jax.media import probe
+from cosmos3_jax.io.media import probe
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -10,7 +10,7 @@ import quick
 import torch
 from oracle import load_pipeline, save_pipeline
 
-from cosmos3_jax import sound_vae, transformer, video_vae
+from cosmos3_jax.models import sound_vae, transformer, video_vae
 
 # Most of the time of most tests goes into machine code that runs for milliseconds. These flags hold
 # here and in the processes that tests start; JAX reads them when it first needs a device.

@@ -1,6 +1,6 @@
 """What `test_sharding.py` asks of eight simulated devices, run in a process that has them.
 
-It prints one JSON object: the result of each case, by its name. Axes as in `cosmos3_jax.generate`.
+It prints one JSON object: the result of each case, by its name. Axes as in `cosmos3_jax.sampling.generate`.
 """
 
 import json
@@ -17,18 +17,13 @@ import numpy as np
 import quick
 from rounding import relative_l2
 
-from cosmos3_jax import (
-    Cosmos3,
-    T2VRequest,
-    generate,
-    random_checkpoint,
-    sharding,
-    transformer,
-    unipc,
-    video_vae,
-)
+from cosmos3_jax import Cosmos3, T2VRequest, generate
+from cosmos3_jax.checkpoint import random_checkpoint
 from cosmos3_jax.config import Config, TransformerConfig, VideoVAEConfig
-from cosmos3_jax.mesh import Meshes, make_mesh, parse_mesh
+from cosmos3_jax.models import transformer, video_vae
+from cosmos3_jax.parallel import sharding
+from cosmos3_jax.parallel.mesh import Meshes, make_mesh, parse_mesh
+from cosmos3_jax.sampling import unipc
 
 MODEL = TransformerConfig(
     hidden_size=80, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4, head_dim=16,

@@ -18,7 +18,7 @@ from diffusers import (
 from transformers import AutoTokenizer
 
 from cosmos3_jax.checkpoint import rules
-from cosmos3_jax.tiny_tokenizer import write_tokenizer
+from cosmos3_jax.checkpoint.tiny_tokenizer import write_tokenizer
 
 
 def tree_from_state_dict(layout: rules.Layout, state_dict, shapes) -> dict:

@@ -12,19 +12,24 @@ import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.extend.core import jaxprs_in_params
 
-from cosmos3_jax import (
+from cosmos3_jax.cli import (
     bench,
     bench_inputs,
     bench_measure,
-    cli,
-    device,
-    sound_vae,
-    transformer,
-    video_vae,
 )
-from cosmos3_jax.config import Config, SoundVAEConfig, TransformerConfig, VideoVAEConfig
-from cosmos3_jax.generate import encode_conditions, sample_latents
+from cosmos3_jax.cli import (
+    main as cli,
+)
+from cosmos3_jax.config import (
+    Config,
+    SoundVAEConfig,
+    TransformerConfig,
+    VideoVAEConfig,
+)
+from cosmos3_jax.models import sound_vae, transformer, video_vae
+from cosmos3_jax.parallel import device
 from cosmos3_jax.pipeline import Cosmos3
+from cosmos3_jax.sampling.generate import encode_conditions, sample_latents
 
 # Every number that enters the count of the arithmetic is another one.
 CONFIG = Config(
@@ -306,7 +311,7 @@ def test_the_command_line_end_to_end(tmp_path, capsys, monkeypatch):
 
 def test_each_size_is_written_when_it_is_done(tmp_path, capsys, monkeypatch):
     """Random weights of Nano's sizes, in words: nothing is made of them here."""
-    monkeypatch.setattr("cosmos3_jax.attention.default_device", device.PlannedGPU)
+    monkeypatch.setattr("cosmos3_jax.models.attention.default_device", device.PlannedGPU)
     out, done = tmp_path / "a.json", []
 
     def stop_at_the_second(config, params, job):

@@ -23,7 +23,7 @@ from huggingface_hub.utils import filter_repo_objects
 from cosmos3_jax import Cosmos3
 from cosmos3_jax.checkpoint import files, load, rules
 from cosmos3_jax.checkpoint.rules import CheckpointError
-from cosmos3_jax.transformer import unstack_layers
+from cosmos3_jax.models.transformer import unstack_layers
 
 INDEX = f"{PUBLIC}.safetensors.index.json"
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16  # of the oracle's small transformer, whose last layer is 2

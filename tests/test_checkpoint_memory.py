@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from checkpoint_files import link_checkpoint, update_json, write_tensors
 
-from cosmos3_jax import transformer
 from cosmos3_jax.checkpoint.rules import leaf_shapes
 from cosmos3_jax.checkpoint.transformer_layout import transformer_layout
 from cosmos3_jax.config import TransformerConfig
+from cosmos3_jax.models import transformer
 
 MEBIBYTE = 2**20
 WIDE = dict(

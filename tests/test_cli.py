@@ -18,8 +18,13 @@ import pytest
 from PIL import Image
 
 import cosmos3_jax
-from cosmos3_jax import Cosmos3, cli, device, media, memory, pipeline, unipc
-from cosmos3_jax.generate import encode_conditions
+from cosmos3_jax import Cosmos3, pipeline
+from cosmos3_jax.cli import main as cli
+from cosmos3_jax.io import media
+from cosmos3_jax.parallel import device
+from cosmos3_jax.runtime import memory
+from cosmos3_jax.sampling import unipc
+from cosmos3_jax.sampling.generate import encode_conditions
 
 # The smallest video with sound of the random checkpoint that has an odd latent height and width.
 RANDOM = ["--checkpoint", "random"]
@@ -615,7 +620,7 @@ def test_compiled_programs_are_kept(made, tmp_path):
     assert "sample_latents" in names and "decode_video" in names
     other = tmp_path / "other"
     arguments = [*SMALL, "--out", str(tmp_path / "a.mp4"), "--overwrite"]
-    command = [sys.executable, "-m", "cosmos3_jax.cli", *arguments]
+    command = [sys.executable, "-m", "cosmos3_jax.cli.main", *arguments]
     environment = dict(os.environ, JAX_COMPILATION_CACHE_DIR=str(other))
     off = [*command, "--no-compilation-cache"]
     done = subprocess.run(off, capture_output=True, text=True, env=environment)
@@ -656,7 +661,7 @@ def test_what_jax_is_told_goes_before_our_cache_settings(tmp_path, given, expect
 def test_a_terminals_programs_are_kept_too(tmp_path):
     """The loop under a progress bar, as the command line runs it in a terminal."""
     arguments = [*SMALL, "--out", str(tmp_path / "a.mp4")]
-    command = [sys.executable, "-m", "cosmos3_jax.cli", *arguments]
+    command = [sys.executable, "-m", "cosmos3_jax.cli.main", *arguments]
     environment = dict(os.environ, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "xla"))
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # a step compiles fast
     ours, theirs = pty.openpty()

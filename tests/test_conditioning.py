@@ -13,14 +13,16 @@ from oracle import NEGATIVE, PROMPT, SETTINGS, prepare, run_oracle
 from PIL import Image
 from rounding import relative_l2
 
-from cosmos3_jax import Cosmos3, generate, media, pipeline, programs
-from cosmos3_jax.conditioning import (
+from cosmos3_jax import Cosmos3, generate, pipeline
+from cosmos3_jax.io import media
+from cosmos3_jax.io.conditioning import (
     clip_pixels,
     image_pixels,
     resize_and_crop,
     resolve_condition_frames,
 )
-from cosmos3_jax.prepare import prepare_request
+from cosmos3_jax.io.prepare import prepare_request
+from cosmos3_jax.runtime import programs
 
 HEIGHT, WIDTH = SETTINGS["height"], SETTINGS["width"]
 # Relative L2 distance of latents from the oracle's. Measured: at most 1.4e-6, float32 rounding that

@@ -20,11 +20,12 @@ from checkpoint_files import (
 )
 from safetensors import safe_open
 
-from cosmos3_jax import Cosmos3, cli
+from cosmos3_jax import Cosmos3
 from cosmos3_jax.checkpoint import convert, load
 from cosmos3_jax.checkpoint.convert import convert_checkpoint
 from cosmos3_jax.checkpoint.rules import CheckpointError
-from cosmos3_jax.transformer import unstack_layers
+from cosmos3_jax.cli import main as cli
+from cosmos3_jax.models.transformer import unstack_layers
 
 ROOT = Path(__file__).parents[1]
 SHARD_BYTES = 200_000  # several shards for each component of the small checkpoints

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cosmos3_jax import attention as attention_module
-from cosmos3_jax import bench, bench_inputs, flash_attention
-from cosmos3_jax.attention import attention
+from cosmos3_jax.cli import bench, bench_inputs
 from cosmos3_jax.config import Config
-from cosmos3_jax.generate import encode_conditions, sample_latents
+from cosmos3_jax.models import attention as attention_module
+from cosmos3_jax.models import flash_attention
+from cosmos3_jax.models.attention import attention
+from cosmos3_jax.sampling.generate import encode_conditions, sample_latents
 
 
 def arrays(queries, keys, dtype=jnp.bfloat16, head_dim=128):

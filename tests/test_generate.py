@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rounding import relative_l2
 
-from cosmos3_jax import Cosmos3, T2VRequest, generate, unipc
-from cosmos3_jax.request import initial_noise
+from cosmos3_jax import Cosmos3, T2VRequest, generate
+from cosmos3_jax.sampling import unipc
+from cosmos3_jax.sampling.request import initial_noise
 
 # The package's name `generate` is the function; the module has to be asked for.
-module = importlib.import_module("cosmos3_jax.generate")
+module = importlib.import_module("cosmos3_jax.sampling.generate")
 
 # Odd latent height and width, (3, 3, 5), and sound; short prompts, which share one padding bucket.
 SETTINGS = dict(

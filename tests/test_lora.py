@@ -29,15 +29,23 @@ from training_run import (
     make_batch,
 )
 
-from cosmos3_jax import Cosmos3, bench_inputs, cli, lora, lora_files
+from cosmos3_jax import Cosmos3
+from cosmos3_jax.checkpoint import lora, lora_files
 from cosmos3_jax.checkpoint.rules import CheckpointError, leaf_shapes
 from cosmos3_jax.checkpoint.transformer_layout import transformer_layout
-from cosmos3_jax.cli_generate import _lora
+from cosmos3_jax.cli import bench_inputs
+from cosmos3_jax.cli import main as cli
+from cosmos3_jax.cli.generate import _lora
+from cosmos3_jax.models.transformer import (
+    Latents,
+    encode_condition,
+    param_shapes,
+    unstack_layers,
+)
+from cosmos3_jax.models.transformer import velocity as our_velocity
 from cosmos3_jax.training.flow import Batch
 from cosmos3_jax.training.params import cast_params
 from cosmos3_jax.training.step import TrainOptions, init_state, train_step
-from cosmos3_jax.transformer import Latents, encode_condition, param_shapes, unstack_layers
-from cosmos3_jax.transformer import velocity as our_velocity
 
 # Two float32 implementations that sum in different orders; measured 9.4e-7 at most.
 TOLERANCE = 1e-5

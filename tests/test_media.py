@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cosmos3_jax import media
+from cosmos3_jax.io import media
 
 RATE = 48_000
 PATCHES = np.array(

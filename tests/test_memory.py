@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from cosmos3_jax import bench, bench_inputs, device, memory, memory_limits
+from cosmos3_jax.cli import bench, bench_inputs
 from cosmos3_jax.config import Config
-from cosmos3_jax.device import PlannedGPU
-from cosmos3_jax.generate import encode_conditions, sample_latents
+from cosmos3_jax.parallel import device
+from cosmos3_jax.parallel.device import PlannedGPU
+from cosmos3_jax.runtime import memory, memory_limits
+from cosmos3_jax.sampling.generate import encode_conditions, sample_latents
 
 NANO = Config()
 GIB = 2**30

@@ -16,10 +16,14 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from oracle import NEGATIVE, PROMPT, SETTINGS, load_pipeline, prepare, run_oracle
 from rounding import relative_l2
 
-from cosmos3_jax import Cosmos3, device, generate, media, pipeline, progress, unipc
-from cosmos3_jax.memory_limits import OutOfDeviceMemory
-from cosmos3_jax.prepare import prepare_request
-from cosmos3_jax.prompt import PROMPT_STYLES
+from cosmos3_jax import Cosmos3, generate, pipeline
+from cosmos3_jax.io import media
+from cosmos3_jax.io.prepare import prepare_request
+from cosmos3_jax.io.prompt import PROMPT_STYLES
+from cosmos3_jax.parallel import device
+from cosmos3_jax.runtime import progress
+from cosmos3_jax.runtime.memory_limits import OutOfDeviceMemory
+from cosmos3_jax.sampling import unipc
 
 # Relative L2 distance from the oracle. Measured: at most 2e-6 in latents, 1.2e-6 in pixels, 3e-7
 # in waveforms.
@@ -671,7 +675,7 @@ def test_a_progress_bar_changes_nothing(model, monkeypatch, given, one_batch, se
     """One program a step or one for all: float32 rounding, measured 1.1e-6, if they differ."""
     request = prepare(model, **settings)
     if not one_batch:  # a setting that no program's key has
-        module = importlib.import_module("cosmos3_jax.generate")
+        module = importlib.import_module("cosmos3_jax.sampling.generate")
         monkeypatch.setattr(module, "ONE_BATCH_TOKENS", 0)
         jax.clear_caches()
     if given:

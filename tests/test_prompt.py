@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from cosmos3_jax import prompt as prompts
+from cosmos3_jax.checkpoint.tiny_tokenizer import SPECIAL_TOKENS, write_tokenizer
 from cosmos3_jax.config import ConfigError
-from cosmos3_jax.tiny_tokenizer import SPECIAL_TOKENS, write_tokenizer
+from cosmos3_jax.io import prompt as prompts
 
 # A real checkpoint's text_tokenizer/, to be compared as well.
 REAL = os.environ.get("COSMOS3_TOKENIZER")

@@ -16,8 +16,9 @@ from checkpoint_files import assert_same_folder, contents, read_tensors
 from oracle import load_pipeline
 from safetensors import safe_open
 
-from cosmos3_jax import Cosmos3, cli, pipeline, random_checkpoint
-from cosmos3_jax.checkpoint import load
+from cosmos3_jax import Cosmos3, pipeline
+from cosmos3_jax.checkpoint import load, random_checkpoint
+from cosmos3_jax.cli import main as cli
 
 
 @pytest.fixture(scope="module")

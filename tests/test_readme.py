@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cosmos3_jax import cli, media
+from cosmos3_jax.cli import main as cli
+from cosmos3_jax.io import media
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")

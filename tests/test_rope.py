@@ -14,8 +14,8 @@ from diffusers.pipelines.cosmos.pipeline_cosmos3_omni import (
 )
 from rounding import relative_l2
 
-from cosmos3_jax import rope
 from cosmos3_jax.config import TransformerConfig
+from cosmos3_jax.models import rope
 
 NANO = TransformerConfig()
 STEADY = TransformerConfig(enable_fps_modulation=False)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cosmos3_jax import bench_inputs
+from cosmos3_jax.cli import bench_inputs
 from cosmos3_jax.config import Config
 
 

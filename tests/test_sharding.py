@@ -11,8 +11,8 @@ import jax
 import numpy as np
 import pytest
 
-from cosmos3_jax import mesh, random_checkpoint, sharding
-from cosmos3_jax.checkpoint import load
+from cosmos3_jax.checkpoint import load, random_checkpoint
+from cosmos3_jax.parallel import mesh, sharding
 
 import mesh_cases  # isort: skip
 

@@ -16,10 +16,10 @@ from diffusers import Cosmos3AVAEAudioTokenizer
 from oracle import perturb, tree_from_state_dict
 from rounding import relative_l2
 
-from cosmos3_jax import sound_vae
 from cosmos3_jax.checkpoint import rules
 from cosmos3_jax.checkpoint.sound_vae_layout import sound_vae_layout
 from cosmos3_jax.config import SoundVAEConfig
+from cosmos3_jax.models import sound_vae
 
 SMALL = {"dec_dim": 8, "enc_dim": 8, "vocoder_input_dim": 4, "enc_latent_dim": 8}
 CONFIG = SoundVAEConfig(**SMALL)

@@ -19,7 +19,9 @@ from rounding import relative_l2
 from safetensors import safe_open
 
 import cosmos3_jax
-from cosmos3_jax import Cosmos3, cli, frontend
+from cosmos3_jax import Cosmos3
+from cosmos3_jax.checkpoint import frontend
+from cosmos3_jax.cli import main as cli
 from cosmos3_jax.training.params import load_towers
 from examples.tiny import assemble, grammar, judge
 

@@ -21,13 +21,15 @@ from PIL import Image
 from rounding import relative_l2
 from transformers import AutoTokenizer, Qwen2TokenizerFast
 
-from cosmos3_jax import Cosmos3, lora_files, sound_vae, video_vae
+from cosmos3_jax import Cosmos3
+from cosmos3_jax.checkpoint import lora_files
+from cosmos3_jax.checkpoint.frontend import load_frontend
 from cosmos3_jax.config import TransformerConfig
-from cosmos3_jax.frontend import load_frontend
-from cosmos3_jax.prepare import prepare_request
-from cosmos3_jax.prompt import Tokenizer
+from cosmos3_jax.io.prepare import prepare_request
+from cosmos3_jax.io.prompt import Tokenizer
+from cosmos3_jax.models import sound_vae, video_vae
+from cosmos3_jax.models.transformer import param_shapes
 from cosmos3_jax.training.params import load_towers
-from cosmos3_jax.transformer import param_shapes
 from examples.tiny import (
     assemble,
     curves,

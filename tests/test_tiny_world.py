@@ -10,7 +10,7 @@ import re
 import numpy as np
 import pytest
 
-from cosmos3_jax import media
+from cosmos3_jax.io import media
 from examples.tiny import clips as cl
 from examples.tiny import grammar, judge, judge_check, sheets, sight, world
 from examples.tiny import scenes as sc

@@ -39,16 +39,18 @@ from training_run import (
     start,
 )
 
-from cosmos3_jax import Cosmos3, attention, mesh
+from cosmos3_jax import Cosmos3
 from cosmos3_jax.checkpoint import load
+from cosmos3_jax.checkpoint.export import write_public_checkpoint
 from cosmos3_jax.checkpoint.rules import CheckpointError
 from cosmos3_jax.checkpoint.transformer_layout import transformer_layout
+from cosmos3_jax.models import attention
+from cosmos3_jax.models.transformer import Latents, param_shapes, unstack_layers
+from cosmos3_jax.parallel import mesh
 from cosmos3_jax.training import flow, placement
 from cosmos3_jax.training.checkpoints import Checkpoints
-from cosmos3_jax.training.export import write_public_checkpoint
 from cosmos3_jax.training.params import cast_params, join_params, split_params
 from cosmos3_jax.training.step import TrainOptions, TrainState, train_step
-from cosmos3_jax.transformer import Latents, param_shapes, unstack_layers
 
 
 @functools.cache

@@ -14,8 +14,8 @@ import torch
 from diffusers import AutoencoderKLWan, Cosmos3AVAEAudioTokenizer
 from rounding import relative_l2
 
-from cosmos3_jax import sound_vae, video_vae, video_vae_modules
 from cosmos3_jax.config import SoundVAEConfig, VideoVAEConfig
+from cosmos3_jax.models import sound_vae, video_vae, video_vae_modules
 from cosmos3_jax.training import autoencoders as ae
 from examples.tiny import autoencoder_check, grammar, train_autoencoders, world
 from examples.tiny import scenes as sc

@@ -20,13 +20,13 @@ from diffusers.models.normalization import RMSNorm as OracleRMSNorm
 from oracle import TRANSFORMER, oracle_velocity, pack, perturb, tree_from_state_dict
 from rounding import relative_l2
 
-from cosmos3_jax import rope
-from cosmos3_jax.attention import attention
 from cosmos3_jax.checkpoint import rules
 from cosmos3_jax.checkpoint.transformer_layout import transformer_layout
 from cosmos3_jax.config import TransformerConfig
-from cosmos3_jax.layers import RMSNorm, TimestepEmbedding
-from cosmos3_jax.transformer import (
+from cosmos3_jax.models import rope
+from cosmos3_jax.models.attention import attention
+from cosmos3_jax.models.layers import RMSNorm, TimestepEmbedding
+from cosmos3_jax.models.transformer import (
     Latents,
     encode_condition,
     param_shapes,

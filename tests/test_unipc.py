@@ -10,7 +10,7 @@ import torch
 from diffusers import UniPCMultistepScheduler
 from rounding import relative_l2
 
-from cosmos3_jax import unipc
+from cosmos3_jax.sampling import unipc
 
 # diffusers computes each coefficient in float32 and we in float64; the difference grows with the
 # steps. Measured: at most 1.7e-6 over every K and schedule below.

@@ -18,10 +18,16 @@ from checkpoint_files import CONVERTED, link_checkpoint, read_tensors, replace_f
 from safetensors.numpy import save
 
 from convert.verify import autoencoders, cli, transformer_inputs, transformer_ours
-from cosmos3_jax import attention, rope, transformer, unipc, video_vae_modules
 from cosmos3_jax.checkpoint import rules, transformer_layout
 from cosmos3_jax.checkpoint.convert import convert_checkpoint
 from cosmos3_jax.config import VideoVAEConfig
+from cosmos3_jax.models import (
+    attention,
+    rope,
+    transformer,
+    video_vae_modules,
+)
+from cosmos3_jax.sampling import unipc
 
 
 @pytest.fixture(scope="module", autouse=True)

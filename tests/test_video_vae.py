@@ -16,10 +16,10 @@ from diffusers import AutoencoderKLWan
 from oracle import perturb, tree_from_state_dict
 from rounding import relative_l2
 
-from cosmos3_jax import video_vae, video_vae_modules
 from cosmos3_jax.checkpoint import rules
 from cosmos3_jax.checkpoint.video_vae_layout import video_vae_layout
 from cosmos3_jax.config import VideoVAEConfig
+from cosmos3_jax.models import video_vae, video_vae_modules
 
 NANO = VideoVAEConfig()
 CONFIG = VideoVAEConfig(

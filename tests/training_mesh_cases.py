@@ -20,13 +20,19 @@ from mesh_cases import COLLECTIVE, MODEL, collectives, random_params
 from rounding import relative_l2
 from training_run import compiled
 
-from cosmos3_jax import lora, sharding
-from cosmos3_jax.mesh import make_mesh, parse_mesh
+from cosmos3_jax.checkpoint import lora
+from cosmos3_jax.models.transformer import param_shapes
+from cosmos3_jax.parallel import sharding
+from cosmos3_jax.parallel.mesh import make_mesh, parse_mesh
 from cosmos3_jax.training import flow, placement
 from cosmos3_jax.training.checkpoints import Checkpoints
 from cosmos3_jax.training.params import join_params, split_params
-from cosmos3_jax.training.step import TrainOptions, TrainState, init_state, train_step
-from cosmos3_jax.transformer import param_shapes
+from cosmos3_jax.training.step import (
+    TrainOptions,
+    TrainState,
+    init_state,
+    train_step,
+)
 
 EXAMPLES, TEXT, STEPS = 8, 8, 2
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))

@@ -17,9 +17,10 @@ from convert.verify import reference
 from convert.verify.autoencoder_names import arrange, make_witness, modules_with_weights
 from convert.verify.compare import Outcome, Pool
 from convert.verify.witness import Found, Witness, merge
-from cosmos3_jax import programs, sound_vae, video_vae, video_vae_modules
 from cosmos3_jax.checkpoint.load import Component, load_params
 from cosmos3_jax.config import SoundVAEConfig, VideoVAEConfig
+from cosmos3_jax.models import sound_vae, video_vae, video_vae_modules
+from cosmos3_jax.runtime import programs
 
 # Latents: odd and oblong; and two frames after the first, which is a kind of its own.
 GRID = (3, 3, 5)

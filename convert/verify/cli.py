@@ -20,8 +20,7 @@ import jax
 
 from convert.verify import report as reports
 from convert.verify.compare import Outcome, keeping, one_line
-from cosmos3_jax import frontend
-from cosmos3_jax.checkpoint import load
+from cosmos3_jax.checkpoint import frontend, load
 from cosmos3_jax.checkpoint.files import TensorFiles
 from cosmos3_jax.checkpoint.load import Component
 from cosmos3_jax.config import Config

@@ -14,10 +14,10 @@ from diffusers import Cosmos3OmniPipeline, UniPCMultistepScheduler
 from convert.verify import reference
 from convert.verify.compare import Outcome, Place, Pool
 from cosmos3_jax import Cosmos3
+from cosmos3_jax.checkpoint.frontend import load_frontend
 from cosmos3_jax.checkpoint.load import load_params, open_components
 from cosmos3_jax.config import Config
-from cosmos3_jax.frontend import load_frontend
-from cosmos3_jax.prompt import encode_prompts, resolve_prompts
+from cosmos3_jax.io.prompt import encode_prompts, resolve_prompts
 
 PROMPTS = (
     ("A red ball rolls down a hill.", "blurry"),

@@ -7,9 +7,9 @@ import torch
 from diffusers import UniPCMultistepScheduler
 
 from convert.verify.compare import FLOAT32, Outcome, Place, Pool, relative_l2
-from cosmos3_jax import unipc
 from cosmos3_jax.config import Config
-from cosmos3_jax.prepare import resolve_sigmas
+from cosmos3_jax.io.prepare import resolve_sigmas
+from cosmos3_jax.sampling import unipc
 
 STEPS = (1, 2, 5, 35)
 SHIFT = 10.0

@@ -15,7 +15,7 @@ from convert.verify.transformer_inputs import Case, alone, watched
 from convert.verify.transformer_layer import compare_tables, one_example
 from convert.verify.transformer_theirs import Side, arguments
 from convert.verify.witness import Found, Operation, Recording, Witness
-from cosmos3_jax.transformer import patch_grid
+from cosmos3_jax.models.transformer import patch_grid
 
 BEFORE = {  # our modules before the layers, and after
     "embed": Operation(("embed_tokens",)),

@@ -19,8 +19,8 @@ from convert.verify.autoencoder_names import modules_with_weights
 from convert.verify.compare import ALIKE, relative_l2
 from convert.verify.transformer_ours import Stream
 from convert.verify.witness import Found, Operation, Recording, Witness
-from cosmos3_jax import rope, transformer
 from cosmos3_jax.config import TransformerConfig
+from cosmos3_jax.models import rope, transformer
 
 PADDING = 9.0  # what stands behind a prompt's keys and values, and is not to be read
 

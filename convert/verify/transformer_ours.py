@@ -18,9 +18,9 @@ from flax import struct
 from jax import Array
 
 from convert.verify.transformer_inputs import Case
-from cosmos3_jax import rope, transformer
 from cosmos3_jax.checkpoint.load import Component
 from cosmos3_jax.config import TransformerConfig
+from cosmos3_jax.models import rope, transformer
 
 
 class Parameters:

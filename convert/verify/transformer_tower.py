@@ -17,8 +17,8 @@ from convert.verify import reference
 from convert.verify.compare import FLOAT32, Place, relative_l2
 from convert.verify.transformer_inputs import Case, alone, watched
 from convert.verify.transformer_theirs import Side, arguments
-from cosmos3_jax import transformer
 from cosmos3_jax.config import TransformerConfig
+from cosmos3_jax.models import transformer
 
 DEPTH = 3  # the least at which two text layers are stacked and another one ends them
 LEAST = 2  # a text tower has a stack and a last layer

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from cosmos3_jax import sharding, sound_vae, transformer, video_vae
 from cosmos3_jax.checkpoint.files import FLOAT_DTYPES, TensorFiles, has_tensors
 from cosmos3_jax.checkpoint.place import Piece, compile_placing, place_pieces
 from cosmos3_jax.checkpoint.rules import (
@@ -40,6 +39,8 @@ from cosmos3_jax.config import (
     TransformerConfig,
     VideoVAEConfig,
 )
+from cosmos3_jax.models import sound_vae, transformer, video_vae
+from cosmos3_jax.parallel import sharding
 
 PUBLIC_STEM, CONVERTED_STEM = "diffusion_pytorch_model", "params"
 RECIPE_FILE = "cosmos3_recipe.json"

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from cosmos3_jax import sound_vae, video_vae
 from cosmos3_jax.config import SoundVAEConfig, VideoVAEConfig
+from cosmos3_jax.models import sound_vae, video_vae
 
 Params = dict[str, Any]
 

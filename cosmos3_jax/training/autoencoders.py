@@ -20,10 +20,10 @@ from einops import reduce
 from flax import linen as nn
 from jax import Array
 
-from cosmos3_jax import sound_vae, video_vae
 from cosmos3_jax.config import SoundVAEConfig, VideoVAEConfig
-from cosmos3_jax.layers import precision
-from cosmos3_jax.video_vae_modules import Convolution
+from cosmos3_jax.models import sound_vae, video_vae
+from cosmos3_jax.models.layers import precision
+from cosmos3_jax.models.video_vae_modules import Convolution
 
 Params = dict[str, Any]
 SMOOTH = 1e-3  # where the absolute value of a pixel error turns into its square

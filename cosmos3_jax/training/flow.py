@@ -16,8 +16,8 @@ from flax import struct
 from jax import Array
 
 from cosmos3_jax.config import TransformerConfig
-from cosmos3_jax.transformer import Latents, encode_condition, velocity
-from cosmos3_jax.unipc import NUM_TRAIN_TIMESTEPS
+from cosmos3_jax.models.transformer import Latents, encode_condition, velocity
+from cosmos3_jax.sampling.unipc import NUM_TRAIN_TIMESTEPS
 
 
 @struct.dataclass

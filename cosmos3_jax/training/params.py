@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from cosmos3_jax.checkpoint import load
+from cosmos3_jax.checkpoint.frontend import find_checkpoint
+from cosmos3_jax.checkpoint.names import find
 from cosmos3_jax.checkpoint.rules import leaf_shapes
 from cosmos3_jax.checkpoint.transformer_layout import transformer_layout
 from cosmos3_jax.config import Config, TransformerConfig
-from cosmos3_jax.frontend import find_checkpoint
-from cosmos3_jax.names import find
 
 TOWERS = ("und", "gen")
 

@@ -17,8 +17,8 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from cosmos3_jax import sharding
-from cosmos3_jax.sharding import PROMPTS, WEIGHTS
+from cosmos3_jax.parallel import sharding
+from cosmos3_jax.parallel.sharding import PROMPTS, WEIGHTS
 from cosmos3_jax.training.flow import Batch
 from cosmos3_jax.training.params import TOWERS
 

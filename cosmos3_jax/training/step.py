@@ -20,7 +20,7 @@ from jax import Array
 from jax.tree_util import keystr, tree_leaves_with_path
 
 from cosmos3_jax.config import TransformerConfig
-from cosmos3_jax.sharding import mesh_sizes
+from cosmos3_jax.parallel.sharding import mesh_sizes
 from cosmos3_jax.training.flow import (
     Batch,
     LossWeights,

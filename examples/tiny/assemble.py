@@ -16,8 +16,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from cosmos3_jax import random_checkpoint
+from cosmos3_jax.checkpoint import random_checkpoint
 from cosmos3_jax.checkpoint.convert import put_in_place
+from cosmos3_jax.checkpoint.export import write_public_checkpoint
 from cosmos3_jax.checkpoint.files import FLOAT_DTYPES, TensorFiles, write_shard
 from cosmos3_jax.checkpoint.load import (
     PUBLIC_STEM,
@@ -28,9 +29,13 @@ from cosmos3_jax.checkpoint.load import (
 )
 from cosmos3_jax.checkpoint.rules import Rule
 from cosmos3_jax.checkpoint.transformer_layout import transformer_layout
-from cosmos3_jax.config import Recipe, SoundVAEConfig, TransformerConfig, VideoVAEConfig
-from cosmos3_jax.prompt import Tokenizer
-from cosmos3_jax.training.export import write_public_checkpoint
+from cosmos3_jax.config import (
+    Recipe,
+    SoundVAEConfig,
+    TransformerConfig,
+    VideoVAEConfig,
+)
+from cosmos3_jax.io.prompt import Tokenizer
 from examples.tiny import grammar, model
 from examples.tiny import tokenizer as tiny_tokenizer
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cosmos3_jax import sound_vae, video_vae
+from cosmos3_jax.models import sound_vae, video_vae
 from cosmos3_jax.training import autoencoders as ae
 from examples.tiny import grammar, judge, sheets, world
 from examples.tiny.autoencoder_models import Autoencoder

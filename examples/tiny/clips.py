@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cosmos3_jax import media
+from cosmos3_jax.io import media
 from examples.tiny.scenes import Scene
 
 SCENES_FILE = "scenes.json"

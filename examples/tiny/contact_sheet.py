@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cosmos3_jax import media
+from cosmos3_jax.io import media
 from examples.tiny import sheets
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cosmos3_jax import media
+from cosmos3_jax.io import media
 
 COLOURS = {"video": "#346ebe", "sound": "#de6a42"}
 FIDELITY = {"video": "psnr", "sound": "snr"}  # dB, of training clips

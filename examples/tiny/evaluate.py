@@ -24,7 +24,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cosmos3_jax import Cosmos3, media
+from cosmos3_jax import Cosmos3
+from cosmos3_jax.io import media
 from examples.tiny import assemble, data, grammar, sheets
 from examples.tiny import clips as cl
 from examples.tiny import judge as jd

@@ -24,12 +24,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cosmos3_jax import Cosmos3, lora, lora_files, media
+from cosmos3_jax import Cosmos3
+from cosmos3_jax.checkpoint import lora, lora_files
+from cosmos3_jax.checkpoint.frontend import find_checkpoint, load_frontend
 from cosmos3_jax.config import Config
-from cosmos3_jax.frontend import find_checkpoint, load_frontend
+from cosmos3_jax.io import media
 from cosmos3_jax.training.flow import LossWeights, NoiseLevels
 from cosmos3_jax.training.params import load_towers
-from cosmos3_jax.training.step import TrainOptions, TrainState, init_state, train_step
+from cosmos3_jax.training.step import (
+    TrainOptions,
+    TrainState,
+    init_state,
+    train_step,
+)
 from examples.tiny import data, evaluate, grammar, sheets
 from examples.tiny import judge as jd
 from examples.tiny import scenes as sc

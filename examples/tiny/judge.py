@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cosmos3_jax import media
+from cosmos3_jax.io import media
 from examples.tiny import clips as cl
 from examples.tiny import scenes as sc
 from examples.tiny.hearing import Heard, listen

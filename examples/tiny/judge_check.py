@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
-from cosmos3_jax import media
+from cosmos3_jax.io import media
 from examples.tiny import grammar, world
 from examples.tiny.judge import Verdict, judge, markdown, score
 from examples.tiny.scenes import Scene

@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from cosmos3_jax import random_checkpoint, transformer
+from cosmos3_jax.checkpoint import random_checkpoint
 from cosmos3_jax.config import SoundVAEConfig, TransformerConfig, VideoVAEConfig
+from cosmos3_jax.models import transformer
 from examples.tiny import scenes as sc
 from examples.tiny import world
 

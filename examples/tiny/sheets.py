@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from cosmos3_jax import media
+from cosmos3_jax.io import media
 from examples.tiny import clips as cl
 from examples.tiny import grammar, world
 from examples.tiny import scenes as sc

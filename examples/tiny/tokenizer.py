@@ -1,7 +1,7 @@
 """The tiny model's tokenizer: every word of the world is one token, any other text is its bytes.
 
 Files and behaviour follow Qwen's (NFC, pre-tokeniser, byte-level BPE), so that
-`transformers.Qwen2TokenizerFast` and `cosmos3_jax.prompt.Tokenizer` give the same ids. The merges
+`transformers.Qwen2TokenizerFast` and `cosmos3_jax.io.prompt.Tokenizer` give the same ids. The merges
 spell each word from its beginning: all that they can join is the beginning of a known word.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from cosmos3_jax.tiny_tokenizer import SPECIAL_TOKENS, byte_characters, write_tokenizer
+from cosmos3_jax.checkpoint.tiny_tokenizer import SPECIAL_TOKENS, byte_characters, write_tokenizer
 from examples.tiny import grammar
 
 # What begins a sentence; and the rest of those in which a prompt says how long and large a clip is.

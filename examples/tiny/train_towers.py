@@ -30,13 +30,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from cosmos3_jax.checkpoint.frontend import load_frontend
 from cosmos3_jax.config import Config
-from cosmos3_jax.frontend import load_frontend
+from cosmos3_jax.models.transformer import unstack_layers
 from cosmos3_jax.training.checkpoints import Checkpoints
 from cosmos3_jax.training.flow import LossWeights, NoiseLevels
 from cosmos3_jax.training.params import join_params, load_towers
-from cosmos3_jax.training.step import TrainOptions, TrainState, init_state, train_step
-from cosmos3_jax.transformer import unstack_layers
+from cosmos3_jax.training.step import (
+    TrainOptions,
+    TrainState,
+    init_state,
+    train_step,
+)
 from examples.tiny import assemble, data, model, optimizers
 from examples.tiny.pacing import Pacer
 from examples.tiny.watch import Watch

@@ -8,9 +8,9 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from cosmos3_jax import Cosmos3
-from cosmos3_jax.frontend import load_frontend
+from cosmos3_jax.checkpoint.frontend import load_frontend
+from cosmos3_jax.models.transformer import unstack_layers
 from cosmos3_jax.training.params import cast_params, load_towers
-from cosmos3_jax.transformer import unstack_layers
 from examples.tiny import evaluate, grammar
 from examples.tiny import judge as jd
 

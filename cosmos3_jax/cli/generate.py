@@ -1,0 +1,274 @@
+"""`cosmos3-jax generate`: from the command line's options to a file and the record beside it."""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import av
+import jax
+import numpy as np
+import PIL
+
+import cosmos3_jax
+from cosmos3_jax.checkpoint import lora_files
+from cosmos3_jax.io import media
+from cosmos3_jax.io.prepare import prepare_request, resolve_batch, resolve_sigmas
+from cosmos3_jax.io.prompt import read_prompt
+from cosmos3_jax.parallel import device, distributed, startup
+from cosmos3_jax.parallel.mesh import IDLE, describe
+from cosmos3_jax.pipeline import Cosmos3, find_checkpoint, load_frontend
+from cosmos3_jax.runtime import memory, memory_limits
+from cosmos3_jax.sampling.request import T2VRequest
+
+
+def run_generate(options: argparse.Namespace) -> int:
+    distributed.start(
+        distributed.find_processes(
+            os.environ, options.coordinator, options.processes, options.process_id
+        )
+    )
+    out = options.out or Path("output.png" if options.num_frames == 1 else "output.mp4")
+    record_path = out.with_suffix(".json")
+    outputs = {out: (".mp4", *media.IMAGE_SUFFIXES), record_path: None}
+    if options.save_latents:
+        outputs[options.save_latents] = (".npz",)
+    inputs = [
+        options.prompt_file, options.negative_prompt_file, options.noise, options.image,
+        options.video,
+    ]  # fmt: skip
+    read = {path.resolve() for path in inputs if path is not None}
+    for path, suffixes in outputs.items():
+        if path.resolve() in read:
+            raise ValueError(f"{path} would be written and is also read; choose another --out")
+        if distributed.is_writer():
+            media.check_writable(path, options.overwrite, suffixes)
+    given = {name: _file(getattr(options, name)) for name in ("image", "video")}
+    settings = _settings(options)
+    prompt = read_prompt(options.prompt_file) if options.prompt_file else options.prompt
+    times: dict[str, float] = {}
+    with _timed(times, "preprocess"):
+        folder = find_checkpoint(options.checkpoint, weights=False)
+        config, tokenizer = load_frontend(folder, load_sound=options.sound)
+        request = prepare_request(config, tokenizer, prompt, **settings)
+        one_frame = request.video_shape[0] == 1
+        if one_frame != (out.suffix.lower() in media.IMAGE_SUFFIXES):
+            kind = "one frame is an image: .png or .jpg" if one_frame else "a video is an .mp4"
+            raise ValueError(f"--out {out}: {kind}; name such a file, or change --num-frames")
+        media.frame_rate(float(request.fps))  # raises on a rate that no mp4 can have
+        loras = [_lora(text) for text in options.lora]
+        lora_files.load_scaled(loras, config.transformer)  # raises before anything else is read
+    startup.use_compilation_cache(not options.no_compilation_cache)
+    dtype = options.dtype or startup.default_dtype()
+    limit = device.memory_limit()
+    job = memory.request_sizes(config, request) | {"dtype": dtype}
+    wanted = {"auto": None, "yes": True, "no": False}[options.offload]
+    meshes, offload = memory_limits.choose_devices(config, limit, options.mesh, wanted, **job)
+    mesh = meshes.of(job["batch"], job["guidance"])
+    job["mesh"] = {} if mesh is None else dict(mesh.shape)
+    _check_alike(options, request, dtype, offload, job["mesh"])
+    if mesh is not None and distributed.is_writer():
+        used = mesh.size // mesh.shape.get(IDLE, 1)
+        print(
+            f"mesh {describe(mesh.shape)}: {used} of {len(jax.devices())} devices", file=sys.stderr
+        )
+    memory_limits.check_fits(config, limit, offload=offload, **job)
+    with memory_limits.exhaustion_explained(config, limit, offload=offload, **job):
+        with _timed(times, "model_load"):
+            model = Cosmos3.from_pretrained(
+                options.checkpoint, dtype, options.sound, offload, mesh, loras or None
+            )
+        with _timed(times, "denoise"):
+            # The loop with a bar is another program, and all processes must run the same one.
+            progress = sys.stderr.isatty() and not distributed.are_several()
+            latents, _ = model.denoise(request, progress=progress)
+        if options.save_latents:
+            arrays = distributed.to_host(latents)
+            if distributed.is_writer():
+                _save_arrays(options.save_latents, arrays)
+        with _timed(times, "decode"):
+            result = jax.block_until_ready(model.decode(latents))
+    with _timed(times, "to_cpu"):
+        result = distributed.to_host(result)
+    if not distributed.is_writer():
+        return 0
+    fps = float(request.fps)
+    with _timed(times, "encode"):
+        if one_frame:
+            media.save_image(result["video"][0], out, overwrite=options.overwrite)
+        else:
+            media.save_mp4(result, out, fps=fps, overwrite=options.overwrite)
+    times["total"] = sum(times.values())
+    record = _record(options, model, request, prompt, settings, times) | given
+    media.write_text(record_path, json.dumps(record, indent=2) + "\n", overwrite=options.overwrite)
+    for stage, seconds in times.items():
+        print(f"{stage:>10}  {seconds:8.2f} s")
+    print(f"wrote {', '.join(map(str, outputs))}")
+    return 0
+
+
+def _check_alike(
+    options: argparse.Namespace, request: T2VRequest, dtype: str, offload: bool, mesh: dict
+) -> None:
+    """Raise if processes that work together were told different things."""
+    said = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
+    said["sampler"] = [np.asarray(x).tolist() for x in jax.tree.leaves(request.sampler)]
+    said |= {"--checkpoint": str(options.checkpoint), "--dtype": dtype, "--offload": offload}
+    distributed.check_alike(said | {"--mesh": mesh, "sound": options.sound})
+
+
+def _settings(options: argparse.Namespace) -> dict:
+    """The arguments of `Cosmos3.prepare` that the command line names; the rest comes from the
+    recipe.
+    """
+    names = (
+        "num_frames", "height", "width", "fps", "num_inference_steps", "guidance_scale",
+        "flow_shift", "schedule", "seed", "sound", "prompt_style",
+        "system_prompt", "negative_prompt", "image", "video", "keep",
+    )  # fmt: skip
+    settings = {name: getattr(options, name) for name in names}
+    if options.negative_prompt_file:
+        settings["negative_prompt"] = read_prompt(options.negative_prompt_file)
+    if options.sigmas:
+        settings["sigmas"] = _numbers("--sigmas", options.sigmas)
+    if options.condition_frames is not None:
+        settings["condition_frames"] = _numbers(
+            "--condition-frames", options.condition_frames, int, "whole numbers"
+        )
+    if options.noise:
+        settings |= _load_noise(options.noise)
+    return settings
+
+
+def _lora(text: str) -> tuple[Path, float]:
+    """FILE or FILE:FACTOR -> the file and its factor."""
+    name, _, factor = text.rpartition(":")
+    try:
+        return Path(name or text), float(factor) if name else 1.0
+    except ValueError:  # a colon that belongs to the name
+        return Path(text), 1.0
+
+
+def _numbers(option: str, text: str, kind: type = float, kinds: str = "numbers") -> list:
+    try:
+        return [kind(number) for number in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"{option} {text!r} must be {kinds} with commas between them") from error
+
+
+def _load_noise(path: Path) -> dict[str, np.ndarray]:
+    """`noise` and, if it is there, `sound_noise` of an npz file."""
+    try:
+        with np.load(path) as arrays:
+            found = {name: arrays[name] for name in ("noise", "sound_noise") if name in arrays}
+    except Exception as error:  # numpy, zipfile and zlib raise half a dozen kinds
+        raise ValueError(f"--noise {path} cannot be read as an npz file: {error}") from error
+    if "noise" not in found:
+        raise ValueError(f"--noise {path} holds no array named noise")
+    return found
+
+
+def _save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    temporary = path.with_name(f".{path.name}.partial.npz")
+    np.savez(temporary, **arrays)
+    temporary.replace(path)
+
+
+def _record(
+    options: argparse.Namespace,
+    model: Cosmos3,
+    request: T2VRequest,
+    prompt: str,
+    settings: dict,
+    times: dict[str, float],
+) -> dict:
+    """Everything needed to make the same video again."""
+    frames = 1 + (request.video_shape[0] - 1) * model.config.video_vae.scale_factor_temporal
+    scale = model.config.video_vae.scale_factor_spatial
+    height, width = (size * scale for size in request.video_shape[1:])
+    recipe = model.config.recipe
+    fps = recipe.fps if settings["fps"] is None else settings["fps"]
+    negative = settings["negative_prompt"]
+    [resolved] = resolve_batch(
+        [prompt], recipe.negative_prompt if negative is None else negative,
+        style=options.prompt_style, system_prompt=options.system_prompt,
+        num_frames=frames, height=height, width=width, fps=fps,
+    )  # fmt: skip
+    # In float64: the request's are rounded, and 1000 sigma may then be truncated to another
+    # timestep.
+    sigmas = resolve_sigmas(
+        model.config, steps=settings["num_inference_steps"], flow_shift=settings["flow_shift"],
+        schedule=settings["schedule"], sigmas=settings.get("sigmas"),
+    )  # fmt: skip
+    return {
+        "checkpoint": str(options.checkpoint),
+        "lora": [
+            {"factor": factor, **(_file(path) or {"path": str(path)})}
+            for path, factor in map(_lora, options.lora)
+        ],
+        "prompt": prompt,
+        "negative_prompt": negative,
+        "system_prompt": options.system_prompt,
+        "resolved_prompt": resolved.prompt,
+        "resolved_negative_prompt": resolved.negative_prompt
+        if request.neg_text_ids is not None
+        else None,
+        "resolved_system_prompt": resolved.system_prompt,
+        "prompt_style": options.prompt_style,
+        "prompt_tokens": int(request.text_mask.sum()),
+        "negative_prompt_tokens": None
+        if request.neg_text_mask is None
+        else int(request.neg_text_mask.sum()),
+        "num_frames": frames,
+        "height": height,
+        "width": width,
+        "fps": float(fps),
+        "sound_frames": request.sound_frames,
+        "seed": options.seed,
+        "noise": str(options.noise) if options.noise else None,
+        "condition_frames": np.flatnonzero(request.frame_mask[0]).tolist()
+        if request.frame_mask is not None
+        else [],
+        "keep": (options.keep or "first") if options.video else None,
+        "num_inference_steps": request.num_inference_steps,
+        "guidance_scale": float(request.guidance_scale),
+        "sigmas": sigmas.tolist(),
+        "timesteps": [*map(int, request.sampler.timestep)],
+        "dtype": model.dtype,
+        "offload": not model.weights.resident,
+        "device": device.default_device().device_kind,
+        "mesh": model.meshes.sizes(1, request.neg_text_ids is not None),
+        "processes": jax.process_count(),
+        "peak_memory_bytes": device.memory_peak(),
+        "versions": {
+            "cosmos3_jax": cosmos3_jax.__version__,
+            "jax": jax.__version__,
+            "numpy": np.__version__,
+            "pillow": PIL.__version__,
+            "av": av.__version__,
+            "python": platform.python_version(),
+        },
+        "seconds": {stage: round(seconds, 3) for stage, seconds in times.items()},
+    }
+
+
+def _file(path: Path | None) -> dict[str, str] | None:
+    """A file that will be read, and what is in it."""
+    if path is None or not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return {"path": str(path), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+@contextmanager
+def _timed(times: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    times[stage] = time.perf_counter() - start

@@ -1,0 +1,258 @@
+"""Attention of many queries over many keys as one Hopper kernel, written in Pallas (Mosaic GPU).
+
+The schedule is FlashAttention-3's (Shah et al., 2024). Two warpgroups of a block compute, 64 rows
+each, and a third does nothing but copy keys and values ahead of them. Within a warpgroup, the
+product of the scores of one key block and that of the values of the block before are in flight
+together, and the second runs on under the softmax of the first. Only the last key block is masked:
+neither text padding nor a number of keys that is no multiple of a block costs anything, as both do
+in cuDNN's kernel.
+
+Axes: B batch, S queries, T keys, N query heads, K key/value heads, H head dimension.
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from cosmos3_jax.parallel.device import default_device
+
+HEAD_DIM = 128
+COMPUTE_WARPGROUPS = 2
+WARPGROUP_ROWS = 64  # queries of a warpgroup: the rows of Hopper's matrix instruction
+KEY_BLOCK = 128  # two score and value tiles, 64 registers each, leave room for the probabilities
+SLOTS = 2  # blocks of keys, and of values, that wait in shared memory
+COMPUTE_REGISTERS, COPY_REGISTERS = 232, 40  # a thread's, of the 168 that each would get
+
+_SCORES = (WARPGROUP_ROWS, KEY_BLOCK)
+_MIXED = (WARPGROUP_ROWS, HEAD_DIM)
+_LAYOUT = plgpu.Layout.WGMMA
+
+
+def obstacle(query: Array, key: Array) -> str | None:
+    """Why the kernel cannot run on the default device, or None if it can.
+
+    Of the keys, all have to be real: padding comes on top.
+    """
+    device = default_device()
+    if device.platform != "gpu" or getattr(device, "compute_capability", None) != "9.0":
+        return "it is written for Hopper GPUs (compute capability 9.0)"
+    if query.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"the dtype is {query.dtype}, not bfloat16 or float16"
+    if query.shape[-1] != HEAD_DIM:
+        return f"the head dimension is {query.shape[-1]}, not {HEAD_DIM}"
+    if key.shape[1] < KEY_BLOCK:
+        return f"there are {key.shape[1]} keys, fewer than a block of {KEY_BLOCK}"
+    return None
+
+
+@jax.custom_batching.custom_vmap
+def flash_attention(query: Array, key: Array, value: Array, length: Array) -> Array:
+    """Scaled dot-product attention over the first `length` keys; scale H^-1/2, softmax in float32.
+
+    Args:
+        query: [B, S, N, 128] in bfloat16 or float16.
+        key, value: [B, T, K, 128]; query head i reads key head i // (N / K). What stands behind
+            `length` must be finite.
+        length: int32 [B], from `KEY_BLOCK` to T.
+
+    Returns:
+        [B, S, N, 128] in the query's dtype. It has no derivative of its own.
+    """
+    queries = query.shape[1]
+    query, key, value = (_pad_to_tile(x) for x in (query, key, value))
+    return _run(query, key, value, length)[:, :queries]
+
+
+@jax.jit
+def _run(query: Array, key: Array, value: Array, length: Array) -> Array:
+    """The kernel for whole tiles: one in a program, however many layers call it.
+
+    JAX 0.11 numbers the kernels that a process lowers, and the number is part of the compilation
+    cache's key. A program is found there by a process that lowered as many kernels before.
+    """
+    batch, queries, heads, _ = query.shape
+    kernel = plgpu.kernel(
+        partial(_allocate, heads_per_key=heads // key.shape[2]),
+        out_type=jax.ShapeDtypeStruct(query.shape, query.dtype),
+        # Blocks that run together share a head, and find its keys and values in the L2 cache.
+        grid=(batch, heads, pl.cdiv(queries, COMPUTE_WARPGROUPS * WARPGROUP_ROWS)),
+        grid_names=("batch", "head", "tile"),
+        num_threads=COMPUTE_WARPGROUPS + 1,
+        thread_name="warpgroup",
+        kernel_name="flash_attention_" + "x".join(map(str, (*query.shape, *key.shape[1:3]))),
+        compiler_params=plgpu.CompilerParams(approx_math=True),  # exp2 of the GPU, 2 ulp
+    )
+    return kernel(query, key, value, length)
+
+
+@flash_attention.def_vmap
+def _fold_into_batch(size: int, is_batched: list[bool], *arrays: Array) -> tuple[Array, bool]:
+    """vmap is more batch."""
+
+    def fold(x: Array, batched: bool) -> Array:
+        x = x if batched else jnp.broadcast_to(x, (size, *x.shape))
+        return x.reshape(-1, *x.shape[2:])
+
+    out = flash_attention(*map(fold, arrays, is_batched))
+    return out.reshape(size, -1, *out.shape[1:]), True
+
+
+def _pad_to_tile(x: Array) -> Array:
+    """A multiple of 8 rows, the smallest piece that the copy engine lays out in shared memory.
+
+    Nothing else need be whole: it reads zeros behind the end of an array and writes nothing there.
+    """
+    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0)])
+
+
+def _allocate(query, key, value, length, out, *, heads_per_key: int) -> None:
+    """Shared memory and barriers of one block, then its warpgroups' work."""
+    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+
+    def shared(count: int, rows: int):
+        return plgpu.SMEM((count, rows, HEAD_DIM), query.dtype, transforms=transforms)
+
+    tile_ready = plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS)
+    ready = plgpu.Barrier(num_barriers=SLOTS)  # by the copy engine
+    free = plgpu.Barrier(num_barriers=SLOTS, num_arrivals=COMPUTE_WARPGROUPS)
+
+    def run(tiles, keys, values):
+        index = lax.axis_index("warpgroup")
+        count = length[lax.axis_index("batch")]
+
+        @pl.when(index < COMPUTE_WARPGROUPS)
+        def _():
+            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+            _attend(query, out, *(x.at[index] for x in tiles), keys, values, count)
+
+        @pl.when(index == COMPUTE_WARPGROUPS)
+        def _():
+            plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
+            _copy_ahead(key, value, keys, values, count, heads_per_key)
+
+    pl.run_scoped(
+        run,
+        (shared(COMPUTE_WARPGROUPS, WARPGROUP_ROWS), tile_ready),
+        (shared(SLOTS, KEY_BLOCK), ready, free),
+        (shared(SLOTS, KEY_BLOCK), ready, free),
+        collective_axes="warpgroup",
+    )
+
+
+def _copy_ahead(key, value, keys, values, count: Array, heads_per_key: int) -> None:
+    """Keep the slots of keys and values filled."""
+    batch = lax.axis_index("batch")
+    head = lax.div(lax.axis_index("head"), jnp.int32(heads_per_key))
+
+    def fill(step: Array, _, wait: bool) -> None:
+        block, slot = (batch, pl.ds(step * KEY_BLOCK, KEY_BLOCK), head), _slot(step)
+        for source, (target, ready, free) in ((key, keys), (value, values)):
+            if wait:
+                plgpu.barrier_wait(free.at[slot])
+            plgpu.copy_gmem_to_smem(source.at[block], target.at[slot], ready.at[slot])
+
+    steps = _steps(count)
+    lax.fori_loop(0, jnp.minimum(steps, SLOTS), lambda i, _: fill(i, _, False), None)
+    lax.fori_loop(SLOTS, steps, lambda i, _: fill(i, _, True), None)
+
+
+def _attend(query, out, tile, tile_ready, keys, values, count: Array) -> None:
+    """One warpgroup: 64 queries over all key blocks, in their order."""
+    (keys, key_ready, key_free), (values, value_ready, value_free) = keys, values
+    warpgroup = lax.axis_index("tile") * COMPUTE_WARPGROUPS + lax.axis_index("warpgroup")
+    rows = (
+        lax.axis_index("batch"),
+        pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS),
+        lax.axis_index("head"),
+    )
+    plgpu.copy_gmem_to_smem(query.at[rows], tile, tile_ready)
+    plgpu.barrier_wait(tile_ready)
+
+    def first_scores(scores):
+        plgpu.barrier_wait(key_ready.at[0])
+        plgpu.wgmma(scores, tile, keys.at[0].transpose((1, 0)))
+        return scores[...]
+
+    def first_block():
+        scores = pl.run_scoped(first_scores, plgpu.ACC(_SCORES, jnp.float32))
+        plgpu.barrier_arrive(key_free.at[0])
+        start = jnp.full((WARPGROUP_ROWS,), -jnp.inf), jnp.zeros((WARPGROUP_ROWS,))
+        start = (plgpu.layout_cast(x, _LAYOUT.reduce(1)) for x in start)
+        probabilities, maximum, total, _ = _softmax(scores, *start)
+        mixed = plgpu.layout_cast(jnp.zeros(_MIXED), _LAYOUT)
+        return mixed, probabilities.astype(query.dtype), maximum, total
+
+    def block(step, carry, last: bool):
+        mixed, probabilities, maximum, total = carry
+        slot, before = _slot(step), _slot(step - 1)
+
+        def products(scores_ref, mixed_ref):
+            mixed_ref[...] = mixed
+            plgpu.barrier_wait(key_ready.at[slot])
+            plgpu.wgmma(scores_ref, tile, keys.at[slot].transpose((1, 0)))
+            plgpu.barrier_wait(value_ready.at[before])
+            plgpu.wgmma(mixed_ref, probabilities, values.at[before])
+            scores = plgpu.wgmma_accumulator_load(scores_ref, wait_n=1)
+            plgpu.barrier_arrive(key_free.at[slot])
+            scores = lax.optimization_barrier(scores)
+            if last:
+                index = plgpu.broadcasted_iota(jnp.int32, _SCORES, 1, layout=_LAYOUT)
+                scores = jnp.where(index < count - step * KEY_BLOCK, scores, -jnp.inf)
+            softmax = lax.optimization_barrier(_softmax(scores, maximum, total))
+            new_probabilities, new_maximum, new_total, decay = softmax
+            # The second product reads its registers until here: were the new probabilities rounded
+            # before, the compiler would run the two products one after the other.
+            new_mixed, new_probabilities = lax.optimization_barrier(
+                (mixed_ref[...], new_probabilities)
+            )
+            plgpu.barrier_arrive(value_free.at[before])
+            new_mixed *= lax.broadcast_in_dim(decay, _MIXED, [0])
+            return new_mixed, new_probabilities.astype(query.dtype), new_maximum, new_total
+
+        return pl.run_scoped(
+            products, plgpu.ACC(_SCORES, jnp.float32), plgpu.ACC(_MIXED, jnp.float32)
+        )
+
+    whole = lax.div(count, jnp.int32(KEY_BLOCK))
+    carry = lax.fori_loop(1, whole, lambda i, c: block(i, c, False), first_block())
+    carry = lax.fori_loop(whole, _steps(count), lambda i, c: block(i, c, True), carry)
+    mixed, probabilities, _, total = carry
+
+    def last_values(mixed_ref):
+        mixed_ref[...] = mixed
+        slot = _slot(_steps(count) - 1)
+        plgpu.barrier_wait(value_ready.at[slot])
+        plgpu.wgmma(mixed_ref, probabilities, values.at[slot])
+        return mixed_ref[...]
+
+    mixed = pl.run_scoped(last_values, plgpu.ACC(_MIXED, jnp.float32))
+    tile[...] = (mixed * lax.broadcast_in_dim(1 / total, _MIXED, [0])).astype(query.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(tile, out.at[rows])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _softmax(scores: Array, maximum: Array, total: Array) -> tuple[Array, Array, Array, Array]:
+    """One block of a running softmax (Milakov & Gimelshein, 2018), in powers of two.
+
+    Returns the block's probabilities, the new maximum and total, and by how much what was summed
+    before has to shrink.
+    """
+    scale = math.log2(math.e) / math.sqrt(HEAD_DIM)
+    new_maximum = jnp.maximum(maximum, scores.max(axis=1) * scale)
+    decay = jnp.exp2(maximum - new_maximum)
+    probabilities = jnp.exp2(scores * scale - lax.broadcast_in_dim(new_maximum, _SCORES, [0]))
+    return probabilities, new_maximum, total * decay + probabilities.sum(axis=1), decay
+
+
+def _steps(count: Array) -> Array:
+    return lax.div(count + jnp.int32(KEY_BLOCK - 1), jnp.int32(KEY_BLOCK))
+
+
+def _slot(step: Array) -> Array:
+    return lax.rem(step, jnp.int32(SLOTS))

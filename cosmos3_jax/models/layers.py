@@ -1,0 +1,100 @@
+"""Layers of both towers beside attention: RMSNorm, SwiGLU, timestep embedding.
+
+Axes: B batch, S tokens, D model. Weights are cast to a module's `dtype` when they are used, so they
+may be stored in any.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from cosmos3_jax.config import TransformerConfig
+from cosmos3_jax.parallel import sharding
+
+LORA = ("lora_a", "lora_b")  # [inputs, R] and [R, outputs], beside a kernel [inputs, outputs]
+
+
+def precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
+    """Full float32 products for float32, where a GPU would take TF32; None otherwise."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+class Dense(nn.DenseGeneral):
+    """y = W x, and + B A x where `lora.attach` has put a low-rank pair beside the kernel (Hu et
+    al., 2021).
+
+    The product B A is never formed. So a training step holds no second copy of the weights, and
+    computes no gradient of their size.
+    """
+
+    def __call__(self, x: Array) -> Array:
+        y = super().__call__(x)
+        if not self.has_variable("params", "lora_a"):
+            return y
+        a, b = (self.get_variable("params", name).astype(self.dtype) for name in LORA)
+        low = jnp.tensordot(x.astype(self.dtype), a, a.ndim - 1, precision=self.precision)
+        return y + jnp.tensordot(low, b, 1, precision=self.precision)
+
+
+def dense(
+    features: int | tuple[int, ...], dtype: jnp.dtype, name: str, axis=-1, bias=False
+) -> Dense:
+    """A linear map over `axis`, without bias unless asked for."""
+    return Dense(
+        features, axis=axis, use_bias=bias, dtype=dtype, precision=precision(dtype), name=name,
+        dot_general=_dot_general,
+    )  # fmt: skip
+
+
+def _dot_general(x: Array, kernel: Array, *args, **kwargs) -> Array:
+    return jax.lax.dot_general(x, sharding.whole(kernel), *args, **kwargs)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in float32, rounded to `dtype`, times a learned scale (Zhang & Sennrich, 2019)."""
+
+    epsilon: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+        return x.astype(self.dtype) * scale.astype(self.dtype)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)), gate and up in one product (Shazeer, 2020)."""
+
+    config: TransformerConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        gate_up = dense((2, self.config.intermediate_size), self.dtype, "gate_up")(x)
+        hidden = nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
+        return dense(self.config.hidden_size, self.dtype, "down")(hidden)
+
+
+class TimestepEmbedding(nn.Module):
+    """Integer timestep [B] -> float32 [B, D]: 128 cosines and sines, then a two-layer MLP.
+
+    All in float32: the timestep reaches 999 in steps of one, which bfloat16 cannot tell apart.
+    """
+
+    config: TransformerConfig
+    frequencies: int = 128
+
+    @nn.compact
+    def __call__(self, timestep: Array) -> Array:
+        exponent = (
+            -np.log(10_000) * np.arange(self.frequencies, dtype=np.float32) / self.frequencies
+        )
+        scaled = timestep.astype(jnp.float32) * np.float32(self.config.timestep_scale)
+        angles = scaled[:, None] * np.exp(exponent.astype(np.float32))
+        x = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+        x = nn.silu(dense(self.config.hidden_size, jnp.float32, "linear_1", bias=True)(x))
+        return dense(self.config.hidden_size, jnp.float32, "linear_2", bias=True)(x)

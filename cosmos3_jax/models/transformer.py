@@ -1,0 +1,417 @@
+"""The Mixture-of-Transformers: a text tower, once a prompt, and a media tower, at every step.
+
+`encode_condition` keeps the keys and values of every layer of the text tower. `velocity` is one
+pass of the media tower: its queries come from video and sound tokens, its keys and values are its
+own and the text's of the same layer. Keys are ordered media first, text last, so that text padding
+trails and one length an example masks it. Both towers are stacked layers under `nn.scan`, so one
+layer is compiled; the media tower also runs unrolled, which is faster (see `unstack_layers`).
+
+Axes: B batch, S text tokens, M media tokens, L layers, N query heads, K key/value heads, H head
+dimension, D model; of the latents t frames, h rows, w columns, C channels, and s sound frames.
+"""
+
+import einops
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from cosmos3_jax.config import TransformerConfig
+from cosmos3_jax.models import rope
+from cosmos3_jax.models.attention import attention, keeps_attention
+from cosmos3_jax.models.layers import (
+    RMSNorm,
+    SwiGLU,
+    TimestepEmbedding,
+    dense,
+)
+from cosmos3_jax.parallel import sharding
+from cosmos3_jax.parallel.sharding import (
+    BRANCHES,
+    HEADS,
+    PROMPTS,
+    TOKENS,
+    constrain,
+)
+
+
+@struct.dataclass
+class Latents:
+    """Normalised latents, or anything of their shape: noise, velocity, a prediction of the clean
+    latents.
+
+    Attributes:
+        video: [B, t, h, w, C].
+        sound: [B, s, C], or None where there is no sound.
+    """
+
+    video: Array
+    sound: Array | None = None
+
+
+@struct.dataclass
+class Condition:
+    """All that a denoising step needs besides the noisy latents; the same at every step.
+
+    Attributes:
+        key, value: [L, B, S, K, H], the text tower's, keys after norm and rotation.
+        text_length: int32 [B], how many of the S are real.
+        rope: cos and sin of the media tokens, float32 [B, M, H / 2] each.
+        clean_latents: [B, t, h, w, C], read where `frame_mask` is set.
+        frame_mask: bool [B, t], the latent frames that are given rather than generated.
+    """
+
+    key: Array
+    value: Array
+    text_length: Array
+    rope: rope.Rope
+    clean_latents: Array
+    frame_mask: Array
+
+
+class Attention(nn.Module):
+    """Self-attention of one tower; the media tower also reads the text's keys and values."""
+
+    config: TransformerConfig
+    dtype: jnp.dtype
+    tokens: int | None = None  # of those that come, the ones that are not padding; None for all
+
+    @nn.compact
+    def __call__(
+        self, x: Array, table: rope.Rope, text: tuple[Array, Array] | None, length: Array | None
+    ):
+        config = self.config
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        qkv = dense((heads + 2 * kv_heads, config.head_dim), self.dtype, "qkv")(x)
+        query, key, value = jnp.split(qkv, [heads, heads + kv_heads], axis=2)
+        query = rope.apply_rope(
+            RMSNorm(config.rms_norm_eps, self.dtype, name="q_norm")(query), table
+        )
+        key = rope.apply_rope(RMSNorm(config.rms_norm_eps, self.dtype, name="k_norm")(key), table)
+        batch = PROMPTS if text is None else BRANCHES
+        query, key, value = (
+            constrain(tokens, batch, TOKENS, None, None) for tokens in (query, key, value)
+        )
+        if text is None:
+            mixed = attention(query, key, value, causal=True)
+        else:
+            text = (*text, length)
+            mixed = attention(query, key, value, text=text, tokens=self.tokens, batch=batch)
+        mixed = constrain(mixed, batch, TOKENS, None, None)
+        return dense(config.hidden_size, self.dtype, "out", axis=(-2, -1))(mixed), (key, value)
+
+
+class Block(nn.Module):
+    """One pre-norm transformer layer. Returns its keys and values only in the text tower."""
+
+    config: TransformerConfig
+    dtype: jnp.dtype
+    tokens: int | None = None  # see Attention
+
+    @nn.compact
+    def __call__(
+        self, x: Array, text: tuple[Array, Array] | None, table: rope.Rope, length: Array | None
+    ):
+        epsilon = self.config.rms_norm_eps
+        batch = PROMPTS if text is None else BRANCHES
+        normed = RMSNorm(epsilon, self.dtype, name="input_norm")(x)
+        mixed, key_value = Attention(self.config, self.dtype, self.tokens, name="attention")(
+            normed, table, text, length
+        )
+        x = constrain(x + mixed, batch, TOKENS, None)
+        normed = RMSNorm(epsilon, self.dtype, name="post_attention_norm")(x)
+        x = x + SwiGLU(self.config, self.dtype, name="mlp")(normed)
+        x = constrain(x, batch, TOKENS, None)
+        return x, key_value if text is None else None
+
+
+class Unrolled(nn.Module):
+    """`length` blocks one after the other, each with a subtree of parameters of its own."""
+
+    config: TransformerConfig
+    dtype: jnp.dtype
+    length: int
+    tokens: int | None
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array, text: tuple[Array, Array], table: rope.Rope, length: Array):
+        for i in range(self.length):
+            kind = nn.remat(Block, policy=keeps_attention) if self.remat else Block
+            block = kind(self.config, self.dtype, self.tokens, name=str(i))
+            x, _ = block(x, jax.tree.map(lambda stacked, i=i: stacked[i], text), table, length)
+        return x, None
+
+
+def _stack(
+    config: TransformerConfig,
+    dtype: jnp.dtype,
+    layers: int,
+    remat: bool,
+    tokens: int | None = None,
+) -> nn.Module:
+    """`layers` blocks run by one scan over their stacked parameters."""
+    scanned = nn.scan(
+        nn.remat(Block, prevent_cse=False, policy=keeps_attention) if remat else Block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(0, nn.broadcast, nn.broadcast),
+        length=layers,
+    )
+    return scanned(config, dtype, tokens, name="layers")
+
+
+class KeyValue(nn.Module):
+    """The part of the text tower's last layer that the media tower reads: its keys and values."""
+
+    config: TransformerConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array, table: rope.Rope) -> tuple[Array, Array]:
+        config = self.config
+        x = RMSNorm(config.rms_norm_eps, self.dtype, name="input_norm")(x)
+        kv = dense((2 * config.num_key_value_heads, config.head_dim), self.dtype, "kv")(x)
+        key, value = jnp.split(kv, 2, axis=2)
+        return rope.apply_rope(
+            RMSNorm(config.rms_norm_eps, self.dtype, name="k_norm")(key), table
+        ), value
+
+
+class TextTower(nn.Module):
+    """Token ids [B, S] -> keys and values [L, B, S, K, H]. Causal, so padding behind a prompt
+    changes nothing.
+    """
+
+    config: TransformerConfig
+    dtype: jnp.dtype
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, text_ids: Array) -> tuple[Array, Array]:
+        config = self.config
+        table = rope.rope_table(config, rope.text_positions(text_ids.shape[1]))
+        x = nn.Embed(config.vocab_size, config.hidden_size, dtype=self.dtype, name="embed")(
+            text_ids
+        )
+        x = constrain(x, PROMPTS, TOKENS, None)
+        layers = _stack(config, self.dtype, config.num_hidden_layers - 1, self.remat)
+        x, stacked = layers(x, None, table, None)
+        last = KeyValue(config, self.dtype, name="last_layer")(x, table)
+        joined = jax.tree.map(lambda many, one: jnp.concatenate([many, one[None]]), stacked, last)
+        return jax.tree.map(lambda x: constrain(x, None, PROMPTS, None, HEADS, None), joined)
+
+
+class MediaTower(nn.Module):
+    """One denoising step: noisy latents, their timestep and the condition -> velocity."""
+
+    config: TransformerConfig
+    dtype: jnp.dtype
+    unrolled: bool = False
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, latents: Latents, timestep: Array, condition: Condition) -> Latents:
+        config, dtype = self.config, self.dtype
+        grid = patch_grid(config, latents.video.shape[1:4])
+        time = TimestepEmbedding(config, name="time_embedder")(timestep).astype(dtype)[:, None]
+
+        patches = patchify(config, latents.video.astype(dtype))
+        noisy = jnp.repeat(~condition.frame_mask, grid[1] * grid[2], axis=1)[..., None]
+        x = dense(config.hidden_size, dtype, "proj_in", bias=True)(patches) + jnp.where(
+            noisy, time, 0
+        )
+        if latents.sound is not None:
+            sound = dense(config.hidden_size, dtype, "sound_proj_in", bias=True)(
+                latents.sound.astype(dtype)
+            )
+            embedding = self.param(
+                "sound_modality_embed", nn.initializers.zeros, (config.hidden_size,)
+            )
+            x = jnp.concatenate([x, sound + embedding.astype(dtype) + time], axis=1)
+
+        tokens = x.shape[1]
+        if latents.sound is not None or tokens % sharding.ways(TOKENS):
+            # Whole for once: parts of odd lengths could not be divided, put together and divided
+            # anew without moving all of them.
+            x = constrain(x, BRANCHES, None, None)
+        x, *table = (
+            constrain(sharding.pad_tokens(each), BRANCHES, TOKENS, None)
+            for each in (x, *condition.rope)
+        )
+        text, depth = (condition.key, condition.value), config.num_hidden_layers
+        real = None if x.shape[1] == tokens else tokens
+        if self.unrolled:
+            layers = Unrolled(config, dtype, depth, real, self.remat, name="layers")
+        else:
+            layers = _stack(config, dtype, depth, self.remat, real)
+        x, _ = layers(x, text, tuple(table), condition.text_length)
+        x = RMSNorm(config.rms_norm_eps, dtype, name="norm")(x)
+
+        # Where a mesh divides tokens, a part of them would have to move to be divided anew: both
+        # projections take all, and a part is taken of what is as small as the latents.
+        count, divided = patches.shape[1], sharding.ways(TOKENS) > 1
+        x, sound = (x, x) if divided else (x[:, :count], x[:, count:])
+        x = dense(config.patch_latent_dim, dtype, "proj_out", bias=True)(x)
+        x = constrain(x, BRANCHES, None, None)[:, :count] if divided else x
+        video = unpatchify(config, x, grid)
+        video = video[:, :, : latents.video.shape[2], : latents.video.shape[3]]
+        video = jnp.where(condition.frame_mask[:, :, None, None, None], 0, video)
+        if latents.sound is None:
+            return Latents(video)
+        sound = dense(config.sound_dim, dtype, "sound_proj_out", bias=True)(sound)
+        sound = constrain(sound, BRANCHES, None, None)[:, count:tokens] if divided else sound
+        return Latents(video, sound)
+
+
+def patch_grid(
+    config: TransformerConfig, video_shape: tuple[int, int, int]
+) -> tuple[int, int, int]:
+    """Patches along (time, height, width); an odd height or width is padded up."""
+    frames, height, width = video_shape
+    return frames, -(-height // config.latent_patch_size), -(-width // config.latent_patch_size)
+
+
+def patchify(config: TransformerConfig, video: Array) -> Array:
+    """[B, t, h, w, C] -> [B, M, p p C], zero rows and columns added at the bottom and right where
+    needed.
+
+    The features of a patch run over (row, column, channel).
+    """
+    p = config.latent_patch_size
+    padding = [(0, -size % p) for size in video.shape[2:4]]
+    video = jnp.pad(video, [(0, 0), (0, 0), *padding, (0, 0)])
+    return einops.rearrange(video, "b t (h p) (w q) c -> b (t h w) (p q c)", p=p, q=p)
+
+
+def unpatchify(config: TransformerConfig, tokens: Array, grid: tuple[int, int, int]) -> Array:
+    """The inverse of `patchify`, padding included."""
+    t, h, w = grid
+    p = config.latent_patch_size
+    return einops.rearrange(
+        tokens, "b (t h w) (p q c) -> b t (h p) (w q) c", t=t, h=h, w=w, p=p, q=p
+    )
+
+
+def compute_dtype(params: dict) -> jnp.dtype:
+    """The dtype that a tower computes in: that of its attention weights."""
+    layers = params["layers"]
+    return (layers["0"] if is_unstacked(params) else layers)["attention"]["qkv"]["kernel"].dtype
+
+
+def is_unstacked(params: dict) -> bool:
+    """Whether a tower's layers have a subtree each, see `unstack_layers`."""
+    return "0" in params["layers"]
+
+
+def unstack_layers(params: dict) -> dict:
+    """A tower with its stacked `layers` [L, ...] taken apart into `layers/0`, `layers/1`, ...
+
+    `velocity` takes the media tower either way, and computes the same. Stacked, one layer is
+    compiled, and a loop copies each layer's weights out of the stack: 5% of a step at 192x320.
+    Taken apart, it compiles for longer and copies nothing. This function copies all of them.
+    """
+    count = len(jax.tree.leaves(params["layers"])[0])
+    layers = {str(i): jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(count)}
+    return params | {"layers": layers}
+
+
+def encode_condition(
+    params: dict,
+    config: TransformerConfig,
+    text_ids: Array,
+    text_mask: Array,
+    *,
+    video_shape: tuple[int, int, int],
+    fps: Array | float,
+    sound_frames: int = 0,
+    clean_latents: Array | None = None,
+    frame_mask: Array | None = None,
+    remat: bool = False,
+) -> Condition:
+    """Run the text tower once; the result depends on neither the timestep nor the noise.
+
+    Args:
+        params: the text tower's parameters, `params["und"]`.
+        text_ids: int32 [B, S], padded on the right.
+        text_mask: bool [B, S], True on the prompt, False on the padding. What stands in the padding
+            does not change the result.
+        video_shape: latent (t, h, w).
+        fps: frames per second of the video, a scalar or [B].
+        sound_frames: sound latents s, 0 for none.
+        clean_latents: [B, t, h, w, C] normalised latents of the given frames, or None.
+        frame_mask: bool [B, t], which frames are given; None means none.
+        remat: under differentiation keep each layer's input, and on a GPU the result of its
+            attention, and compute the rest again.
+    """
+    batch = text_ids.shape[0]
+    text_ids = jnp.where(text_mask, text_ids, 0)  # an id outside the vocabulary would embed as NaN
+    key, value = TextTower(config, compute_dtype(params), remat).apply({"params": params}, text_ids)
+    length = jnp.sum(text_mask, axis=1, dtype=jnp.int32)
+    fps = jnp.broadcast_to(jnp.asarray(fps, jnp.float32), (batch,))
+    table = rope.rope_table(
+        config, rope.video_positions(config, patch_grid(config, video_shape), fps, length)
+    )
+    if sound_frames:
+        sound = rope.rope_table(config, rope.sound_positions(config, sound_frames, length))
+        table = rope.concatenate([table, sound])
+    if frame_mask is None:
+        frame_mask = jnp.zeros((batch, video_shape[0]), bool)
+    if clean_latents is None:
+        clean_latents = jnp.zeros((batch, *video_shape, config.latent_channel), jnp.float32)
+    return Condition(key, value, length, table, clean_latents, frame_mask)
+
+
+def velocity(
+    params: dict,
+    config: TransformerConfig,
+    condition: Condition,
+    latents: Latents,
+    timestep: Array,
+    *,
+    remat: bool = False,
+) -> Latents:
+    """The predicted velocity, noise minus clean latents, of one step.
+
+    Args:
+        params: the media tower's parameters, `params["gen"]`, stacked or taken apart by
+            `unstack_layers`.
+        latents: normalised latents; given frames are taken from the condition.
+        timestep: integer in 0..999, a scalar or [B].
+        remat: see `encode_condition`.
+
+    Returns:
+        Latents in the compute dtype, zero on given frames.
+    """
+    given = condition.frame_mask[:, :, None, None, None]
+    latents = latents.replace(video=jnp.where(given, condition.clean_latents, latents.video))
+    timestep = jnp.broadcast_to(jnp.asarray(timestep), condition.text_length.shape)
+    if sharding.ways(sharding.WEIGHTS) > 1:
+        # The weights now depend on the step. If not, XLA would gather those of all layers once,
+        # before the loop over steps, and each device would have to hold them whole.
+        params, timestep = jax.lax.optimization_barrier((params, timestep))
+        params = sharding.divide_weights("gen", params)
+    tower = MediaTower(config, compute_dtype(params), is_unstacked(params), remat)
+    return tower.apply({"params": params}, latents, timestep, condition)
+
+
+def param_shapes(config: TransformerConfig) -> dict:
+    """`{"und": ..., "gen": ...}` as `jax.ShapeDtypeStruct`s; nothing is allocated."""
+
+    def init():
+        key = jax.random.key(0)
+        und = TextTower(config, jnp.float32).init(key, jnp.zeros((1, 1), jnp.int32))
+        video = jnp.zeros((1, 1, 2, 2, config.latent_channel))
+        sound = jnp.zeros((1, 1, config.sound_dim)) if config.sound_gen else None
+        latents = Latents(video, sound)
+        condition = encode_condition(
+            und["params"], config, jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool),
+            video_shape=(1, 2, 2), fps=24.0, sound_frames=int(config.sound_gen),
+        )  # fmt: skip
+        gen = MediaTower(config, jnp.float32).init(
+            key, latents, jnp.zeros((1,), jnp.int32), condition
+        )
+        return {"und": und["params"], "gen": gen["params"]}
+
+    return jax.eval_shape(init)

@@ -1,0 +1,350 @@
+"""The modules of the Wan2.2 video VAE, from causal convolutions to encoder and decoder.
+
+Axes: B batch, T frames (of pixels or latents, whichever the array holds), H height, W width, C
+channels. Arrays are [B, T, H, W, C].
+
+Everything is causal: no frame sees a later one. So each convolution over time keeps the last frames
+that it read in the variable collection "cache", a clip passes through in pieces, and the pieces
+equal the whole. Frame 0 stands alone (a latent frame of one pixel frame; each later one is worth
+four), which is why the first piece is that frame, and why the layers that change the frame rate
+take `first`.
+
+Source: Wan (arXiv:2503.20314), the VAE of its 2.2 release. Parameters may be stored in any dtype;
+they are cast to `dtype`, the compute dtype, where they are used.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange, reduce, repeat
+from jax import lax
+from jax.typing import DTypeLike
+
+from cosmos3_jax.config import VideoVAEConfig
+from cosmos3_jax.models.layers import precision
+from cosmos3_jax.parallel import sharding
+from cosmos3_jax.parallel.device import default_device
+
+
+class Convolution(nn.Module):
+    """What both kinds of convolution do. Their arithmetic is a method, so that training can put
+    another in its place (`flax.linen.intercept_methods`).
+    """
+
+    def convolve(
+        self,
+        x: jax.Array,
+        kernel: jax.Array,
+        padding: Sequence[tuple[int, int]],
+        stride: int = 1,
+    ) -> jax.Array:
+        """Each picture of x, [N, H, W, C], with a kernel [h, w, C, C'].
+
+        A CPU has no units for bfloat16. There the sums come in float32, which the kernel computes
+        in anyway, and are rounded once, with the bias in them.
+        """
+        if default_device().platform == "cpu":
+            x, kernel = x.astype(jnp.float32), kernel.astype(jnp.float32)
+        return lax.conv_general_dilated(
+            x,
+            kernel,
+            window_strides=(stride, stride),
+            padding=padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=precision(x.dtype),
+        )
+
+
+class Conv2d(Convolution):
+    """A convolution of each frame by itself."""
+
+    features: int
+    dtype: DTypeLike
+    size: int = 3
+    stride: int = 1
+    padding: tuple[int, int] = (0, 0)
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (self.size, self.size, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        x = sharding.picture(x.astype(self.dtype))
+        frames = rearrange(x, "B T H W C -> (B T) H W C")
+        y = self.convolve(frames, kernel, (self.padding, self.padding), self.stride)
+        y = rearrange(y, "(B T) H W C -> B T H W C", B=len(x))
+        return sharding.divide_rows((y + bias).astype(self.dtype))
+
+
+class CausalConv(Convolution):
+    """A convolution over frames, zero-padded in space, preceded by the frames that its last call
+    ended with.
+
+    With stride s a kernel of t frames must see t - s earlier ones; before the clip they are zeros.
+    The frames that one output reads are laid side by side in the channels: one plain
+    two-dimensional convolution a frame, which GPU libraries run a tenth to a sixth faster than the
+    three-dimensional one.
+    """
+
+    features: int
+    dtype: DTypeLike
+    size: tuple[int, int, int] = (3, 3, 3)
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (*self.size, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        x = sharding.picture(x.astype(self.dtype))  # before it is remembered
+        apart = self.size[1] > 1 and sharding.are_divided(x.shape[2])
+        if apart:  # a row of each neighbour comes once, and is remembered with the frame
+            x = sharding.blocks_of_rows(x)
+        (B, T), history = x.shape[:2], self.size[0] - self.stride
+        past = self.variable("cache", "past", jnp.zeros, (B, history, *x.shape[2:]), x.dtype)
+        frames = (T - self.stride) // self.stride + 1
+        span = max(self.stride * (frames - 1) + 1, 0)
+        before = sharding.divide_rows(past.value)
+        windows = [_window(before, x, i, span)[:, :: self.stride] for i in range(self.size[0])]
+        past.value = sharding.divide_rows(_window(before, x, T, history))
+        x = jnp.concatenate(windows, axis=-1)
+        kernel = rearrange(kernel, "t h w c d -> h w (t c) d")
+        # Blocks bring the rows around them along.
+        height, width = (size // 2 for size in self.size[1:])
+        padding = ((0, 0) if apart else (height, height), (width, width))
+
+        def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+            y = self.convolve(rearrange(x, "B T H W C -> (B T) H W C"), kernel, padding)
+            return rearrange(y, "(B T) H W C -> B T H W C", B=len(x))
+
+        y = sharding.over_blocks(convolve, x, kernel) if apart else convolve(x, kernel)
+        return sharding.divide_rows((y + bias).astype(self.dtype))
+
+
+def _window(past: jax.Array, x: jax.Array, start: int, length: int) -> jax.Array:
+    """Frames start .. start + length of `past` followed by `x`, without writing the two down in a
+    row.
+    """
+
+    def place(frames: jax.Array, at: int) -> jax.Array:
+        ends = (at - start, length - (at - start) - frames.shape[1], 0)
+        none = [(0, 0, 0)] * (x.ndim - 2)
+        return lax.pad(frames, jnp.zeros((), x.dtype), [(0, 0, 0), ends, *none])
+
+    return place(past, 0) + place(x, past.shape[1])
+
+
+class RMSNorm(nn.Module):
+    """x / |x| sqrt(C) scale over channels, in float32. The next convolution rounds, once."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (channels,)).astype(jnp.float32)
+        x = x.astype(jnp.float32)
+        # The bound of 1e-12 on |x| is put on its square: the root then has a gradient at x = 0.
+        square = jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24)
+        return x * lax.rsqrt(square) * (channels**0.5 * scale)
+
+
+class ResBlock(nn.Module):
+    features: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        h = nn.silu(RMSNorm(name="norm1")(x))
+        h = CausalConv(self.features, self.dtype, name="conv1")(h)
+        h = nn.silu(RMSNorm(name="norm2")(h))
+        h = CausalConv(self.features, self.dtype, name="conv2")(h)
+        if x.shape[-1] != self.features:
+            x = CausalConv(self.features, self.dtype, (1, 1, 1), name="conv_shortcut")(x)
+        return x + h
+
+
+class Attention(nn.Module):
+    """Attention with one head over the pixels of each frame; frames do not see each other."""
+
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        B, T, H, W, C = x.shape
+        einsum = partial(jnp.einsum, precision=precision(self.dtype))
+        qkv = Conv2d(3 * C, self.dtype, 1, name="to_qkv")(RMSNorm(name="norm")(x))
+        q, k, v = rearrange(qkv, "B T H W (qkv C) -> qkv B T (H W) C", qkv=3)
+        # Where a mesh divides the rows, these queries read the pixels of all.
+        k, v = (sharding.whole_picture(x, H, W) for x in (k, v))
+        logits = einsum("BTQC,BTKC->BTQK", q, k, preferred_element_type=jnp.float32)
+        weights = nn.softmax(logits * C**-0.5).astype(self.dtype)
+        h = einsum("BTQK,BTKC->BTQC", weights, v)
+        return x + Conv2d(C, self.dtype, 1, name="proj")(h.reshape(x.shape))
+
+
+class MidBlock(nn.Module):
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = ResBlock(x.shape[-1], self.dtype, name="resnets_0")(x)
+        x = Attention(self.dtype, name="attentions_0")(x)
+        return ResBlock(x.shape[-1], self.dtype, name="resnets_1")(x)
+
+
+def avg_down(x: jax.Array, features: int, time: int, space: int) -> jax.Array:
+    """The encoder's shortcut: fold time x space x space boxes into channels, then average groups of
+    them.
+
+    A frame 0 that comes alone fills the end of its box, after zeros.
+    """
+    x = jnp.pad(x, ((0, 0), (-x.shape[1] % time, 0), (0, 0), (0, 0), (0, 0)))
+    x = rearrange(x, "B (T t) (H h) (W w) C -> B T H W (C t h w)", t=time, h=space, w=space)
+    return reduce(x, "B T H W (C group) -> B T H W C", "mean", C=features)
+
+
+def dup_up(x: jax.Array, features: int, time: int, space: int, first: bool) -> jax.Array:
+    """The decoder's shortcut: repeat each channel, then unfold channels into time x space x space
+    boxes.
+
+    Frame 0 keeps only the last frame of its box.
+    """
+    x = repeat(x, "B T H W C -> B T H W (C n)", n=features * time * space**2 // x.shape[-1])
+    x = rearrange(x, "B T H W (C t h w) -> B (T t) (H h) (W w) C", t=time, h=space, w=space)
+    return x[:, time - 1 :] if first else x
+
+
+class Downsample(nn.Module):
+    """Halves height and width, and the frame rate where `time` is 2. Frame 0 comes alone."""
+
+    time: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: jax.Array, first: bool) -> jax.Array:
+        C = x.shape[-1]
+        x = Conv2d(C, self.dtype, stride=2, padding=(0, 1), name="resample_1")(x)
+        if self.time == 1:
+            return x
+        # Frame 0 passes by. The convolution remembers it, and has no output until two more frames
+        # come.
+        later = CausalConv(C, self.dtype, (3, 1, 1), stride=2, name="time_conv")(x)
+        return jnp.concatenate([x[:, : int(first)], later], axis=1)
+
+
+class Upsample(nn.Module):
+    """Doubles height and width, and the frame rate where `time` is 2, of all frames but frame 0."""
+
+    time: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: jax.Array, first: bool) -> jax.Array:
+        C = x.shape[-1]
+        if self.time == 2:
+            # Frame 0 passes by, and the convolution never sees it: frame 1 follows zeros.
+            later = CausalConv(2 * C, self.dtype, (3, 1, 1), name="time_conv")(x[:, int(first) :])
+            later = rearrange(later, "B T H W (t C) -> B (T t) H W C", t=2)
+            x = jnp.concatenate([x[:, : int(first)], later], axis=1)
+        x = repeat(x, "B T H W C -> B T (H h) (W w) C", h=2, w=2)
+        return Conv2d(C, self.dtype, padding=(1, 1), name="resample_1")(x)
+
+
+class DownBlock(nn.Module):
+    """Residual blocks and a downsampling (none where `space` is 1), beside a shortcut from end to
+    end.
+    """
+
+    features: int
+    depth: int
+    time: int
+    space: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: jax.Array, first: bool) -> jax.Array:
+        # The last block's boxes hold one pixel: its shortcut is the identity, not absent.
+        shortcut = avg_down(x, self.features, self.time, self.space)
+        for i in range(self.depth):
+            x = ResBlock(self.features, self.dtype, name=f"resnets_{i}")(x)
+        if self.space == 2:
+            x = Downsample(self.time, self.dtype, name="downsampler")(x, first)
+        return x + shortcut
+
+
+class UpBlock(nn.Module):
+    """Residual blocks and an upsampling beside a shortcut from end to end; neither where `space` is
+    1.
+    """
+
+    features: int
+    depth: int
+    time: int
+    space: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: jax.Array, first: bool) -> jax.Array:
+        start = x
+        for i in range(self.depth):
+            x = ResBlock(self.features, self.dtype, name=f"resnets_{i}")(x)
+        if self.space == 1:
+            return x
+        x = Upsample(self.time, self.dtype, name="upsampler")(x, first)
+        return x + dup_up(start, self.features, self.time, self.space, first)
+
+
+class Encoder(nn.Module):
+    """Pixels [B, T, H, W, 3] in [-1, 1] -> the posterior's mean [B, T/4, H/16, W/16, z_dim], not
+    normalised.
+
+    With `first`, T is 1 and makes one latent frame; otherwise T is a multiple of 4. With `moments`,
+    the posterior's log-variance follows the mean: 2 z_dim channels.
+    """
+
+    config: VideoVAEConfig
+    dtype: DTypeLike
+    moments: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, first: bool = False) -> jax.Array:
+        config, dtype, patch = self.config, self.dtype, self.config.patch_size
+        # Width before height within a patch: not the order of the transformer's patches.
+        x = rearrange(x, "B T (H h) (W w) C -> B T H W (C w h)", h=patch, w=patch)
+        x = CausalConv(config.base_dim, dtype, name="conv_in")(x)
+        boxes = [(1 + time, 2) for time in config.temperal_downsample] + [(1, 1)]
+        for i, (mult, box) in enumerate(zip(config.dim_mult, boxes, strict=True)):
+            features, depth = mult * config.base_dim, config.num_res_blocks
+            x = DownBlock(features, depth, *box, dtype, name=f"down_blocks_{i}")(x, first)
+        x = MidBlock(dtype, name="mid_block")(x)
+        x = nn.silu(RMSNorm(name="norm_out")(x))
+        x = CausalConv(2 * config.z_dim, dtype, name="conv_out")(x)
+        x = CausalConv(2 * config.z_dim, dtype, (1, 1, 1), name="quant_conv")(x)
+        return x if self.moments else x[..., : config.z_dim]
+
+
+class Decoder(nn.Module):
+    """Latents [B, T, H, W, z_dim], denormalised -> pixels [B, 4T, 16H, 16W, 3], about [-1, 1], not
+    clipped.
+
+    With `first`, T is 1 and makes one pixel frame.
+    """
+
+    config: VideoVAEConfig
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: jax.Array, first: bool = False) -> jax.Array:
+        config, dtype, patch = self.config, self.dtype, self.config.patch_size
+        x = CausalConv(config.z_dim, dtype, (1, 1, 1), name="post_quant_conv")(x)
+        x = CausalConv(config.dim_mult[-1] * config.decoder_base_dim, dtype, name="conv_in")(x)
+        x = MidBlock(dtype, name="mid_block")(x)
+        boxes = [(1 + time, 2) for time in reversed(config.temperal_downsample)] + [(1, 1)]
+        for i, (mult, box) in enumerate(zip(reversed(config.dim_mult), boxes, strict=True)):
+            features, depth = mult * config.decoder_base_dim, config.num_res_blocks + 1
+            x = UpBlock(features, depth, *box, dtype, name=f"up_blocks_{i}")(x, first)
+        x = nn.silu(RMSNorm(name="norm_out")(x))
+        x = CausalConv(config.out_channels, dtype, name="conv_out")(x)
+        return rearrange(x, "B T H W (C w h) -> B T (H h) (W w) C", h=patch, w=patch)

@@ -1,0 +1,100 @@
+"""A model's parameters by part: on the device all the time, or only while they are used.
+
+The parts are the top-level keys of the parameter tree: `und` (text tower), `gen` (media tower),
+`video_vae` and `sound_vae`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from cosmos3_jax.checkpoint import load
+from cosmos3_jax.parallel import sharding
+
+
+class Weights:
+    """The parts of one model's parameters.
+
+    Attributes:
+        structs: the whole tree as `jax.ShapeDtypeStruct`s, whatever is on the device.
+        mesh: whose devices hold them, see `sharding.weight_sharding`; None is the default device.
+    """
+
+    def __init__(self, params: dict, mesh: Mesh | None = None):
+        """Parts that are there already and stay."""
+        self.mesh = mesh
+        self._held = sharding.place_params(dict(params), mesh)
+        self.structs = jax.tree.map(self._struct, self._held)
+        self._components: list[load.Component] = []
+        self._dtype = None
+
+    @classmethod
+    def of_checkpoint(
+        cls,
+        components: list[load.Component],
+        dtype: jnp.dtype,
+        offload: bool,
+        mesh: Mesh | None = None,
+    ) -> "Weights":
+        """All parts of a checkpoint, now; with `offload` each when it is used.
+
+        The media tower's layers come apart, which is faster (see `transformer.unstack_layers`).
+
+        Raises CheckpointError as `load.load_params` does.
+        """
+        weights = cls({}, mesh)
+        weights._components, weights._dtype = components, dtype
+        weights.structs = load.param_structs(components, dtype, True, mesh)
+        if not offload:
+            weights.all()
+        return weights
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return tuple(self.structs)
+
+    @property
+    def resident(self) -> bool:
+        """Whether every part is on the device and stays."""
+        return self._held.keys() == self.structs.keys()
+
+    @contextmanager
+    def borrow(self, part: str) -> Iterator[dict]:
+        """The tree of one part. A part that does not stay leaves the device at the end.
+
+        What was computed from it must be ready by then, or its memory is not free yet.
+        """
+        if part in self._held:
+            yield self._held[part]
+            return
+        tree = self._read([part])[part]
+        try:
+            yield tree
+        finally:
+            # Whoever still holds the tree, its memory is free now.
+            for leaf in jax.tree.leaves(tree):
+                leaf.delete()
+
+    def all(self) -> dict:
+        """The whole tree. What is not on the device is read, and stays from now on."""
+        missing = [part for part in self.structs if part not in self._held]
+        if missing:
+            self._held |= self._read(missing)
+        return {part: self._held[part] for part in self.structs}
+
+    def compile_loading(self) -> None:
+        """Compile what reading the missing parts would."""
+        if not self.resident:
+            load.compile_loading(self._components, self._dtype, True, self.mesh)
+
+    def _read(self, parts: list[str]) -> dict:
+        return load.load_params(
+            self._components, self._dtype, parts=parts, unstacked=True, mesh=self.mesh
+        )
+
+    def _struct(self, leaf: jax.Array) -> jax.ShapeDtypeStruct:
+        placed = leaf.sharding if self.mesh is not None else None
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed)
