@@ -29,7 +29,7 @@ from compare_report import VARIANTS, merge, new_report, table
 from cosmos3_jax.checkpoint import random_checkpoint
 from cosmos3_jax.cli import bench
 from cosmos3_jax.cli.bench import Job
-from cosmos3_jax.cli.bench_measure import device_peak_gib, environment, measure
+from cosmos3_jax.runtime.measure import device_peak_gib, environment, measure
 from cosmos3_jax.config import Config, TransformerConfig, VideoVAEConfig
 from cosmos3_jax.models import transformer
 from cosmos3_jax.models.video_vae import pixel_to_latent_shape

@@ -33,7 +33,7 @@ import torch
 from diffusers.models.transformers import transformer_cosmos3
 from diffusers.pipelines.cosmos.pipeline_cosmos3_omni import get_3d_mrope_ids_vae_tokens
 
-from cosmos3_jax.cli.bench_measure import device_peak_gib, environment
+from cosmos3_jax.runtime.measure import device_peak_gib, environment
 from cosmos3_jax.config import (
     Config,
     SoundVAEConfig,

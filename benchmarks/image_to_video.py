@@ -19,7 +19,7 @@ import numpy as np
 
 from cosmos3_jax import Cosmos3
 from cosmos3_jax.cli import bench
-from cosmos3_jax.cli.bench_measure import GIB, environment
+from cosmos3_jax.runtime.measure import GIB, environment
 from cosmos3_jax.io.media import write_text
 from cosmos3_jax.parallel import device
 from cosmos3_jax.runtime.programs import encode_given

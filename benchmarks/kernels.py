@@ -22,7 +22,7 @@ from jax import Array
 from jax._src.cudnn.fused_attention_stablehlo import MaskType
 from jax._src.cudnn.fused_attention_stablehlo import dot_product_attention as cudnn_attention
 
-from cosmos3_jax.cli.bench_measure import environment
+from cosmos3_jax.runtime.measure import environment
 from cosmos3_jax.models.flash_attention import flash_attention
 
 TOKENS = {"720p": 44160, "480p": 18720, "256p": 5760}  # 256p: both guidance branches as one batch

@@ -17,7 +17,7 @@ import numpy as np
 
 from cosmos3_jax.checkpoint import load
 from cosmos3_jax.checkpoint.frontend import load_frontend
-from cosmos3_jax.cli.bench_measure import environment
+from cosmos3_jax.runtime.measure import environment
 from cosmos3_jax.parallel import device
 from cosmos3_jax.runtime.weights import Weights
 

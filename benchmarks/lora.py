@@ -26,11 +26,11 @@ from scaling import DRY, NANO
 
 from cosmos3_jax.checkpoint import lora
 from cosmos3_jax.cli import bench, bench_inputs
-from cosmos3_jax.cli.bench_measure import GIB, device_peak_gib, environment
+from cosmos3_jax.runtime.measure import GIB, device_peak_gib, environment
 from cosmos3_jax.config import Config, TransformerConfig
 from cosmos3_jax.io.media import write_text
 from cosmos3_jax.models import transformer
-from cosmos3_jax.parallel import startup
+from cosmos3_jax.parallel import device
 from cosmos3_jax.sampling.request import T2VRequest
 from cosmos3_jax.training.flow import Batch, NoiseLevels
 from cosmos3_jax.training.step import (
@@ -210,7 +210,7 @@ def main() -> None:
     config = DRY if options.dry else NANO
     frames = 5 if options.dry else options.num_frames
     job = bench.Job(num_frames=frames, height=height, width=width, negative_tokens=0, steps=1)
-    dtype = jnp.dtype("float32" if options.dry else startup.default_dtype())
+    dtype = jnp.dtype("float32" if options.dry else device.default_dtype())
     settings = {k: v for k, v in vars(options).items() if k != "out"}
     record = environment() | {"options": settings, "job": dataclasses.asdict(job)}
     record |= {"dtype": str(dtype), "model": "dry" if options.dry else "nano"}

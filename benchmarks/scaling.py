@@ -23,11 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from cosmos3_jax.cli import bench, bench_inputs
-from cosmos3_jax.cli.bench_measure import GIB, environment, measure
+from cosmos3_jax.runtime.measure import GIB, environment, measure
 from cosmos3_jax.config import Config, TransformerConfig, VideoVAEConfig
 from cosmos3_jax.io.media import write_text
 from cosmos3_jax.models import transformer
-from cosmos3_jax.parallel import sharding, startup
+from cosmos3_jax.parallel import device, sharding
 from cosmos3_jax.parallel.mesh import make_mesh, parse_mesh
 from cosmos3_jax.runtime.programs import decode_video, encode_conditions, sample_latents
 from cosmos3_jax.sampling.generate import is_one_batch
@@ -244,7 +244,7 @@ def main() -> None:
         num_frames=5 if options.dry else options.num_frames, height=height, width=width,
         steps=options.steps, repeats=options.repeats,
     )  # fmt: skip
-    dtype = jnp.dtype(startup.default_dtype())
+    dtype = jnp.dtype(device.default_dtype())
     record = environment() | {"job": dataclasses.asdict(job), "dtype": str(dtype)}
     record |= {"model": "dry" if options.dry else options.model, "runs": {}}
     for name in options.meshes.split(";"):

@@ -440,6 +440,11 @@ class Config:
         """Whether the transformer's sound head and the sound VAE are both there."""
         return self.transformer.sound_gen and self.sound_vae is not None
 
+    def silent(self) -> Self:
+        """The same sizes without sound, as a checkpoint is loaded for a video alone."""
+        model = dataclasses.replace(self.transformer, sound_gen=False)
+        return dataclasses.replace(self, transformer=model, sound_vae=None)
+
 
 def check_fps(fps: float) -> None:
     """Raise ValueError unless these frames per second are a number that a video can have."""

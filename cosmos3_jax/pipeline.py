@@ -7,82 +7,160 @@ compiles and shows progress. Research code that wants none of that calls `prepar
 Axes: B batch, C channels, T frames, H rows, W columns; latents t, h, w; s sound latents.
 """
 
+import contextlib
 import dataclasses
-import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tqdm
 from jax import Array
 from jax.sharding import Mesh
 
 from cosmos3_jax.checkpoint import load, lora_files
-from cosmos3_jax.checkpoint.frontend import find_checkpoint, load_frontend
+from cosmos3_jax.checkpoint.find import find_checkpoint, open_folder
 from cosmos3_jax.checkpoint.lora import merge_on_read
 from cosmos3_jax.config import Config
-from cosmos3_jax.io.prepare import TEXT_BUCKET, prepare_request
-from cosmos3_jax.io.prompt import Tokenizer, pad_token_ids
+from cosmos3_jax.io.prepare import TEXT_BUCKET, Prepared, prepare
+from cosmos3_jax.io.prompt import pad_token_ids
+from cosmos3_jax.io.settings import Settings, SettingsDict
+from cosmos3_jax.models.tokenizer import Tokenizer
 from cosmos3_jax.parallel import device
 from cosmos3_jax.parallel.mesh import Meshes, ambient, reachable
-from cosmos3_jax.runtime import memory, memory_limits
-from cosmos3_jax.runtime.programs import (
-    compile_for,
-    decode_sound,
-    decode_video,
-    encode_conditions,
-    encode_given,
-    encode_sound,
-    encode_video,
-    loop_request,
-    sample_latents,
-    text_request,
-)
-from cosmos3_jax.runtime.progress import compile_with_bar, sample_with_bar
+from cosmos3_jax.runtime import memory_limits, programs
+from cosmos3_jax.runtime.job import Job
+from cosmos3_jax.runtime.programs import BLOCK_STEPS
 from cosmos3_jax.runtime.weights import Weights
-from cosmos3_jax.sampling.generate import params_dtype
-from cosmos3_jax.sampling.request import T2VRequest
+from cosmos3_jax.sampling import stages
+from cosmos3_jax.sampling.request import Request
+from cosmos3_jax.sampling.stages import Stage, Values
+
+DTYPES = ("bfloat16", "float32")
+Loras = str | Path | Sequence[str | Path | tuple[str | Path, float]]
 
 
-def _settings_of(function: Callable) -> Callable[[Callable], Callable]:
-    """Show the settings of `function` in the signature of a method that passes them on to it."""
-    settings = [
-        p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY
-    ]
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What a generation has after one of its steps.
 
-    def decorate(method: Callable) -> Callable:
-        signature = inspect.signature(method)
-        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        method.__signature__ = signature.replace(parameters=[*own, *settings])
-        return method
+    Attributes:
+        index: of the step, from 0 on.
+        sigma: the noise level that the step began at; the latents are at the next one.
+        latents: after the step, `{"video"[, "sound"]}`, channels first.
+        clean: the step's prediction of the clean latents, likewise.
+    """
 
-    return decorate
+    index: int
+    sigma: float
+    latents: dict[str, Array]
+    clean: dict[str, Array]
 
 
 class Cosmos3:
-    """A loaded checkpoint.
+    """A checkpoint: opened, which is enough to prepare a request, or loaded.
 
     Attributes:
         config: its configuration.
         tokenizer: its tokenizer and chat template.
-        weights: its parameters by part, on the device or read when they are used.
+        weights: its parameters by part, on the device or read when they are used; None until they
+            are loaded.
         meshes: the mesh of devices for each job.
     """
 
     def __init__(
         self,
         config: Config,
-        params: dict | Weights,
+        params: dict | Weights | None,
         tokenizer: Tokenizer,
         mesh: Mesh | Meshes | str | None = None,
     ):
         if not isinstance(mesh, Meshes):
             mesh = Meshes(mesh, config.transformer.num_key_value_heads)
         self.config, self.tokenizer, self.meshes = config, tokenizer, mesh
-        self.weights = params if isinstance(params, Weights) else Weights(params, mesh.weights)
+        self.weights = Weights(params, mesh.weights) if isinstance(params, dict) else params
+        self._name: str | Path | None = None
+        self._loras: list = []
+
+    @classmethod
+    def open(
+        cls,
+        path_or_hub_id: str | Path,
+        *,
+        load_sound: bool | None = None,
+        lora: Loras | None = None,
+    ) -> "Cosmos3":
+        """A checkpoint's configuration and tokenizer, and LoRAs for it; no weights yet.
+
+        Args:
+            path_or_hub_id: a local folder; a Hub id `owner/name`; `tiny`, the embedded default; or
+                `random`, see `find.find_checkpoint`.
+            load_sound: None loads sound if the checkpoint has it, True insists, False leaves it
+                out.
+            lora: a LoRA file in diffusers' layout, or a list of files or of (file, factor). They
+                are merged into the weights as these are read, and cost nothing afterwards.
+
+        Raises:
+            ValueError: a LoRA changes nothing.
+            CheckpointError: the folder is no checkpoint, or a LoRA does not fit it.
+            ConfigError: a configuration asks for what is not implemented.
+        """
+        config, tokenizer = open_folder(find_checkpoint(path_or_hub_id, False), load_sound)
+        model = cls(config, None, tokenizer)
+        model._name = path_or_hub_id
+        model._loras = [] if lora is None else lora_files.load_scaled(lora, config.transformer)
+        return model
+
+    def load(
+        self,
+        dtype: str = "bfloat16",
+        *,
+        offload: bool | None = None,
+        mesh: Mesh | Meshes | str | None = None,
+    ) -> "Cosmos3":
+        """Read the weights of an opened checkpoint.
+
+        The autoencoders come whole: `encode_video` and `encode_sound` read their encoders.
+
+        Args:
+            dtype: of the weights and of the computation, `bfloat16` or `float32`. The timestep
+                embedding and the sampler are always float32.
+            offload: False loads all parts now, and they stay. True loads none: text tower, media
+                tower and autoencoders are read from the checkpoint one after the other, each when
+                it is used, and leave the device afterwards; every call reads them again. The
+                results are the same. None offloads if the recipe's job would not fit otherwise.
+            mesh: the devices and what they divide, with axes `data` (prompts), `cfg` (branches of
+                guidance), `seq` (tokens) and `fsdp` (weights, and tokens): a mesh of JAX's, or for
+                example `cfg=2,seq=2`. None uses all devices, for each job as suits it; it divides
+                the weights if they do not fit whole.
+
+        Returns:
+            The same object.
+
+        Raises:
+            ValueError: the mesh does not fit the devices or the model.
+            CheckpointError: the checkpoint's files do not fit the model.
+        """
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype={dtype!r} is not supported; choose bfloat16 or float32")
+        if isinstance(mesh, Meshes):
+            self.meshes, offload = mesh, bool(offload)
+        else:
+            job = Job.of_recipe(self.config, dtype=dtype)
+            self.meshes, offload = memory_limits.choose_devices(
+                self.config, device.memory_limit(), mesh, offload, job
+            )
+        components = load.open_components(find_checkpoint(self._name), self.config)
+        if self._loras:
+            addition = merge_on_read(self._loras, self.config.transformer)
+            components[0] = dataclasses.replace(components[0], addition=addition)
+        self.weights = Weights.of_checkpoint(
+            components, jnp.dtype(dtype), offload, self.meshes.weights
+        )
+        return self
 
     @classmethod
     def from_pretrained(
@@ -92,50 +170,13 @@ class Cosmos3:
         load_sound: bool | None = None,
         offload: bool | None = None,
         mesh: Mesh | str | None = None,
-        lora: str | Path | Sequence[str | Path | tuple[str | Path, float]] | None = None,
+        lora: Loras | None = None,
     ) -> "Cosmos3":
-        """Load a checkpoint in the public or the converted layout.
-
-        The autoencoders come whole: `encode_video` and `encode_sound` read their encoders.
-
-        Args:
-            path_or_hub_id: a local folder; a Hub id `owner/name`; `tiny`, the embedded default; or
-                `random`, see `frontend.find_checkpoint`.
-            dtype: of the weights and of the computation, `bfloat16` or `float32`. The timestep
-                embedding and the sampler are always float32.
-            load_sound: None loads sound if the checkpoint has it, True insists, False leaves it
-                out.
-            offload: False loads all parts now, and they stay. True loads none: text tower, media
-                tower and autoencoders are read from the checkpoint one after the other, each when
-                it is used, and leave the device afterwards; every call reads them again. The
-                results are the same. None offloads if the recipe's job would not fit otherwise.
-            mesh: the devices and what they divide, with axes `data` (prompts), `cfg` (branches of
-                guidance), `seq` (tokens) and `fsdp` (weights, and tokens): a mesh of JAX's, or for
-                example `cfg=2,seq=2`. None uses all devices, for each job as suits it; it divides
-                the weights if they do not fit whole.
-            lora: a LoRA file in diffusers' layout, or a list of files or of (file, factor). They
-                are merged into the weights as these are read, and cost nothing afterwards.
-
-        Raises:
-            ValueError: the mesh does not fit the devices or the model, or a LoRA changes nothing.
-            CheckpointError: the folder is no checkpoint, or its files do not fit the model; or a
-                LoRA does not.
-            ConfigError: a configuration asks for what is not implemented.
-        """
-        if dtype not in ("bfloat16", "float32"):
+        """`open` and `load`: a checkpoint in the public or the converted layout, with weights."""
+        if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is not supported; choose bfloat16 or float32")
-        config, tokenizer = load_frontend(find_checkpoint(path_or_hub_id, False), load_sound)
-        loras = [] if lora is None else lora_files.load_scaled(lora, config.transformer)
-        job = memory.recipe_sizes(config) | {"dtype": dtype}
-        meshes, offload = memory_limits.choose_devices(
-            config, device.memory_limit(), mesh, offload, **job
-        )
-        components = load.open_components(find_checkpoint(path_or_hub_id), config)
-        if loras:
-            addition = merge_on_read(loras, config.transformer)
-            components[0] = dataclasses.replace(components[0], addition=addition)
-        weights = Weights.of_checkpoint(components, jnp.dtype(dtype), offload, meshes.weights)
-        return cls(config, weights, tokenizer, meshes)
+        model = cls.open(path_or_hub_id, load_sound=load_sound, lora=lora)
+        return model.load(dtype, offload=offload, mesh=mesh)
 
     @property
     def params(self) -> dict:
@@ -144,13 +185,27 @@ class Cosmos3:
         With offload, what is not on the device is read now and stays from then on. Other parameters
         may be put in its place.
         """
-        return self.weights.all()
+        return self._loaded().all()
 
     @params.setter
     def params(self, params: dict) -> None:
         self.weights = Weights(params, self.meshes.weights)
 
-    @_settings_of(prepare_request)
+    @property
+    def dtype(self) -> str:
+        """Of the weights and of the computation."""
+        return str(stages.params_dtype(self._loaded().structs["video_vae"]))
+
+    def prepare(self, prompt: str | Sequence[str], **settings: Unpack[SettingsDict]) -> Request:
+        """Check, read and tokenise everything that one generation needs (see `io.settings` and
+        `io.prepare`). Nothing is encoded or compiled yet, and no weights are needed.
+        """
+        return self.resolve(prompt, **settings).request
+
+    def resolve(self, prompt: str | Sequence[str], **settings: Unpack[SettingsDict]) -> Prepared:
+        """The request that `prepare` returns, and what it was made from."""
+        return prepare(self.config, self.tokenizer, prompt, Settings(**settings))
+
     def generate(
         self,
         prompt: str | Sequence[str],
@@ -159,7 +214,8 @@ class Cosmos3:
         return_trajectory: bool = False,
         progress: bool = False,
         decode_chunk_size: int | None = None,
-        **settings,
+        steps_per_program: int = BLOCK_STEPS,
+        **settings: Unpack[SettingsDict],
     ) -> dict:
         """Turn prompts into images (`num_frames=1`) or videos, with sound on the same time line if
         asked for, from text alone or going on from an image or a video.
@@ -167,13 +223,15 @@ class Cosmos3:
         Args:
             prompt: one prompt or a list of them; a list is a batch.
             output: `media`, or `latents` for the final normalised latents.
-            return_trajectory: add every step's latents and clean predictions (see
-                `generate.generate`).
+            return_trajectory: add `trajectory`: `latents` and `clean`, every step's latents and
+                clean predictions, stacked on a leading axis.
             progress: show a bar over the steps.
             decode_chunk_size: latent frames decoded at a time: memory against speed. None
                 chooses by size.
+            steps_per_program: denoising steps of one call to the device. Another number is another
+                program, which rounds otherwise.
             **settings: image or video to start from, sizes, sampler, seeds and prompt style; see
-                `prepare.prepare_request`.
+                `io.settings.Settings`.
 
         Returns:
             `video`: float32 [B, 3, T, H, W] in [0, 1]; with sound also `sound`: float32
@@ -186,20 +244,66 @@ class Cosmos3:
             OutOfDeviceMemory: (a ValueError) the device has too little memory. As a rule that is
                 known before anything is run.
         """
-        _check_output(output)
         request = self.prepare(prompt, **settings)
-        job = self._job(request, output, return_trajectory, decode_chunk_size)
-        memory_limits.check_fits(**job)
-        with memory_limits.exhaustion_explained(**job):
-            latents, trajectory = self.denoise(
-                request, return_trajectory=return_trajectory, progress=progress
-            )
-            result = self.decode(latents, decode_chunk_size) if output == "media" else latents
-        if trajectory is not None:
-            result["trajectory"] = trajectory
+        return self.run(
+            request, output=output, return_trajectory=return_trajectory, progress=progress,
+            decode_chunk_size=decode_chunk_size, steps_per_program=steps_per_program,
+        )  # fmt: skip
+
+    def run(
+        self,
+        request: Request,
+        *,
+        output: str = "media",
+        return_trajectory: bool = False,
+        progress: bool = False,
+        decode_chunk_size: int | None = None,
+        steps_per_program: int = BLOCK_STEPS,
+        after: Callable[[Stage, Values], None] | None = None,
+    ) -> dict:
+        """Run the stages of a generation that is prepared.
+
+        Args:
+            request: see `prepare`.
+            output, return_trajectory, progress, decode_chunk_size, steps_per_program: see
+                `generate`.
+            after: called when a stage has ended, with all values so far.
+
+        Returns:
+            What `generate` does.
+
+        Raises:
+            ValueError, OutOfDeviceMemory: as `generate`.
+        """
+        values = stages.initial_values(request, output=output, decode_chunk_size=decode_chunk_size)
+        job = self.job(request, output, return_trajectory, decode_chunk_size)
+        memory_limits.check_fits(self.config, device.memory_limit(), job)
+        mesh = self._mesh_of(request)
+        trajectory: list[dict] = []
+        total = request.num_inference_steps
+        with (
+            memory_limits.exhaustion_explained(self.config, device.memory_limit(), job),
+            ambient(mesh),
+            tqdm.tqdm(total=total, unit="step", desc="denoise", disable=not progress) as bar,
+        ):
+
+            def listen(values: Values) -> None:
+                bar.update()
+                if return_trajectory:
+                    trajectory.append({name: values[name] for name in ("latents", "clean")})
+
+            execute = programs.Run(
+                self._loaded(), self.config, block_steps=steps_per_program, listen=listen,
+                after=after,
+            )  # fmt: skip
+            values["request"] = jax.tree.map(partial(reachable, mesh), request)
+            result = stages.result_of(stages.walk(values, execute))
+        if output == "media" and "sound" in result:
+            result["sample_rate"] = self.config.sound_vae.sampling_rate
+        if return_trajectory:
+            result["trajectory"] = jax.tree.map(lambda *x: jnp.stack(x), *trajectory)
         return result
 
-    @_settings_of(prepare_request)
     def warmup(
         self,
         prompt: str | Sequence[str] = "warm-up",
@@ -209,111 +313,71 @@ class Cosmos3:
         return_trajectory: bool = False,
         progress: bool = False,
         decode_chunk_size: int | None = None,
-        **settings,
+        steps_per_program: int = BLOCK_STEPS,
+        **settings: Unpack[SettingsDict],
     ) -> None:
         """Compile all that `generate` with these arguments would, and run nothing.
 
-        Prompts are padded to a multiple of 128 tokens; one program serves all of one such length.
+        Prompts are padded to a multiple of 128 tokens; one program serves all of one such length,
+        and all numbers of steps.
 
         Args:
             prompt: one of the length to come, or as many as come in a batch.
             text_tokens: of the longest prompt to come, chat template included, instead of
                 `prompt`'s own length.
-            output, return_trajectory, progress, decode_chunk_size: as in `generate`.
-            **settings: as in `generate`. Of these the sizes, the number of steps, sound, the
-                negative prompt's length, the frames read of an image or a video, and whether there
-                is guidance count; the rest are arrays.
+            output, return_trajectory, progress, decode_chunk_size, steps_per_program: as in
+                `generate`.
+            **settings: as in `generate`. Of these the sizes, sound, the negative prompt's length,
+                the frames read of an image or a video, and whether there is guidance count; the
+                rest are arrays.
 
         Raises:
             ValueError, OutOfDeviceMemory: as `generate` would.
         """
-        _check_output(output)
         request = self.prepare(prompt, **settings)
         if text_tokens is not None:
             ids, mask = pad_token_ids([[0] * text_tokens] * len(request.text_ids), TEXT_BUCKET)
             request = request.replace(text_ids=ids, text_mask=mask)
-        job = self._job(request, output, return_trajectory, decode_chunk_size)
-        memory_limits.check_fits(**job)
-        request = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), request)
+        values = stages.initial_values(request, output=output, decode_chunk_size=decode_chunk_size)
+        job = self.job(request, output, return_trajectory, decode_chunk_size)
+        memory_limits.check_fits(self.config, device.memory_limit(), job)
         with ambient(self._mesh_of(request)):
-            self._compile(request, output, return_trajectory, progress, decode_chunk_size)
+            compile_stage = programs.Compile(self._loaded().structs, self.config, steps_per_program)
+            stages.walk(programs.structs_of(values), compile_stage)
             self.weights.compile_loading()
 
-    def _compile(
-        self,
-        request: T2VRequest,
-        output: str,
-        return_trajectory: bool,
-        progress: bool,
-        decode_chunk_size: int | None,
-    ) -> None:
-        structs, config = self.weights.structs, self.config
-        if request.clean_video is not None:
-            pixels = request.clean_video, request.frame_mask
-            given = compile_for(encode_given, structs["video_vae"], *pixels, config=config)
-            request = request.replace(**given)
-        conditions = compile_for(
-            encode_conditions, structs["und"], text_request(request), config=config
-        )
-        compile_sampling = compile_with_bar if progress else partial(compile_for, sample_latents)
-        latents, _ = compile_sampling(
-            structs["gen"], conditions, loop_request(request),
-            config=config, return_trajectory=return_trajectory,
-        )  # fmt: skip
-        if output == "media":
-            compile_for(
-                decode_video, structs["video_vae"], latents["video"], config=config.video_vae,
-                chunk_size=decode_chunk_size,
-            )  # fmt: skip
-        if output == "media" and "sound" in latents:
-            compile_for(
-                decode_sound, structs["sound_vae"], latents["sound"], config=config.sound_vae
-            )
+    def steps(self, request: Request) -> Iterator[Step]:
+        """Denoise a request, a step at a time: `for step in model.steps(request)`.
 
-    @property
-    def dtype(self) -> str:
-        """Of the weights and of the computation."""
-        return str(params_dtype(self.weights.structs["video_vae"]))
-
-    @_settings_of(prepare_request)
-    def prepare(self, prompt: str | Sequence[str], **settings) -> T2VRequest:
-        """Check, read and tokenise everything that one generation needs (see
-        `prepare.prepare_request`). Nothing is encoded or compiled yet.
+        The caller may stop early; the model can be used as before. The last step's latents are
+        those of `denoise`.
         """
-        return prepare_request(self.config, self.tokenizer, prompt, **settings)
+        mesh = self._mesh_of(request)
+        values = stages.initial_values(request, output="latents")
+        sigmas = values["steps"].solver.sigma
+        values["request"] = jax.tree.map(partial(reachable, mesh), request)
+        before, loop = stages.up_to_the_loop()
+        execute = programs.Run(self._loaded(), self.config)
+        with ambient(mesh):
+            values = stages.walk(values, execute, before)
+        calls = execute.each_call(loop, values)
+        with contextlib.closing(calls):
+            for index in range(request.num_inference_steps):
+                with ambient(mesh):  # only while a program runs: the caller goes on in between
+                    values = next(calls)
+                yield Step(index, float(sigmas[index]), values["latents"], values["clean"])
 
     def denoise(
-        self, request: T2VRequest, *, return_trajectory: bool = False, progress: bool = False
+        self, request: Request, *, return_trajectory: bool = False, progress: bool = False
     ) -> tuple[dict[str, Array], dict | None]:
         """A request -> final latents `{"video"[, "sound"]}`, channels first, and the trajectory or
         None.
         """
-        mesh = self._mesh_of(request)
-        request = jax.tree.map(partial(reachable, mesh), request)
-        with ambient(mesh):
-            return self._denoise(request, return_trajectory, progress)
-
-    def _denoise(
-        self, request: T2VRequest, return_trajectory: bool, progress: bool
-    ) -> tuple[dict[str, Array], dict | None]:
-        if request.clean_video is not None:
-            pixels = request.clean_video, request.frame_mask
-            with self.weights.borrow("video_vae") as vae:
-                given = jax.block_until_ready(encode_given(vae, *pixels, config=self.config))
-            request = request.replace(**given)
-        with self.weights.borrow("und") as und:
-            conditions = encode_conditions(und, text_request(request), config=self.config)
-            jax.block_until_ready(conditions)
-        sample = sample_with_bar if progress else sample_latents
-        with self.weights.borrow("gen") as gen:
-            result = sample(
-                gen,
-                conditions,
-                loop_request(request),
-                config=self.config,
-                return_trajectory=return_trajectory,
-            )
-            return jax.block_until_ready(result)
+        result = self.run(
+            request, output="latents", return_trajectory=return_trajectory, progress=progress
+        )
+        trajectory = result.pop("trajectory", None)
+        return result, trajectory
 
     def decode(self, latents: dict[str, Array], chunk_size: int | None = None) -> dict:
         """Final latents, channels first -> `video` and, with sound, `sound` and `sample_rate`."""
@@ -329,10 +393,9 @@ class Cosmos3:
         Raises ValueError on another number of axes or channels.
         """
         _check_axes("latents", latents, "[B, C, t, h, w]", self.config.video_vae.z_dim)
-        config = self.config.video_vae
-        with self._autoencoder("video_vae", latents) as (params, latents):
-            video = decode_video(params, latents, config=config, chunk_size=chunk_size)
-            return jax.block_until_ready(video)
+        return self._autoencode("video_vae", stages.decode_video, latents, chunk_size=chunk_size)[
+            "video"
+        ]
 
     def encode_video(self, video: Array, chunk_size: int = 1) -> Array:
         """Video [B, 3, T, H, W] in [0, 1], T = 4k + 1 -> normalised latents [B, C, t, h, w]: the
@@ -341,10 +404,7 @@ class Cosmos3:
         Raises ValueError on another shape, and on integers.
         """
         _check_axes("video", video, "[B, 3, T, H, W]", 3)
-        config = self.config.video_vae
-        with self._autoencoder("video_vae", video) as (params, video):
-            latents = encode_video(params, video, config=config, chunk_size=chunk_size)
-            return jax.block_until_ready(latents)
+        return self._autoencode("video_vae", stages.encode_video, video, chunk_size=chunk_size)
 
     def decode_sound(self, latents: Array) -> Array:
         """Latents [B, C_sound, s] -> waveform [B, channels, samples] in [-1, 1].
@@ -354,9 +414,7 @@ class Cosmos3:
         self._check_sound()
         channels = self.config.transformer.sound_dim
         _check_axes("sound latents", latents, "[B, C_sound, s]", channels)
-        with self._autoencoder("sound_vae", latents) as (params, latents):
-            sound = decode_sound(params, latents, config=self.config.sound_vae)
-            return jax.block_until_ready(sound)
+        return self._autoencode("sound_vae", stages.decode_sound, latents)["sound"]
 
     def encode_sound(self, waveform: Array) -> Array:
         """Waveform [B, channels, samples] in [-1, 1] -> latents [B, C_sound, s]; the last frame is
@@ -368,37 +426,46 @@ class Cosmos3:
         self._check_sound()
         channels = self.config.sound_vae.dec_out_channels
         _check_axes("waveform", waveform, "[B, channels, samples]", channels)
-        with self._autoencoder("sound_vae", waveform) as (params, waveform):
-            latents = encode_sound(params, waveform, config=self.config.sound_vae)
-            return jax.block_until_ready(latents)
+        return self._autoencode("sound_vae", stages.encode_sound, waveform)
 
-    def _mesh_of(self, request: T2VRequest) -> Mesh | None:
+    def job(
+        self,
+        request: Request,
+        output: str = "media",
+        return_trajectory: bool = False,
+        decode_chunk_size: int | None = None,
+    ) -> Job:
+        """The job of a request on this model's devices; see `generate` for the arguments."""
+        mesh = self._mesh_of(request)
+        return Job.of_request(
+            self.config,
+            request,
+            dtype=self.dtype,
+            offload=not self.weights.resident,
+            mesh={} if mesh is None else dict(mesh.shape),
+            decode=output == "media",
+            decode_chunk_size=decode_chunk_size,
+            trajectory_steps=request.num_inference_steps if return_trajectory else 0,
+        )
+
+    def _mesh_of(self, request: Request) -> Mesh | None:
         return self.meshes.of(len(request.text_ids), request.neg_text_ids is not None)
 
-    @contextmanager
-    def _autoencoder(self, part: str, array: Array) -> Iterator[tuple[dict, Array]]:
-        """Its parameters, and the array on its devices."""
+    def _autoencode(self, part: str, function: Callable, array: Array, **static) -> Any:
+        """A function of one autoencoder's parameters and an array, on the array's mesh."""
         mesh = self.meshes.of(len(array), guidance=True)
-        with ambient(mesh), self.weights.borrow(part) as params:
-            yield params, reachable(mesh, array)
+        run = programs.program(function, static=tuple(static))
+        with ambient(mesh), self._loaded().borrow(part) as params:
+            result = run(params, reachable(mesh, array), config=self.config, **static)
+            return jax.block_until_ready(result)
 
-    def _job(
-        self, request: T2VRequest, output: str, trajectory: bool, chunk_size: int | None
-    ) -> dict:
-        """What `memory_limits` asks about a generation."""
-        return memory.request_sizes(self.config, request) | {
-            "config": self.config,
-            "limit_bytes": device.memory_limit(),
-            "offload": not self.weights.resident,
-            "dtype": self.dtype,
-            "mesh": dict(mesh.shape) if (mesh := self._mesh_of(request)) else {},
-            "decode": output == "media",
-            "decode_chunk_size": chunk_size,
-            "trajectory_steps": request.num_inference_steps if trajectory else 0,
-        }
+    def _loaded(self) -> Weights:
+        if self.weights is None:
+            raise ValueError("this checkpoint is open, without weights: call load() first")
+        return self.weights
 
     def _check_sound(self) -> None:
-        if "sound_vae" not in self.weights.structs:
+        if "sound_vae" not in self._loaded().structs:
             raise ValueError("this checkpoint was loaded without sound, or has none")
 
 
@@ -409,8 +476,3 @@ def _check_axes(name: str, array: Array, axes: str, channels: int) -> None:
         raise ValueError(f"{name} of shape {shape}: expected {axes}, with {channels} channels")
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"{name} of {dtype}: give floats; pixels are divided by 255")
-
-
-def _check_output(output: str) -> None:
-    if output not in ("media", "latents"):
-        raise ValueError(f"output={output!r} is unknown; choose media or latents")

@@ -56,7 +56,7 @@ def cache(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def no_compilation_cache(monkeypatch):
     """Commands run in this process leave its settings alone; what they do is seen in others."""
-    monkeypatch.setattr(cli.startup, "use_compilation_cache", lambda *_: None)
+    monkeypatch.setattr(cli.device, "use_compilation_cache", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -644,7 +644,7 @@ def test_compiled_programs_are_kept(made, tmp_path):
 )
 def test_what_jax_is_told_goes_before_our_cache_settings(tmp_path, given, expected):
     script = (
-        "import jax; from cosmos3_jax import startup; startup.use_compilation_cache(); "
+        "import jax; from cosmos3_jax.parallel import device; device.use_compilation_cache(); "
         "config = jax.config; print(config.jax_enable_compilation_cache, "
         "config.jax_compilation_cache_dir, config.jax_persistent_cache_min_compile_time_secs)"
     )

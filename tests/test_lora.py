@@ -352,7 +352,7 @@ def test_on_the_command_line(public_checkpoint, tmp_path, monkeypatch):
 
     It adapts the sound's projections too, which a silent run does not read.
     """
-    monkeypatch.setattr(cli.startup, "use_compilation_cache", lambda *_: None)
+    monkeypatch.setattr(cli.device, "use_compilation_cache", lambda *_: None)
     file = lora_files.save(trained(), tmp_path, CONFIG)
     out = tmp_path / "frame.png"
     settings = dict(num_frames=1, height=32, width=32, num_inference_steps=1, guidance_scale=1.0)

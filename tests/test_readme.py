@@ -74,7 +74,7 @@ def small(monkeypatch, tmp_path):
     """Run a command of the README on the random checkpoint, small, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(cli.startup, "use_compilation_cache", lambda *_: None)
+    monkeypatch.setattr(cli.device, "use_compilation_cache", lambda *_: None)
 
     def run(command: str) -> Path:
         arguments = shlex.split(command)[1:]

@@ -45,14 +45,6 @@ from cosmos3_jax.parallel import sharding
 PUBLIC_STEM, CONVERTED_STEM = "diffusion_pytorch_model", "params"
 RECIPE_FILE = "cosmos3_recipe.json"
 TOKENIZER_FOLDER = "text_tokenizer"
-HUB_FILES = [
-    "model_index.json",
-    RECIPE_FILE,
-    f"{TOKENIZER_FOLDER}/*",
-    "scheduler/*.json",
-    *(f"{part}/*.json" for part in ("transformer", "vae", "sound_tokenizer")),
-]
-HUB_WEIGHTS = [f"{part}/*.safetensors" for part in ("transformer", "vae", "sound_tokenizer")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,32 +135,6 @@ class Component:
             ]
             values[at] = rule.to_leaf(self.files.read(rule.key, rule.public_index(wanted, sizes)))
         return values
-
-
-def find_checkpoint(path_or_hub_id: str | Path, weights: bool = True) -> Path:
-    """The local folder of a checkpoint; a Hub id is downloaded, only what generation reads of it.
-
-    Without `weights`, only configurations and tokenizer are: enough to check a request.
-
-    Raises:
-        CheckpointError: if it is neither a folder nor a Hub id that can be reached.
-    """
-    path = Path(path_or_hub_id)
-    if path.is_dir():
-        return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_hub_id)):
-        raise CheckpointError(
-            f"{path_or_hub_id} is not a folder, nor a Hub id of the form owner/name"
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        wanted = HUB_FILES + HUB_WEIGHTS * weights
-        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=wanted))
-    except Exception as error:  # of a dozen kinds, from a name not found to a licence not accepted
-        raise CheckpointError(
-            f"{path_or_hub_id} is no local folder, and downloading it from the Hub failed: {error}"
-        ) from error
 
 
 def load_config(folder: Path, load_sound: bool | None = None) -> Config:

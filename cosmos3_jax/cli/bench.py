@@ -1,51 +1,152 @@
-"""Time, memory and rate of each stage of a generation, compiled anew and measured warm.
-
-Its inputs are in `bench_inputs`, how it compiles and times in `bench_measure`.
+"""`cosmos3-jax bench`: time, memory and rate of each stage of a generation, compiled anew and
+measured warm, on random inputs.
 """
 
 import dataclasses
 import math
 import sys
-from collections.abc import Callable
-from functools import partial
-from typing import Any
 
 import jax
+import numpy as np
 
-from cosmos3_jax.cli.bench_inputs import (
-    SIZES,
-    Job,
-    jobs,
-    random_params,
-    random_request,
-    silent,
-)
-from cosmos3_jax.cli.bench_measure import (
-    GIB,
-    compile_cold_and_cached,
-    device_peak_gib,
-    measure,
-)
-from cosmos3_jax.config import Config
+from cosmos3_jax.config import Config, check_fps
 from cosmos3_jax.io.prepare import TEXT_BUCKET
-from cosmos3_jax.models import sound_vae, transformer
+from cosmos3_jax.models import sound_vae, transformer, video_vae
 from cosmos3_jax.models.layers import TimestepEmbedding
+from cosmos3_jax.runtime import job as runtime_job
 from cosmos3_jax.runtime import memory
-from cosmos3_jax.sampling.generate import (
-    decode,
-    encode_conditions,
-    params_dtype,
-    sample_latents,
-)
-from cosmos3_jax.sampling.request import T2VRequest
+from cosmos3_jax.runtime.measure import GIB, Measure, device_peak_gib
+from cosmos3_jax.sampling import stages, unipc
+from cosmos3_jax.sampling.request import Request, initial_noise
 
-__all__ = [
-    "SIZES", "Job", "denoise_flops", "jobs", "memory_sizes", "random_params", "random_request",
-    "run_bench", "silent",
-]  # fmt: skip
+SIZES = {"256p": (192, 320), "480p": (480, 832), "720p": (720, 1280)}  # height, width
 
 
-def denoise_flops(config: Config, request: T2VRequest) -> float:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """One generation to measure, and how often.
+
+    Attributes:
+        num_frames, height, width: of the video, in pixels.
+        fps: frames per second.
+        steps: denoising steps.
+        sound: whether sound is denoised and decoded too.
+        text_tokens: of the prompt; they are padded as prompts are.
+        negative_tokens: of the negative prompt; 0 leaves guidance, the second branch, out.
+        decode_chunk_size: latent frames decoded at a time; None chooses by size.
+        repeats: runs of each stage; the median counts.
+    """
+
+    num_frames: int = 189
+    height: int = 720
+    width: int = 1280
+    fps: float = 24.0
+    steps: int = 35
+    sound: bool = False
+    text_tokens: int = 300
+    negative_tokens: int = 300
+    decode_chunk_size: int | None = None
+    repeats: int = 3
+
+    def check(self, config: Config) -> None:
+        """Raise ValueError, naming value and limit, if this job cannot run at these sizes."""
+        video_vae.pixel_to_latent_shape(config.video_vae, self.num_frames, self.height, self.width)
+        for name in ("steps", "text_tokens", "negative_tokens", "decode_chunk_size", "repeats"):
+            value, least = getattr(self, name), 0 if name == "negative_tokens" else 1
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value} must be at least {least}")
+        check_fps(self.fps)
+        if self.sound and not config.has_sound:
+            raise ValueError("sound is asked for, but these weights have none: leave it out")
+        if self.sound and self.num_frames == 1:
+            raise ValueError(
+                "num_frames=1 makes an image, which has no sound: ask for 5 frames or more"
+            )
+
+
+def jobs(
+    config: Config,
+    *,
+    sizes: str | None = None,
+    num_frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    fps: float | None = None,
+    steps: int | None = None,
+    **settings,
+) -> dict[str, Job]:
+    """The checked jobs that a command line asks for, by the names of their sizes.
+
+    Smallest first: a device's peak memory never falls, so each size then shows its own.
+
+    Args:
+        config: the checkpoint's; what is left None comes from its recipe.
+        sizes: names from `SIZES` with commas between them, instead of `height` and `width`.
+        num_frames, height, width, fps, steps: see `Job`.
+        **settings: the other fields of `Job`.
+
+    Raises:
+        ValueError: an unknown size, a size given twice over, or see `Job.check`.
+    """
+    recipe = config.recipe
+    if sizes is None:
+        height = recipe.height if height is None else height
+        width = recipe.width if width is None else width
+        name = next((n for n, size in SIZES.items() if size == (height, width)), None)
+        chosen = {name or f"{height}x{width}": (height, width)}
+    elif height is not None or width is not None:
+        raise ValueError(f"size {sizes} sets height and width: give either those or the size")
+    else:
+        for name in sizes.split(","):
+            if name not in SIZES:
+                raise ValueError(f"size {name!r} is unknown; choose from {', '.join(SIZES)}")
+        chosen = {name: SIZES[name] for name in sizes.split(",")}
+    settings |= {
+        "num_frames": recipe.num_frames if num_frames is None else num_frames,
+        "fps": recipe.fps if fps is None else fps,
+        "steps": recipe.num_inference_steps if steps is None else steps,
+    }
+    made = {
+        name: Job(height=height, width=width, **settings)
+        for name, (height, width) in sorted(chosen.items(), key=lambda item: math.prod(item[1]))
+    }
+    for job in made.values():
+        job.check(config)
+    return made
+
+
+def random_request(config: Config, job: Job) -> Request:
+    """A request of the job's sizes: random tokens, numpy noise, native schedule, guidance 6.
+
+    Raises:
+        ValueError: see `Job.check`.
+    """
+    job.check(config)
+    shape = video_vae.pixel_to_latent_shape(config.video_vae, job.num_frames, job.height, job.width)
+    rng = np.random.RandomState(0)
+
+    def tokens(count: int) -> tuple[np.ndarray, np.ndarray]:
+        padded = -(-count // TEXT_BUCKET) * TEXT_BUCKET
+        ids = rng.randint(0, config.transformer.vocab_size, (1, padded)).astype(np.int32)
+        return ids, np.arange(padded)[None] < count
+
+    ids, mask = tokens(job.text_tokens)
+    negative = tokens(job.negative_tokens) if job.negative_tokens else (None, None)
+    frames = 0
+    if job.sound:
+        frames = sound_vae.sound_latent_length(config.sound_vae, job.num_frames, job.fps)
+    channels, sound_channels = config.transformer.latent_channel, config.transformer.sound_dim
+    return Request(
+        text_ids=ids, text_mask=mask, neg_text_ids=negative[0], neg_text_mask=negative[1],
+        video_shape=shape, fps=np.float32(job.fps), num_inference_steps=job.steps,
+        guidance_scale=np.float32(6), sound_frames=frames,
+        noise=initial_noise(0, (1, channels, *shape)),
+        sound_noise=initial_noise(0, (1, sound_channels, frames)) if frames else None,
+        sampler=unipc.tableau(unipc.sigmas("native", job.steps)),
+    )  # fmt: skip
+
+
+def denoise_flops(config: Config, request: Request) -> float:
     """Arithmetic of all steps: matrix products and attention of the media tower, each branch.
 
     A multiplication and an addition are two. Keys are the media tokens and the prompt's real ones:
@@ -74,8 +175,8 @@ def run_bench(config: Config, params: dict, job: Job) -> dict:
 
     Args:
         config: the sizes.
-        params: see `random_params`, or a checkpoint's.
-        job: what to run. Stages are warm, see `measure`.
+        params: see `random_inputs.random_params`, or a checkpoint's.
+        job: what to run. Stages are warm, see `measure.Measure`.
 
     Returns:
         What `json` can write:
@@ -84,8 +185,8 @@ def run_bench(config: Config, params: dict, job: Job) -> dict:
         - `stages`: `condition` (both prompts), `denoise` (all steps), `video decode` and, with
           sound, `sound decode`. Each has `seconds` (the median), `samples`, `temporary_gib`,
           `output_gib`, `compile_seconds` and `compile_seconds_cached` (see
-          `compile_cold_and_cached`). `one step` has seconds alone: a part of `denoise`; with sound,
-          of a loop of two, to be compared with `one step without sound`.
+          `measure.compile_cold_and_cached`). `one step` has seconds alone: a part of `denoise`;
+          with sound, of a loop of two, to be compared with `one step without sound`.
         - `seconds`: of the whole job: condition, loop and decoding.
         - `denoise_tflop`, `denoise_tflops_per_second`: counted by `denoise_flops`, and its rate.
         - `weights_gib`, `peak_gib` and `peak_gib_before` (of this process so far and up to this
@@ -97,73 +198,88 @@ def run_bench(config: Config, params: dict, job: Job) -> dict:
     request = random_request(config, job)
     flops = denoise_flops(config, request)
     peak_before = device_peak_gib()
-    encode = partial(encode_conditions, config=config)
-    sample = partial(sample_latents, config=config)
-    stages: dict[str, dict] = {}
-
-    def stage(name: str, function: Callable, *arguments) -> Any:
-        program, compiling = compile_cold_and_cached(function, *arguments)
-        result, ran = measure(program, *arguments, repeats=job.repeats)
-        note(name, ran | compiling)
-        return result
-
-    def note(name: str, found: dict) -> None:
-        stages[name] = found
-        compiled = found.get("compile_seconds", 0.0)
-        print(f"{name}: {found['seconds']:.3f} s, compiled in {compiled:.1f} s", file=sys.stderr)
-
-    request = jax.device_put(request)
-    conditions = stage("condition", encode, params["und"], request)
-    loop, compiling = compile_cold_and_cached(sample, params["gen"], conditions, request)
-    arguments = params["gen"], conditions, request
-    (latents, _), ran = measure(loop, *arguments, repeats=job.repeats)
-    note("denoise", ran | compiling)
-    stages["one step"] = {"seconds": ran["seconds"] / job.steps}
-    del loop, conditions, request, arguments
+    measure = Measure(params, config, repeats=job.repeats, report=_report)
+    values = stages.initial_values(jax.device_put(request), decode_chunk_size=job.decode_chunk_size)
+    stages.walk(values, measure)
+    found = measure.stages
+    whole = sum(stage["seconds"] for stage in found.values())
+    found["one step"] = {"seconds": found["denoise"]["seconds"] / job.steps}
     if job.sound:
+        found["one step"] = _one_step(config, params, job)
         video_alone = dataclasses.replace(job, sound=False)
-        stages["one step"] = _one_step(config, params, job)
-        stages["one step without sound"] = _one_step(config, params, video_alone)
-    decode_video = partial(decode, config=config, chunk_size=job.decode_chunk_size)
-    stage("video decode", decode_video, params, latents.replace(sound=None))
-    if job.sound:
-        vae = params["sound_vae"]
-        decode_sound = partial(sound_vae.decode, config=config.sound_vae, dtype=params_dtype(vae))
-        stage("sound decode", lambda p, z: decode_sound(p, latents=z), vae, latents.sound)
-    whole = ("condition", "denoise", "video decode", "sound decode")
+        found["one step without sound"] = _one_step(config, params, video_alone)
     return {
         "job": dataclasses.asdict(job),
-        "stages": stages,
-        "seconds": sum(stages[name]["seconds"] for name in whole if name in stages),
+        "stages": found,
+        "seconds": whole,
         "denoise_tflop": flops / 1e12,
-        "denoise_tflops_per_second": flops / 1e12 / stages["denoise"]["seconds"],
+        "denoise_tflops_per_second": flops / 1e12 / found["denoise"]["seconds"],
         "weights_gib": sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / GIB,
         "peak_gib": device_peak_gib(),
         "peak_gib_before": peak_before,
-        "estimated_gib": _estimated_gib(config, params, job),
+        "estimated_gib": memory.generation_bytes(
+            config, memory_job(job, str(transformer.compute_dtype(params["gen"])))
+        )["peak"]
+        / GIB,
     }
+
+
+def _report(name: str, found: dict) -> None:
+    compiled = found["compile_seconds"]
+    print(f"{name}: {found['seconds']:.3f} s, compiled in {compiled:.1f} s", file=sys.stderr)
 
 
 def _one_step(config: Config, params: dict, job: Job) -> dict:
-    """Half of a loop of two steps, in seconds and memory."""
+    """Half of a loop of two steps, in seconds."""
     request = jax.device_put(random_request(config, dataclasses.replace(job, steps=2)))
-    conditions = jax.jit(partial(encode_conditions, config=config))(params["und"], request)
-    sample = jax.jit(partial(sample_latents, config=config))
-    program = sample.lower(params["gen"], conditions, request).compile()
-    _, ran = measure(program, params["gen"], conditions, request, repeats=job.repeats)
+    measure = Measure(params, config, repeats=job.repeats)
+    before, loop = stages.up_to_the_loop()
+    stages.walk(stages.initial_values(request), measure, (*before, loop))
+    ran = measure.stages[loop.name]
     return {"seconds": ran["seconds"] / 2, "samples": [s / 2 for s in ran["samples"]]}
 
 
-def memory_sizes(job: Job) -> dict:
-    """The arguments of `memory.generation_bytes` that a job determines."""
+def memory_job(job: Job, dtype: str) -> runtime_job.Job:
+    """The job as `memory` asks for it, with all weights on the device."""
     names = ("num_frames", "height", "width", "fps", "sound", "decode_chunk_size")
     longest = max(job.text_tokens, job.negative_tokens)
-    return {name: getattr(job, name) for name in names} | {
-        "guidance": job.negative_tokens > 0,
-        "text_tokens": -(-longest // TEXT_BUCKET) * TEXT_BUCKET,
-    }
+    return runtime_job.Job(
+        **{name: getattr(job, name) for name in names},
+        guidance=job.negative_tokens > 0,
+        text_tokens=-(-longest // TEXT_BUCKET) * TEXT_BUCKET,
+        dtype=dtype,
+    )
 
 
-def _estimated_gib(config: Config, params: dict, job: Job) -> float:
-    dtype = str(transformer.compute_dtype(params["gen"]))
-    return memory.generation_bytes(config, **memory_sizes(job), dtype=dtype)["peak"] / GIB
+COLUMNS = ("seconds", "min..max", "TFLOP/s", "temporary GiB", "compile s", "cached s")
+
+
+def table(name: str, result: dict) -> str:
+    """What `bench.run_bench` returns, for people."""
+    job = result["job"]
+    lines = [
+        f"{name}: {job['num_frames']} frames of {job['height']}x{job['width']} at {job['fps']:g} "
+        f"fps, {job['steps']} steps, {job['text_tokens']} + {job['negative_tokens']} text tokens"
+    ]
+    lines.append(
+        f"{'':24}{COLUMNS[0]:>9}{COLUMNS[1]:>20}" + "".join(f"{c:>15}" for c in COLUMNS[2:])
+    )
+    for stage, found in result["stages"].items():
+        samples = found.get("samples")
+        spread = f"{min(samples):.3f}..{max(samples):.3f}" if samples else "-"
+        rate = result["denoise_tflops_per_second"] if stage == "denoise" else None
+        cells = (
+            rate,
+            found.get("temporary_gib"),
+            found.get("compile_seconds"),
+            found.get("compile_seconds_cached"),
+        )
+        shown = "".join(f"{'-' if cell is None else format(cell, '.3f'):>15}" for cell in cells)
+        lines.append(f"  {stage:22}{found['seconds']:9.3f}{spread:>20}{shown}")
+    peak = result["peak_gib"]
+    peak = "the device does not say" if peak is None else f"{peak:.3f} GiB"
+    lines.append(
+        f"  whole job {result['seconds']:.3f} s; peak memory {peak} "
+        f"(estimated {result['estimated_gib']:.3f} GiB)"
+    )
+    return "\n".join(lines)

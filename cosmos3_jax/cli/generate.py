@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import av
@@ -18,15 +19,16 @@ import numpy as np
 import PIL
 
 import cosmos3_jax
-from cosmos3_jax.checkpoint import lora_files
 from cosmos3_jax.io import media
-from cosmos3_jax.io.prepare import prepare_request, resolve_batch, resolve_sigmas
+from cosmos3_jax.io.prepare import Prepared
 from cosmos3_jax.io.prompt import read_prompt
-from cosmos3_jax.parallel import device, distributed, startup
+from cosmos3_jax.parallel import device, distributed
 from cosmos3_jax.parallel.mesh import IDLE, describe
-from cosmos3_jax.pipeline import Cosmos3, find_checkpoint, load_frontend
-from cosmos3_jax.runtime import memory, memory_limits
-from cosmos3_jax.sampling.request import T2VRequest
+from cosmos3_jax.pipeline import Cosmos3
+from cosmos3_jax.runtime import memory_limits
+from cosmos3_jax.runtime.job import Job
+from cosmos3_jax.sampling.request import Request
+from cosmos3_jax.sampling.stages import Stage, Values
 
 
 def run_generate(options: argparse.Namespace) -> int:
@@ -55,58 +57,39 @@ def run_generate(options: argparse.Namespace) -> int:
     prompt = read_prompt(options.prompt_file) if options.prompt_file else options.prompt
     times: dict[str, float] = {}
     with _timed(times, "preprocess"):
-        folder = find_checkpoint(options.checkpoint, weights=False)
-        config, tokenizer = load_frontend(folder, load_sound=options.sound)
-        request = prepare_request(config, tokenizer, prompt, **settings)
+        loras = [_lora(text) for text in options.lora]
+        model = Cosmos3.open(options.checkpoint, load_sound=options.sound, lora=loras or None)
+        prepared = model.resolve(prompt, **settings)
+        request = prepared.request
         one_frame = request.video_shape[0] == 1
         if one_frame != (out.suffix.lower() in media.IMAGE_SUFFIXES):
             kind = "one frame is an image: .png or .jpg" if one_frame else "a video is an .mp4"
             raise ValueError(f"--out {out}: {kind}; name such a file, or change --num-frames")
         media.frame_rate(float(request.fps))  # raises on a rate that no mp4 can have
-        loras = [_lora(text) for text in options.lora]
-        lora_files.load_scaled(loras, config.transformer)  # raises before anything else is read
-    startup.use_compilation_cache(not options.no_compilation_cache)
-    dtype = options.dtype or startup.default_dtype()
-    limit = device.memory_limit()
-    job = memory.request_sizes(config, request) | {"dtype": dtype}
-    wanted = {"auto": None, "yes": True, "no": False}[options.offload]
-    meshes, offload = memory_limits.choose_devices(config, limit, options.mesh, wanted, **job)
-    mesh = meshes.of(job["batch"], job["guidance"])
-    job["mesh"] = {} if mesh is None else dict(mesh.shape)
-    _check_alike(options, request, dtype, offload, job["mesh"])
-    if mesh is not None and distributed.is_writer():
-        used = mesh.size // mesh.shape.get(IDLE, 1)
-        print(
-            f"mesh {describe(mesh.shape)}: {used} of {len(jax.devices())} devices", file=sys.stderr
-        )
-    memory_limits.check_fits(config, limit, offload=offload, **job)
-    with memory_limits.exhaustion_explained(config, limit, offload=offload, **job):
+    device.use_compilation_cache(not options.no_compilation_cache)
+    job = _place(options, model, request)
+    _check_alike(options, request, job)
+    memory_limits.check_fits(model.config, device.memory_limit(), job)
+    with memory_limits.exhaustion_explained(model.config, device.memory_limit(), job):
         with _timed(times, "model_load"):
-            model = Cosmos3.from_pretrained(
-                options.checkpoint, dtype, options.sound, offload, mesh, loras or None
-            )
-        with _timed(times, "denoise"):
-            # The loop with a bar is another program, and all processes must run the same one.
-            progress = sys.stderr.isatty() and not distributed.are_several()
-            latents, _ = model.denoise(request, progress=progress)
-        if options.save_latents:
-            arrays = distributed.to_host(latents)
-            if distributed.is_writer():
-                _save_arrays(options.save_latents, arrays)
-        with _timed(times, "decode"):
-            result = jax.block_until_ready(model.decode(latents))
+            model.load(job.dtype, offload=job.offload, mesh=model.meshes)
+        result = model.run(
+            request,
+            steps_per_program=options.steps_per_program,
+            progress=sys.stderr.isatty() and distributed.is_writer(),
+            after=partial(_after, options.save_latents, _Clock(times)),
+        )
     with _timed(times, "to_cpu"):
         result = distributed.to_host(result)
     if not distributed.is_writer():
         return 0
-    fps = float(request.fps)
     with _timed(times, "encode"):
         if one_frame:
             media.save_image(result["video"][0], out, overwrite=options.overwrite)
         else:
-            media.save_mp4(result, out, fps=fps, overwrite=options.overwrite)
+            media.save_mp4(result, out, fps=float(request.fps), overwrite=options.overwrite)
     times["total"] = sum(times.values())
-    record = _record(options, model, request, prompt, settings, times) | given
+    record = _record(options, model, prepared, prompt, settings["negative_prompt"], times) | given
     media.write_text(record_path, json.dumps(record, indent=2) + "\n", overwrite=options.overwrite)
     for stage, seconds in times.items():
         print(f"{stage:>10}  {seconds:8.2f} s")
@@ -114,14 +97,50 @@ def run_generate(options: argparse.Namespace) -> int:
     return 0
 
 
-def _check_alike(
-    options: argparse.Namespace, request: T2VRequest, dtype: str, offload: bool, mesh: dict
-) -> None:
+def _place(options: argparse.Namespace, model: Cosmos3, request: Request) -> Job:
+    """Choose the devices for a request, say which they are, and whether to offload."""
+    job = Job.of_request(model.config, request, dtype=options.dtype or device.default_dtype())
+    wanted = {"auto": None, "yes": True, "no": False}[options.offload]
+    model.meshes, offload = memory_limits.choose_devices(
+        model.config, device.memory_limit(), options.mesh, wanted, job
+    )
+    mesh = model.meshes.of(job.batch, job.guidance)
+    if mesh is not None and distributed.is_writer():
+        used = mesh.size // mesh.shape.get(IDLE, 1)
+        print(
+            f"mesh {describe(mesh.shape)}: {used} of {len(jax.devices())} devices", file=sys.stderr
+        )
+    return job.replace(offload=offload, mesh={} if mesh is None else dict(mesh.shape))
+
+
+class _Clock:
+    """Adds the seconds since it was last asked to a stage's."""
+
+    def __init__(self, times: dict[str, float]):
+        self.times, self.last = times, time.perf_counter()
+
+    def __call__(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.times[stage] = self.times.get(stage, 0.0) + now - self.last
+        self.last = now
+
+
+def _after(save_latents: Path | None, clock: _Clock, stage: Stage, values: Values) -> None:
+    """When a stage has ended: note its time, and keep the latents before they are decoded."""
+    clock("decode" if "decode" in stage.name else "denoise")
+    if stage.loop and save_latents:
+        arrays = distributed.to_host(values["latents"])
+        if distributed.is_writer():
+            _save_arrays(save_latents, arrays)
+
+
+def _check_alike(options: argparse.Namespace, request: Request, job: Job) -> None:
     """Raise if processes that work together were told different things."""
     said = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
     said["sampler"] = [np.asarray(x).tolist() for x in jax.tree.leaves(request.sampler)]
-    said |= {"--checkpoint": str(options.checkpoint), "--dtype": dtype, "--offload": offload}
-    distributed.check_alike(said | {"--mesh": mesh, "sound": options.sound})
+    said |= {"--checkpoint": str(options.checkpoint), "--dtype": job.dtype}
+    said |= {"--offload": job.offload, "--mesh": dict(job.mesh), "sound": options.sound}
+    distributed.check_alike(said)
 
 
 def _settings(options: argparse.Namespace) -> dict:
@@ -184,29 +203,14 @@ def _save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
 def _record(
     options: argparse.Namespace,
     model: Cosmos3,
-    request: T2VRequest,
+    prepared: Prepared,
     prompt: str,
-    settings: dict,
+    negative_prompt: str | None,
     times: dict[str, float],
 ) -> dict:
-    """Everything needed to make the same video again."""
-    frames = 1 + (request.video_shape[0] - 1) * model.config.video_vae.scale_factor_temporal
-    scale = model.config.video_vae.scale_factor_spatial
-    height, width = (size * scale for size in request.video_shape[1:])
-    recipe = model.config.recipe
-    fps = recipe.fps if settings["fps"] is None else settings["fps"]
-    negative = settings["negative_prompt"]
-    [resolved] = resolve_batch(
-        [prompt], recipe.negative_prompt if negative is None else negative,
-        style=options.prompt_style, system_prompt=options.system_prompt,
-        num_frames=frames, height=height, width=width, fps=fps,
-    )  # fmt: skip
-    # In float64: the request's are rounded, and 1000 sigma may then be truncated to another
-    # timestep.
-    sigmas = resolve_sigmas(
-        model.config, steps=settings["num_inference_steps"], flow_shift=settings["flow_shift"],
-        schedule=settings["schedule"], sigmas=settings.get("sigmas"),
-    )  # fmt: skip
+    """Everything needed to make the same video again, from what was resolved."""
+    request, settings, [texts] = prepared.request, prepared.settings, prepared.texts
+    guided = request.neg_text_ids is not None
     return {
         "checkpoint": str(options.checkpoint),
         "lora": [
@@ -214,22 +218,18 @@ def _record(
             for path, factor in map(_lora, options.lora)
         ],
         "prompt": prompt,
-        "negative_prompt": negative,
+        "negative_prompt": negative_prompt,
         "system_prompt": options.system_prompt,
-        "resolved_prompt": resolved.prompt,
-        "resolved_negative_prompt": resolved.negative_prompt
-        if request.neg_text_ids is not None
-        else None,
-        "resolved_system_prompt": resolved.system_prompt,
+        "resolved_prompt": texts.prompt,
+        "resolved_negative_prompt": texts.negative_prompt if guided else None,
+        "resolved_system_prompt": texts.system_prompt,
         "prompt_style": options.prompt_style,
         "prompt_tokens": int(request.text_mask.sum()),
-        "negative_prompt_tokens": None
-        if request.neg_text_mask is None
-        else int(request.neg_text_mask.sum()),
-        "num_frames": frames,
-        "height": height,
-        "width": width,
-        "fps": float(fps),
+        "negative_prompt_tokens": int(request.neg_text_mask.sum()) if guided else None,
+        "num_frames": settings.num_frames,
+        "height": settings.height,
+        "width": settings.width,
+        "fps": float(settings.fps),
         "sound_frames": request.sound_frames,
         "seed": options.seed,
         "noise": str(options.noise) if options.noise else None,
@@ -239,12 +239,13 @@ def _record(
         "keep": (options.keep or "first") if options.video else None,
         "num_inference_steps": request.num_inference_steps,
         "guidance_scale": float(request.guidance_scale),
-        "sigmas": sigmas.tolist(),
+        "sigmas": prepared.sigmas.tolist(),
+        "steps_per_program": options.steps_per_program,
         "timesteps": [*map(int, request.sampler.timestep)],
         "dtype": model.dtype,
         "offload": not model.weights.resident,
         "device": device.default_device().device_kind,
-        "mesh": model.meshes.sizes(1, request.neg_text_ids is not None),
+        "mesh": model.meshes.sizes(1, guided),
         "processes": jax.process_count(),
         "peak_memory_bytes": device.memory_peak(),
         "versions": {

@@ -13,15 +13,17 @@ import numpy as np
 
 from cosmos3_jax.checkpoint import load
 from cosmos3_jax.checkpoint.convert import check_target, convert_checkpoint
-from cosmos3_jax.checkpoint.frontend import BUILT_IN, TINY
-from cosmos3_jax.cli import bench, bench_measure
+from cosmos3_jax.checkpoint.find import BUILT_IN, TINY, find_checkpoint
+from cosmos3_jax.cli import bench
 from cosmos3_jax.cli.generate import run_generate
 from cosmos3_jax.config import Config
 from cosmos3_jax.io import media
 from cosmos3_jax.io.prompt import PROMPT_STYLES
-from cosmos3_jax.parallel import device, distributed, startup
-from cosmos3_jax.pipeline import Cosmos3, find_checkpoint
-from cosmos3_jax.runtime import memory, memory_limits
+from cosmos3_jax.parallel import device, distributed
+from cosmos3_jax.pipeline import Cosmos3
+from cosmos3_jax.runtime import measure, memory, memory_limits, random_inputs
+from cosmos3_jax.runtime.job import Job
+from cosmos3_jax.runtime.programs import BLOCK_STEPS
 from cosmos3_jax.sampling import unipc
 
 # A sentence that the embedded checkpoint understands.
@@ -40,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     traceback.
     """
     options = parser().parse_args(arguments)
-    startup.use_whole_device()
+    device.use_whole_device()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
@@ -164,6 +166,13 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
         help="have each part of the weights on the device only while it is used; auto: if the "
         "video does not fit otherwise (%(default)s)",
     )
+    command.add_argument(
+        "--steps-per-program",
+        type=int,
+        default=BLOCK_STEPS,
+        help="denoising steps of one call to the device; another number rounds otherwise "
+        "(%(default)s)",
+    )
     _add_mesh(command)
     command.add_argument(
         "--no-compilation-cache",
@@ -221,7 +230,7 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
         type=int,
         default=3,
         help="runs of a stage after one to warm up; that one alone, if it takes over "
-        f"{bench_measure.LONG_SECONDS} s (%(default)s)",
+        f"{measure.LONG_SECONDS} s (%(default)s)",
     )
     command.add_argument("--text-tokens", type=int, default=300, help="%(default)s")
     command.add_argument(
@@ -266,17 +275,17 @@ def run_info(options: argparse.Namespace) -> int:
 
 def _memory_lines(options: argparse.Namespace, config: Config) -> Iterator[str]:
     """The estimate for this GPU or, where there is none, for one to come."""
-    given = {name: getattr(options, name) for name in ("num_frames", "height", "width", "fps")}
-    job = memory.recipe_sizes(config) | {k: v for k, v in given.items() if v is not None}
-    job |= {"dtype": options.dtype or "bfloat16", "sound": options.sound}
+    names = ("num_frames", "height", "width", "fps")
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
     if not options.sound:
-        config = bench.silent(config)
+        config = config.silent()
+    job = Job.of_recipe(config, **given, dtype=options.dtype or "bfloat16", sound=options.sound)
     if device.default_device().platform != "gpu":
-        job["device"] = device.PlannedGPU()
-    resident = memory.generation_bytes(config, **job)
-    offloaded = memory.generation_bytes(config, **job, offload=True)
-    frames, height, width = (job[name] for name in ("num_frames", "height", "width"))
-    yield f"GPU memory for {frames} frames of {height}x{width} in {job['dtype']}, an estimate"
+        job = job.replace(device=device.PlannedGPU())
+    resident, offloaded = (
+        memory.generation_bytes(config, job.replace(offload=offload)) for offload in (False, True)
+    )
+    yield f"GPU memory for {job} in {job.dtype}, an estimate"
     yield f"  {'':21} {'resident':>12} {'offload':>12}"
     for part, size in resident.items():
         yield f"  {part:21} {size / 2**30:8.3f} GiB {offloaded[part] / 2**30:8.3f} GiB"
@@ -290,31 +299,31 @@ def _memory_lines(options: argparse.Namespace, config: Config) -> Iterator[str]:
 def run_bench(options: argparse.Namespace) -> int:
     if options.out:
         media.check_writable(options.out, options.overwrite, (".json",))
+    dtype = options.dtype or device.default_dtype()
+    model = None
     if options.checkpoint:
-        folder = find_checkpoint(options.checkpoint, weights=False)
-        config = load.load_config(folder, load_sound=options.sound)
+        model = Cosmos3.open(options.checkpoint, load_sound=options.sound)
+        config = model.config
     else:
-        config = Config() if options.sound else bench.silent(Config())
+        config = Config() if options.sound else Config().silent()
     names = (
         "sizes", "num_frames", "height", "width", "fps", "steps", "sound", "text_tokens",
         "negative_tokens", "decode_chunk_size", "repeats",
     )  # fmt: skip
     jobs = bench.jobs(config, **{name: getattr(options, name) for name in names})
-    dtype = options.dtype or startup.default_dtype()
     for job in jobs.values():
-        sizes = bench.memory_sizes(job) | {"dtype": dtype}
-        memory_limits.check_fits(config, device.memory_limit(), offload=False, **sizes)
-    if options.checkpoint:
-        params = Cosmos3.from_pretrained(options.checkpoint, dtype, options.sound).params
+        memory_limits.check_fits(config, device.memory_limit(), bench.memory_job(job, dtype))
+    if model is not None:
+        params = model.load(dtype).params
     else:
-        params = bench.random_params(config, np.dtype(dtype))
+        params = random_inputs.random_params(config, np.dtype(dtype))
     jax.block_until_ready(params)
     weights = options.checkpoint or f"random {options.random or 'nano'}"
-    record = bench_measure.environment() | {"weights": weights, "dtype": dtype, "results": {}}
+    record = measure.environment() | {"weights": weights, "dtype": dtype, "results": {}}
     overwrite = options.overwrite
     for name, job in jobs.items():
         record["results"][name] = bench.run_bench(config, params, job)
-        print(bench_measure.table(name, record["results"][name]), flush=True)
+        print(bench.table(name, record["results"][name]), flush=True)
         if options.out:  # after each size: an interruption costs the one at hand
             media.write_text(options.out, json.dumps(record, indent=2) + "\n", overwrite=overwrite)
             overwrite = True

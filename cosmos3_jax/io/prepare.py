@@ -6,15 +6,14 @@ loaded.
 Axes: B batch, C channels; latents t frames, h rows, w columns; s sound latents; K steps.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Literal
+import dataclasses
+from collections.abc import Sequence
+from typing import Unpack
 
 import numpy as np
-from jax.typing import ArrayLike
 
 from cosmos3_jax.config import Config
 from cosmos3_jax.io.conditioning import resolve_given
-from cosmos3_jax.io.media_read import ImageSource, VideoSource
 from cosmos3_jax.io.prompt import (
     ResolvedPrompt,
     Tokenizer,
@@ -22,112 +21,67 @@ from cosmos3_jax.io.prompt import (
     pad_token_ids,
     resolve_prompts,
 )
+from cosmos3_jax.io.settings import Settings, SettingsDict
 from cosmos3_jax.models import sound_vae, video_vae
 from cosmos3_jax.sampling import unipc
-from cosmos3_jax.sampling.request import T2VRequest, check_request, initial_noise
+from cosmos3_jax.sampling.request import Request, check_request, initial_noise
 
 TEXT_BUCKET = 128  # prompts are padded to a multiple of it, so that few programs are compiled
 
 
-def prepare_request(
-    config: Config,
-    tokenizer: Tokenizer,
-    prompt: str | Sequence[str],
-    *,
-    negative_prompt: str | Sequence[str] | None = None,
-    image: ImageSource | Sequence[ImageSource] | None = None,
-    video: VideoSource | None = None,
-    condition_frames: Iterable[int] | None = None,
-    keep: Literal["first", "last"] | None = None,
-    clean_latents: ArrayLike | None = None,
-    frame_mask: ArrayLike | None = None,
-    num_frames: int | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    fps: float | None = None,
-    num_inference_steps: int | None = None,
-    guidance_scale: float | None = None,
-    flow_shift: float | None = None,
-    schedule: str | None = None,
-    sigmas: Sequence[float] | None = None,
-    seed: int | Sequence[int] = 42,
-    noise: ArrayLike | None = None,
-    sound_noise: ArrayLike | None = None,
-    sound: bool = False,
-    prompt_style: str = "native",
-    system_prompt: str | None = None,
-) -> T2VRequest:
-    """Check and tokenise everything that one generation needs. Sizes left None come from the
-    recipe.
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A request, and what it was resolved from.
+
+    Attributes:
+        request: the arrays.
+        settings: without gaps, see `Settings.filled`.
+        texts: the exact texts of each prompt.
+        sigmas: float64 [K + 1]. Given again as `sigmas`, they make the same video; the request's
+            are rounded, and 1000 sigma may then be truncated to another timestep.
+    """
+
+    request: Request
+    settings: Settings
+    texts: list[ResolvedPrompt]
+    sigmas: np.ndarray
+
+
+def prepare(
+    config: Config, tokenizer: Tokenizer, prompt: str | Sequence[str], settings: Settings
+) -> Prepared:
+    """Check, read and tokenise everything that one generation needs.
 
     Args:
         config: the checkpoint's.
         tokenizer: the checkpoint's.
         prompt: text, or a structured caption as JSON; a list is a batch.
-        negative_prompt: one for all or one for each; None is the recipe's, else the style's
-            default.
-        image: what the video begins with: a path, a PIL image or an array (see
-            `media.read_image`), one for all or a list of one for each. Resized to fill the picture
-            and cropped in its middle.
-        video: a clip to go on from, for all: a path, an array or a list of frames (see
-            `media.read_video`); or [B, 3, T, H, W], as `generate` returns it, one for each.
-            Resized likewise.
-        condition_frames: the latent frames that the clip gives: 0 is its first frame, i > 0 its
-            frames 4i - 3 to 4i, and -1 the last of the video to be made. Only frames 0 to 4i of
-            the clip are needed, with i the largest. None means 0 and 1: five frames.
-        keep: `first` or `last`, the end of the clip that those frames are taken from. None means
-            `first`.
-        clean_latents: [B, C, t, h, w] normalised latents (see `Cosmos3.encode_video`), instead of
-            image or video: any frames of the video to be made, wherever they stand.
-        frame_mask: bool [B, t], which of `clean_latents` are given.
-        num_frames: 4k + 1; 1 makes an image.
-        height: pixels, a multiple of 16.
-        width: pixels, a multiple of 16.
-        fps: frames per second.
-        num_inference_steps: denoising steps, at least 1.
-        guidance_scale: 1 skips the second branch, and with it the negative prompt.
-        flow_shift: see `unipc.sigmas`.
-        schedule: see `unipc.sigmas`.
-        sigmas: K + 1 noise levels falling to 0; they override steps, schedule and shift.
-        seed: one seed (example b takes seed + b) or one for each prompt.
-        noise: [B, C, t, h, w] initial noise; overrides the seed.
-        sound_noise: [B, C_sound, s] initial noise; overrides the seed.
-        sound: whether to denoise sound along with the video.
-        prompt_style: see `prompt.resolve_prompts`.
-        system_prompt: see `prompt.resolve_prompts`.
+        settings: see `Settings`; what is None comes from the recipe.
 
     Raises:
         ValueError: on any value that cannot work.
         TypeError: on a prompt that is not text.
         FileNotFoundError: on an image or a clip that is not there.
     """
-    recipe = config.recipe
+    settings = settings.filled(config.recipe)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    num_frames = recipe.num_frames if num_frames is None else num_frames
-    height = recipe.height if height is None else height
-    width = recipe.width if width is None else width
-    fps = recipe.fps if fps is None else fps
-    guidance_scale = recipe.guidance_scale if guidance_scale is None else guidance_scale
-    negative_prompt = recipe.negative_prompt if negative_prompt is None else negative_prompt
+    num_frames, height, width = settings.num_frames, settings.height, settings.width
+    fps, guidance_scale = settings.fps, settings.guidance_scale
     if not (np.isscalar(guidance_scale) and np.isfinite(guidance_scale)):
         raise ValueError(f"guidance_scale={guidance_scale} must be a finite number")
     video_shape = video_vae.pixel_to_latent_shape(config.video_vae, num_frames, height, width)
-    sound_frames = _sound_frames(config, num_frames, fps) if sound else 0
-    levels = resolve_sigmas(
-        config, steps=num_inference_steps, flow_shift=flow_shift, schedule=schedule, sigmas=sigmas
-    )
-    table = unipc.tableau(levels)
-    resolved = resolve_batch(
-        prompts, negative_prompt, style=prompt_style, system_prompt=system_prompt,
-        num_frames=num_frames, height=height, width=width, fps=fps,
-    )  # fmt: skip
-    ids, negative_ids = zip(*(encode_prompts(tokenizer, one) for one in resolved), strict=True)
+    sound_frames = _sound_frames(config, num_frames, fps) if settings.sound else 0
+    sigmas = resolve_sigmas(config, settings)
+    table = unipc.tableau(sigmas)
+    texts = resolve_texts(prompts, settings)
+    ids, negative_ids = zip(*(encode_prompts(tokenizer, one) for one in texts), strict=True)
     text_ids, text_mask = pad_token_ids(ids, TEXT_BUCKET)
     guided = guidance_scale != 1
     neg_text_ids, neg_text_mask = (
         pad_token_ids(negative_ids, TEXT_BUCKET) if guided else (None, None)
     )
-    seeds = _seeds(seed, len(prompts))
+    seeds = _seeds(settings.seed, len(prompts))
+    noise, sound_noise = settings.noise, settings.sound_noise
     channels, sound_channels = config.transformer.latent_channel, config.transformer.sound_dim
     if noise is None:
         noise = _draw(seeds, (channels, *video_shape))
@@ -136,11 +90,11 @@ def prepare_request(
     if sound_noise is not None and not sound_frames:
         raise ValueError("sound_noise is given, but no sound is asked for: pass sound=True too")
     given = resolve_given(
-        config, len(prompts), video_shape, fps, image=image, video=video,
-        condition_frames=condition_frames, keep=keep, clean_latents=clean_latents,
-        frame_mask=frame_mask,
+        config, len(prompts), video_shape, fps, image=settings.image, video=settings.video,
+        condition_frames=settings.condition_frames, keep=settings.keep,
+        clean_latents=settings.clean_latents, frame_mask=settings.frame_mask,
     )  # fmt: skip
-    request = T2VRequest(
+    request = Request(
         text_ids=text_ids,
         text_mask=text_mask,
         neg_text_ids=neg_text_ids,
@@ -164,44 +118,52 @@ def prepare_request(
     for name in ("noise", "sound_noise"):
         if getattr(request, name) is not None and not np.isfinite(getattr(request, name)).all():
             raise ValueError(f"{name} holds NaN or infinity; it should be standard normal")
-    return request
+    return Prepared(request, settings, texts, sigmas)
 
 
-def resolve_batch(
-    prompts: Sequence[str], negative_prompt: str | Sequence[str] | None, **settings
-) -> list[ResolvedPrompt]:
+def prepare_request(
+    config: Config,
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[str],
+    **settings: Unpack[SettingsDict],
+) -> Request:
+    """The request alone; see `prepare`, and `Settings` for the keyword arguments."""
+    return prepare(config, tokenizer, prompt, Settings(**settings)).request
+
+
+def resolve_texts(prompts: Sequence[str], settings: Settings) -> list[ResolvedPrompt]:
     """The exact texts that reach the tokenizer, one pair for each prompt (see
     `prompt.resolve_prompts`).
     """
     if not prompts:
         raise ValueError("the list of prompts is empty; give at least one")
-    one_for_all = negative_prompt is None or isinstance(negative_prompt, str)
-    negatives = [negative_prompt] * len(prompts) if one_for_all else list(negative_prompt)
+    negative = settings.negative_prompt
+    one_for_all = negative is None or isinstance(negative, str)
+    negatives = [negative] * len(prompts) if one_for_all else list(negative)
     if len(negatives) != len(prompts):
         raise ValueError(
             f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one for all, "
             "or one for each"
         )
-    return [resolve_prompts(p, n, **settings) for p, n in zip(prompts, negatives, strict=True)]
+    return [
+        resolve_prompts(
+            text, negative, style=settings.prompt_style, system_prompt=settings.system_prompt,
+            num_frames=settings.num_frames, height=settings.height, width=settings.width,
+            fps=settings.fps,
+        )
+        for text, negative in zip(prompts, negatives, strict=True)
+    ]  # fmt: skip
 
 
-def resolve_sigmas(
-    config: Config,
-    *,
-    steps: int | None = None,
-    flow_shift: float | None = None,
-    schedule: str | None = None,
-    sigmas: Sequence[float] | None = None,
-) -> np.ndarray:
-    """The K + 1 noise levels, float64. Given again as `sigmas`, they make the same video."""
-    if sigmas is not None:
-        return np.asarray(sigmas, np.float64)
-    recipe, scheduler = config.recipe, config.scheduler
-    karras = (scheduler.sigma_min, scheduler.sigma_max)
+def resolve_sigmas(config: Config, settings: Settings) -> np.ndarray:
+    """The K + 1 noise levels of settings without gaps, float64."""
+    if settings.sigmas is not None:
+        return np.asarray(settings.sigmas, np.float64)
+    karras = (config.scheduler.sigma_min, config.scheduler.sigma_max)
     return unipc.sigmas(
-        recipe.schedule if schedule is None else schedule,
-        recipe.num_inference_steps if steps is None else steps,
-        recipe.flow_shift if flow_shift is None else flow_shift,
+        settings.schedule,
+        settings.num_inference_steps,
+        settings.flow_shift,
         **({} if None in karras else {"karras_range": karras}),
     )
 

@@ -9,6 +9,8 @@ products, never a matrix product.
 Axes: B batch, S tokens, J half of the head dimension.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,16 @@ from jax import Array
 from cosmos3_jax.config import TransformerConfig
 
 Rope = tuple[Array, Array]  # cos and sin, each [B, S, J]
+
+
+class Item(NamedTuple):
+    """A part of a media sequence on the frame axis, with positions of its own.
+
+    Items with the same offset share their positions in time, as a control and what it controls.
+    """
+
+    frames: int  # latent frames
+    offset: float = 0.0  # positions in time behind the beginning of the media
 
 
 def text_positions(length: int) -> np.ndarray:
@@ -29,6 +41,7 @@ def video_positions(
     grid: tuple[int, int, int],
     fps: Array,
     text_length: Array,
+    items: tuple[Item, ...] | None = None,
     temporal_compression: int = 4,
 ) -> Array:
     """Positions of the video patches, in the order (frame, row, column).
@@ -37,13 +50,19 @@ def video_positions(
         grid: patches along (time, height, width).
         fps: float32 [B], frames per second of the pixels.
         text_length: int32 [B], tokens of the prompt; the media begin a margin behind it.
+        items: which of the frames begin anew, and where; None is one item of all.
         temporal_compression: pixel frames to one latent frame.
 
     Returns:
         float32 [B, 3, S]. A frame's time is its latent index, in latent frames of the base frame
         rate.
     """
-    time, rows, columns = (np.arange(n, dtype=np.float32) for n in grid)
+    items = items or (Item(grid[0]),)
+    time = np.concatenate([np.arange(item.frames, dtype=np.float32) for item in items])
+    offsets = np.repeat(
+        [np.float32(item.offset) for item in items], [item.frames for item in items]
+    )
+    rows, columns = (np.arange(n, dtype=np.float32) for n in grid[1:])
     time = jnp.broadcast_to(time, (len(text_length), grid[0]))
     if config.enable_fps_modulation:
         # Each operation rounds, as in the reference. Left alone, a compiler multiplies by the
@@ -51,7 +70,7 @@ def video_positions(
         latent_fps = jnp.broadcast_to(fps[:, None] / temporal_compression, time.shape)
         time = time / jax.lax.optimization_barrier(latent_fps)
         time = jnp.maximum(time * (config.base_fps / temporal_compression), 0)
-    time = time + _media_offset(config, text_length)
+    time = time + (_media_offset(config, text_length) + offsets)
     shape = (len(text_length), *grid)
     axes = (time[:, :, None, None], rows[:, None], columns)
     return jnp.stack([jnp.broadcast_to(axis, shape) for axis in axes], axis=1).reshape(

@@ -35,19 +35,10 @@ from cosmos3_jax.parallel.sharding import (
     constrain,
 )
 
-
-@struct.dataclass
-class Latents:
-    """Normalised latents, or anything of their shape: noise, velocity, a prediction of the clean
-    latents.
-
-    Attributes:
-        video: [B, t, h, w, C].
-        sound: [B, s, C], or None where there is no sound.
-    """
-
-    video: Array
-    sound: Array | None = None
+# Arrays of all modalities: normalised latents, or anything of their shape (noise, velocity, a
+# prediction of the clean latents). `video` is [B, t, h, w, C], `sound`, where there is any,
+# [B, s, C]. The order is that of their tokens.
+Latents = dict[str, Array]
 
 
 @struct.dataclass
@@ -58,16 +49,31 @@ class Condition:
         key, value: [L, B, S, K, H], the text tower's, keys after norm and rotation.
         text_length: int32 [B], how many of the S are real.
         rope: cos and sin of the media tokens, float32 [B, M, H / 2] each.
-        clean_latents: [B, t, h, w, C], read where `frame_mask` is set.
-        frame_mask: bool [B, t], the latent frames that are given rather than generated.
+        clean: latents of the modalities that have given frames, read where `given` is set.
+        given: bool [B, t] or [B, s] for each of those, the frames that are given rather than
+            generated: they get no noise, their velocity is zero.
     """
 
     key: Array
     value: Array
     text_length: Array
     rope: rope.Rope
-    clean_latents: Array
-    frame_mask: Array
+    clean: Latents
+    given: dict[str, Array]
+
+    def keep_given(self, latents: Latents) -> Latents:
+        """The given frames in their places, bit for bit."""
+        return {
+            name: jnp.where(over_frame(self.given[name], x), self.clean[name], x)
+            if name in self.given
+            else x
+            for name, x in latents.items()
+        }
+
+
+def over_frame(mask: Array, x: Array) -> Array:
+    """A mask of frames [B, t], to be broadcast over x [B, t, ...]."""
+    return mask.reshape(*mask.shape, *[1] * (x.ndim - 2))
 
 
 class Attention(nn.Module):
@@ -214,25 +220,15 @@ class MediaTower(nn.Module):
     @nn.compact
     def __call__(self, latents: Latents, timestep: Array, condition: Condition) -> Latents:
         config, dtype = self.config, self.dtype
-        grid = patch_grid(config, latents.video.shape[1:4])
+        grid = patch_grid(config, latents["video"].shape[1:4])
         time = TimestepEmbedding(config, name="time_embedder")(timestep).astype(dtype)[:, None]
-
-        patches = patchify(config, latents.video.astype(dtype))
-        noisy = jnp.repeat(~condition.frame_mask, grid[1] * grid[2], axis=1)[..., None]
-        x = dense(config.hidden_size, dtype, "proj_in", bias=True)(patches) + jnp.where(
-            noisy, time, 0
-        )
-        if latents.sound is not None:
-            sound = dense(config.hidden_size, dtype, "sound_proj_in", bias=True)(
-                latents.sound.astype(dtype)
-            )
-            embedding = self.param(
-                "sound_modality_embed", nn.initializers.zeros, (config.hidden_size,)
-            )
-            x = jnp.concatenate([x, sound + embedding.astype(dtype) + time], axis=1)
-
-        tokens = x.shape[1]
-        if latents.sound is not None or tokens % sharding.ways(TOKENS):
+        parts = {
+            name: self.embed(name, x.astype(dtype), time, condition.given.get(name))
+            for name, x in latents.items()
+        }
+        counts = [part.shape[1] for part in parts.values()]
+        x, tokens = jnp.concatenate(list(parts.values()), axis=1), sum(counts)
+        if len(parts) > 1 or tokens % sharding.ways(TOKENS):
             # Whole for once: parts of odd lengths could not be divided, put together and divided
             # anew without moving all of them.
             x = constrain(x, BRANCHES, None, None)
@@ -249,20 +245,51 @@ class MediaTower(nn.Module):
         x, _ = layers(x, text, tuple(table), condition.text_length)
         x = RMSNorm(config.rms_norm_eps, dtype, name="norm")(x)
 
-        # Where a mesh divides tokens, a part of them would have to move to be divided anew: both
-        # projections take all, and a part is taken of what is as small as the latents.
-        count, divided = patches.shape[1], sharding.ways(TOKENS) > 1
-        x, sound = (x, x) if divided else (x[:, :count], x[:, count:])
-        x = dense(config.patch_latent_dim, dtype, "proj_out", bias=True)(x)
-        x = constrain(x, BRANCHES, None, None)[:, :count] if divided else x
-        video = unpatchify(config, x, grid)
-        video = video[:, :, : latents.video.shape[2], : latents.video.shape[3]]
-        video = jnp.where(condition.frame_mask[:, :, None, None, None], 0, video)
-        if latents.sound is None:
-            return Latents(video)
-        sound = dense(config.sound_dim, dtype, "sound_proj_out", bias=True)(sound)
-        sound = constrain(sound, BRANCHES, None, None)[:, count:tokens] if divided else sound
-        return Latents(video, sound)
+        velocity, first = {}, 0
+        for name, count in zip(parts, counts, strict=True):
+            v = self.project(name, x, slice(first, first + count))
+            if name == "video":
+                v = unpatchify(config, v, grid)
+                v = v[:, :, : latents[name].shape[2], : latents[name].shape[3]]
+            if name in condition.given:
+                v = jnp.where(over_frame(condition.given[name], v), 0, v)
+            velocity[name], first = v, first + count
+        return velocity
+
+    def embed(self, name: str, x: Array, time: Array, given: Array | None) -> Array:
+        """Latents of one modality -> their tokens [B, M, D], told the time where they are noisy."""
+        config, dtype = self.config, self.dtype
+        if name == "video":
+            patches = patchify(config, x)
+            in_frame = patches.shape[1] // x.shape[1]
+            tokens = dense(config.hidden_size, dtype, "proj_in", bias=True)(patches)
+        else:
+            in_frame = 1
+            tokens = dense(config.hidden_size, dtype, f"{name}_proj_in", bias=True)(x)
+            embedding = self.param(
+                f"{name}_modality_embed", nn.initializers.zeros, (config.hidden_size,)
+            )
+            tokens = tokens + embedding.astype(dtype)
+        if given is not None:
+            noisy = jnp.repeat(~given, in_frame, axis=1)[..., None]
+            time = jnp.where(noisy, time, 0)
+        return tokens + time
+
+    def project(self, name: str, x: Array, tokens: slice) -> Array:
+        """The tokens of one modality among all [B, M, D] -> its latents' features.
+
+        Where a mesh divides tokens, a part of them would have to move to be divided anew: the
+        projection takes all, and a part is taken of what is as small as the latents.
+        """
+        config = self.config
+        if name == "video":
+            features, layer = config.patch_latent_dim, "proj_out"
+        else:
+            features, layer = getattr(config, f"{name}_dim"), f"{name}_proj_out"
+        out = dense(features, self.dtype, layer, bias=True)
+        if sharding.ways(TOKENS) == 1:
+            return out(x[:, tokens])
+        return constrain(out(x), BRANCHES, None, None)[:, tokens]
 
 
 def patch_grid(
@@ -326,8 +353,9 @@ def encode_condition(
     video_shape: tuple[int, int, int],
     fps: Array | float,
     sound_frames: int = 0,
-    clean_latents: Array | None = None,
-    frame_mask: Array | None = None,
+    items: tuple[rope.Item, ...] | None = None,
+    clean: Latents | None = None,
+    given: dict[str, Array] | None = None,
     remat: bool = False,
 ) -> Condition:
     """Run the text tower once; the result depends on neither the timestep nor the noise.
@@ -340,8 +368,10 @@ def encode_condition(
         video_shape: latent (t, h, w).
         fps: frames per second of the video, a scalar or [B].
         sound_frames: sound latents s, 0 for none.
-        clean_latents: [B, t, h, w, C] normalised latents of the given frames, or None.
-        frame_mask: bool [B, t], which frames are given; None means none.
+        items: what the t frames are made of, each with positions of its own: controls, a source
+            image, the target. None is one item of all frames.
+        clean: normalised latents of the modalities that have given frames.
+        given: which of their frames those are, see `Condition`. None: no frame of any is given.
         remat: under differentiation keep each layer's input, and on a GPU the result of its
             attention, and compute the rest again.
     """
@@ -350,17 +380,14 @@ def encode_condition(
     key, value = TextTower(config, compute_dtype(params), remat).apply({"params": params}, text_ids)
     length = jnp.sum(text_mask, axis=1, dtype=jnp.int32)
     fps = jnp.broadcast_to(jnp.asarray(fps, jnp.float32), (batch,))
-    table = rope.rope_table(
-        config, rope.video_positions(config, patch_grid(config, video_shape), fps, length)
-    )
+    items = items or (rope.Item(video_shape[0]),)
+    assert sum(item.frames for item in items) == video_shape[0], (items, video_shape)
+    grid = patch_grid(config, video_shape)
+    table = rope.rope_table(config, rope.video_positions(config, grid, fps, length, items))
     if sound_frames:
         sound = rope.rope_table(config, rope.sound_positions(config, sound_frames, length))
         table = rope.concatenate([table, sound])
-    if frame_mask is None:
-        frame_mask = jnp.zeros((batch, video_shape[0]), bool)
-    if clean_latents is None:
-        clean_latents = jnp.zeros((batch, *video_shape, config.latent_channel), jnp.float32)
-    return Condition(key, value, length, table, clean_latents, frame_mask)
+    return Condition(key, value, length, table, clean or {}, given or {})
 
 
 def velocity(
@@ -378,14 +405,13 @@ def velocity(
         params: the media tower's parameters, `params["gen"]`, stacked or taken apart by
             `unstack_layers`.
         latents: normalised latents; given frames are taken from the condition.
-        timestep: integer in 0..999, a scalar or [B].
+        timestep: in 0..1000, a scalar or [B]; whole numbers, unless the model is distilled.
         remat: see `encode_condition`.
 
     Returns:
         Latents in the compute dtype, zero on given frames.
     """
-    given = condition.frame_mask[:, :, None, None, None]
-    latents = latents.replace(video=jnp.where(given, condition.clean_latents, latents.video))
+    latents = condition.keep_given(latents)
     timestep = jnp.broadcast_to(jnp.asarray(timestep), condition.text_length.shape)
     if sharding.ways(sharding.WEIGHTS) > 1:
         # The weights now depend on the step. If not, XLA would gather those of all layers once,
@@ -402,16 +428,14 @@ def param_shapes(config: TransformerConfig) -> dict:
     def init():
         key = jax.random.key(0)
         und = TextTower(config, jnp.float32).init(key, jnp.zeros((1, 1), jnp.int32))
-        video = jnp.zeros((1, 1, 2, 2, config.latent_channel))
-        sound = jnp.zeros((1, 1, config.sound_dim)) if config.sound_gen else None
-        latents = Latents(video, sound)
+        latents = {"video": jnp.zeros((1, 1, 2, 2, config.latent_channel))}
+        if config.sound_gen:
+            latents["sound"] = jnp.zeros((1, 1, config.sound_dim))
         condition = encode_condition(
             und["params"], config, jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool),
             video_shape=(1, 2, 2), fps=24.0, sound_frames=int(config.sound_gen),
         )  # fmt: skip
-        gen = MediaTower(config, jnp.float32).init(
-            key, latents, jnp.zeros((1,), jnp.int32), condition
-        )
+        gen = MediaTower(config, jnp.float32).init(key, latents, jnp.zeros((1,)), condition)
         return {"und": und["params"], "gen": gen["params"]}
 
     return jax.eval_shape(init)

@@ -12,16 +12,14 @@ import math
 from collections.abc import Mapping
 
 import jax.numpy as jnp
-import numpy as np
 
 from cosmos3_jax.checkpoint.rules import leaf_shapes
 from cosmos3_jax.config import Config, check_fps
 from cosmos3_jax.models import sound_vae, transformer, video_vae
 from cosmos3_jax.models.attention import fused_obstacle, logit_bytes
-from cosmos3_jax.parallel.device import AnyDevice
 from cosmos3_jax.parallel.sharding import ROWS, TOKENS
-from cosmos3_jax.sampling.generate import is_one_batch
-from cosmos3_jax.sampling.request import T2VRequest
+from cosmos3_jax.runtime.job import Job
+from cosmos3_jax.sampling.denoise import is_one_batch
 
 STAGES = {  # by the part of the weights that they read
     "und": "text stage",
@@ -40,7 +38,6 @@ _NAMES = {
 # Where attention is XLA's: logits, their exponentials, and most of a third. Measured, 2.0 to 2.7.
 LOGIT_COPIES = 3
 GATHERED_LAYERS = 2  # where `fsdp` divides the weights: one that computes, one that arrives
-ONE_DEVICE: Mapping[str, int] = {}
 ENCODER_TENSORS = 8  # of the encoder's first stage; measured, 7.8 to 8.0, for one video at a time
 
 
@@ -63,66 +60,27 @@ def _trees(config: Config) -> dict[str, dict]:
     return trees
 
 
-def _attention(
-    config: Config,
-    shape: tuple,
-    sound_frames: int,
-    guidance: bool,
-    batch: int,
-    text_tokens: int,
-    mesh: Mapping[str, int],
-) -> tuple[int, int, int, int]:
+def _attention(config: Config, job: Job, shape: tuple, sound_frames: int) -> tuple[int, ...]:
     """Of the media tower on one device: batch, with those branches that are run as one, heads,
     queries and keys.
     """
+    mesh = job.mesh
     queries = math.prod(transformer.patch_grid(config.transformer, shape)) + sound_frames
-    prompts = -(-batch // mesh.get("data", 1))
-    as_one = guidance and is_one_batch(batch * queries, mesh)
+    prompts = -(-job.batch // mesh.get("data", 1))
+    as_one = job.guidance and is_one_batch(job.batch * queries, mesh)
     at_once = 2 // mesh.get("cfg", 1) if as_one else 1
     heads = config.transformer.num_attention_heads // ways(mesh, TOKENS)
-    return at_once * prompts, heads, queries, queries + text_tokens
+    return at_once * prompts, heads, queries, queries + job.text_tokens
 
 
-def generation_bytes(
-    config: Config,
-    *,
-    num_frames: int,
-    height: int,
-    width: int,
-    fps: float = 24.0,
-    sound: bool = False,
-    guidance: bool = True,
-    text_tokens: int = 2048,
-    batch: int = 1,
-    clean_frames: int = 0,
-    trajectory_steps: int = 0,
-    decode_chunk_size: int | None = None,
-    decode: bool = True,
-    dtype: str = "bfloat16",
-    offload: bool = False,
-    device: AnyDevice | None = None,
-    mesh: Mapping[str, int] = ONE_DEVICE,
-) -> dict[str, int]:
+def generation_bytes(config: Config, job: Job) -> dict[str, int]:
     """Memory of one generation on each device in bytes: what needs it, each stage's sum, and the
     `peak`.
 
     Args:
-        config: the checkpoint's, as loaded: the weights of its sound count whether or not `sound`
-            is asked for.
-        num_frames, height, width, fps: of the video, see `prepare.prepare_request`.
-        sound: whether sound is denoised and decoded along with the video.
-        guidance: whether there is a second branch, with the negative prompt.
-        text_tokens: of the longer of the two prompts, padding included.
-        batch: videos at a time.
-        clean_frames: pixel frames that are given, to be encoded.
-        trajectory_steps: steps whose latents and clean predictions are kept; 0 keeps none.
-        decode_chunk_size: see `video_vae.decode`.
-        decode: whether the latents are decoded in the end.
-        dtype: of weights and computation.
-        offload: whether each part is on the device only in its own stage.
-        device: that computes; None for the default one.
-        mesh: sizes of the axes of the mesh of devices (`sharding`). On more than one device this is
-            arithmetic alone, and nothing of it was measured.
+        config: the checkpoint's, as loaded: the weights of its sound count whether or not the job
+            has sound.
+        job: on more than one device this is arithmetic alone, and nothing of it was measured.
 
     Returns:
         `und`, `gen`, `video_vae`[, `sound_vae`]: weights. `condition`, `latents`, `trajectory`,
@@ -133,17 +91,20 @@ def generation_bytes(
     Raises:
         ValueError: on a size that no video can have.
     """
-    itemsize, model, vae = jnp.dtype(dtype).itemsize, config.transformer, config.video_vae
+    itemsize, model, vae = jnp.dtype(job.dtype).itemsize, config.transformer, config.video_vae
+    num_frames, height, width, mesh = job.num_frames, job.height, job.width, job.mesh
     shape = video_vae.pixel_to_latent_shape(vae, num_frames, height, width)
-    check_fps(fps)
-    sound_frames = sound_vae.sound_latent_length(config.sound_vae, num_frames, fps) if sound else 0
-    attention = _attention(config, shape, sound_frames, guidance, batch, text_tokens, mesh)
+    check_fps(job.fps)
+    sound_frames = 0
+    if job.sound:
+        sound_frames = sound_vae.sound_latent_length(config.sound_vae, num_frames, job.fps)
+    attention = _attention(config, job, shape, sound_frames)
     by_tokens, by_rows = ways(mesh, TOKENS), ways(mesh, ROWS)
-    fused = fused_obstacle(jnp.dtype(dtype), model.head_dim, device) is None
+    fused = fused_obstacle(jnp.dtype(job.dtype), model.head_dim, job.device) is None
     logits = 0 if fused else logit_bytes(*attention)
-    batch = -(-batch // mesh.get("data", 1))
+    batch = -(-job.batch // mesh.get("data", 1))
     at_once, tokens = attention[0] // batch, batch * -(-attention[2] // by_tokens)
-    branches = max(at_once, (1 + guidance) // mesh.get("cfg", 1))
+    branches = max(at_once, (1 + job.guidance) // mesh.get("cfg", 1))
     weights = {part: _tree_bytes(tree, itemsize) for part, tree in _trees(config).items()}
     gathered = 0
     if (fsdp := mesh.get("fsdp", 1)) > 1:
@@ -152,18 +113,20 @@ def generation_bytes(
         weights |= {part: weights[part] // fsdp for part in ("und", "gen")}
 
     key_value = 2 * model.num_key_value_heads * model.head_dim
-    keys_values = itemsize * model.num_hidden_layers * batch * text_tokens * key_value // by_tokens
+    keys_values = (
+        itemsize * model.num_hidden_layers * batch * job.text_tokens * key_value // by_tokens
+    )
     video_latents = 4 * batch * math.prod(shape) * model.latent_channel
     latents = video_latents + 4 * batch * sound_frames * (model.sound_dim or 0)
     condition = keys_values + 4 * tokens * model.head_dim + video_latents
-    samples = batch * sound_frames * config.sound_vae.samples_per_latent if sound else 0
+    samples = batch * sound_frames * config.sound_vae.samples_per_latent if job.sound else 0
     arrays = {
         "condition": branches * condition,
         "latents": latents,
-        "trajectory": 2 * trajectory_steps * latents,
+        "trajectory": 2 * job.trajectory_steps * latents,
         "pixels": 4 * 3 * batch * num_frames * height * width // by_rows,
-        "waveform": 4 * (config.sound_vae.dec_out_channels if sound else 0) * samples,
-        "clean pixels": 4 * 3 * batch * clean_frames * height * width,
+        "waveform": 4 * (config.sound_vae.dec_out_channels if job.sound else 0) * samples,
+        "clean pixels": 4 * 3 * batch * job.clean_frames * height * width,
         "logits": logits,
     }
 
@@ -172,17 +135,17 @@ def generation_bytes(
     text_layers = {name: x for name, x in _trees(config)["und"].items() if name != "embed"}
     layer = _tree_bytes(text_layers, itemsize)
     decoder = _tree_bytes(_trees(config)["video_vae"]["decoder"], itemsize)
-    chunk = decode_chunk_size or video_vae.decode_chunk_size(*shape[1:], device)
+    chunk = job.decode_chunk_size or video_vae.decode_chunk_size(*shape[1:], job.device)
     frames, chunk = min(vae.scale_factor_temporal, num_frames), min(chunk, shape[0])
     rows = vae.scale_factor_spatial * -(-height // vae.scale_factor_spatial // by_rows)
     pixel_features = itemsize * batch * rows * width // vae.patch_size**2  # of one frame
     last_stage = pixel_features * frames * vae.decoder_base_dim
-    first_stage = pixel_features * min(vae.scale_factor_temporal, clean_frames) * vae.base_dim
+    first_stage = pixel_features * min(vae.scale_factor_temporal, job.clean_frames) * vae.base_dim
     work = {
         # Tensors of the first stage, one frame or four at a time.
         "video encoding work": ENCODER_TENSORS * first_stage,
         # One layer's weights, and both prompts in it.
-        "text work": layer // model.num_hidden_layers + branches * batch * text_tokens * token,
+        "text work": layer // model.num_hidden_layers + branches * batch * job.text_tokens * token,
         # Beside the SwiGLU two more residuals, and one for a branch that waits for the other. Six
         # latents are the sampler's state and its update. As one batch, the branches' conditions
         # are joined, which copies them.
@@ -196,7 +159,9 @@ def generation_bytes(
         # The kernels with time folded into their channels, and tensors of the last stage.
         "video decoding work": decoder + (7 + 10 * chunk) * last_stage,
         # Not measured, never the largest: four tensors of the waveform's length.
-        "sound decoding work": 4 * itemsize * samples * config.sound_vae.dec_dim if sound else 0,
+        "sound decoding work": 4 * itemsize * samples * config.sound_vae.dec_dim
+        if job.sound
+        else 0,
     }
     noise, trajectory = latents, arrays["trajectory"]
     beside = {
@@ -204,16 +169,16 @@ def generation_bytes(
         "gen": arrays["condition"] + noise + latents + trajectory + work["denoising work"],
     }
     kept = latents + trajectory + arrays["pixels"]
-    if decode:
+    if job.decode:
         beside["video_vae"] = kept + work["video decoding work"]
-    if decode and sound:
+    if job.decode and job.sound:
         beside["sound_vae"] = kept + arrays["waveform"] + work["sound decoding work"]
 
     def held(part: str) -> int:
-        return weights[part] if offload else sum(weights.values())
+        return weights[part] if job.offload else sum(weights.values())
 
     stages = {STAGES[part]: size + held(part) for part, size in beside.items()}
-    if clean_frames:
+    if job.clean_frames:
         encoding = arrays["clean pixels"] + video_latents + work["video encoding work"]
         stages[ENCODING] = held("video_vae") + encoding
     return weights | arrays | work | stages | {"peak": max(stages.values())}
@@ -222,30 +187,6 @@ def generation_bytes(
 def ways(mesh: Mapping[str, int], axes: tuple[str, ...]) -> int:
     """Into how many parts these axes of a mesh divide an array."""
     return math.prod(mesh.get(name, 1) for name in axes)
-
-
-def request_sizes(config: Config, request: T2VRequest) -> dict:
-    """The arguments of `generation_bytes` that a request determines."""
-    frames, rows, columns = request.video_shape
-    scale = config.video_vae.scale_factor_spatial
-    longest = max(x.shape[1] for x in (request.text_ids, request.neg_text_ids) if x is not None)
-    return {
-        "num_frames": config.video_vae.scale_factor_temporal * (frames - 1) + 1,
-        "height": scale * rows,
-        "width": scale * columns,
-        "fps": float(np.min(request.fps)),
-        "sound": request.sound_frames > 0,
-        "guidance": request.neg_text_ids is not None,
-        "text_tokens": longest,
-        "batch": request.text_ids.shape[0],
-        "clean_frames": 0 if request.clean_video is None else request.clean_video.shape[2],
-    }
-
-
-def recipe_sizes(config: Config) -> dict:
-    """The arguments of `generation_bytes` for the recipe's job, with sound if there is any."""
-    names = ("num_frames", "height", "width", "fps")
-    return {name: getattr(config.recipe, name) for name in names} | {"sound": config.has_sound}
 
 
 def _tree_bytes(tree: dict, itemsize: int) -> int:

@@ -1,7 +1,4 @@
-"""Whether a generation fits a device, and if not, what would: asked before any long work starts.
-
-Jobs are the arguments of `memory.generation_bytes`.
-"""
+"""Whether a generation fits a device, and if not, what would: asked before any long work starts."""
 
 import math
 from collections.abc import Iterator
@@ -15,6 +12,7 @@ from cosmos3_jax.config import Config
 from cosmos3_jax.models.attention import check_logits, fused_obstacle
 from cosmos3_jax.parallel.mesh import Meshes
 from cosmos3_jax.runtime import memory
+from cosmos3_jax.runtime.job import Job
 
 PUBLISHED_SIZES = ((720, 1280), (480, 832), (192, 320))
 LONG_PROMPT = 2048  # tokens; a longer one is named as what to shorten
@@ -24,25 +22,29 @@ class OutOfDeviceMemory(ValueError):
     """A generation does not fit the device. The message says what does."""
 
 
-def should_offload(config: Config, limit_bytes: int | None, **job) -> bool:
+def should_offload(config: Config, limit_bytes: int | None, job: Job) -> bool:
     """Whether a generation does not fit the device with all weights on it."""
     if limit_bytes is None:
         return False
-    needed = memory.generation_bytes(config, **job, offload=False)
+    needed = memory.generation_bytes(config, job.replace(offload=False))
     # Logits are left out: offloading does not lessen them.
     needed[memory.STAGES["gen"]] -= memory.LOGIT_COPIES * needed["logits"]
     return max(needed.get(stage, 0) for stage in memory.STAGE_NAMES) > limit_bytes
 
 
 def choose_devices(
-    config: Config, limit_bytes: int | None, asked: Mesh | str | None, offload: bool | None, **job
+    config: Config,
+    limit_bytes: int | None,
+    asked: Mesh | str | None,
+    offload: bool | None,
+    job: Job,
 ) -> tuple[Meshes, bool]:
     """The mesh of devices for a job, and whether to offload.
 
     Where nobody says: weights whole on each device if that fits, else divided, else offloaded.
 
     Args:
-        config, limit_bytes, **job: as in `check_fits`.
+        config, limit_bytes, job: as in `check_fits`; the job's own mesh and offload are not read.
         asked: the mesh, if somebody says.
         offload: whether to, if somebody says.
 
@@ -50,51 +52,45 @@ def choose_devices(
         ValueError: the mesh does not fit the devices, the model or the job.
     """
     heads = config.transformer.num_key_value_heads
-    batch, guidance = job.get("batch", 1), job.get("guidance", True)
     whole, divided = (Meshes(asked, heads, shard_weights=shard) for shard in (False, True))
     if offload:
         return whole, True
     for meshes in (whole, divided):
-        mesh = meshes.sizes(batch, guidance)
-        if not should_offload(config, limit_bytes, **job | {"mesh": mesh}):
+        mesh = meshes.sizes(job.batch, job.guidance)
+        if not should_offload(config, limit_bytes, job.replace(mesh=mesh)):
             return meshes, False
     return (whole, True) if offload is None else (divided, False)
 
 
-def check_fits(config: Config, limit_bytes: int | None, *, offload: bool, **job) -> None:
+def check_fits(config: Config, limit_bytes: int | None, job: Job) -> None:
     """Raise unless a generation fits the device.
 
     Args:
         config: the checkpoint's.
         limit_bytes: see `device.memory_limit`; None checks nothing.
-        offload: as in `memory.generation_bytes`.
-        **job: the other arguments of `memory.generation_bytes`.
+        job: the generation.
 
     Raises:
         OutOfDeviceMemory: the message names need, limit, stage, and the largest settings that fit.
         ValueError: without a limit, too; see `memory.generation_bytes` and
             `attention.check_logits`.
     """
-    needed = memory.generation_bytes(config, offload=offload, **job)
+    needed = memory.generation_bytes(config, job)
     if needed["logits"]:
-        dtype, head_dim = job.get("dtype", "bfloat16"), config.transformer.head_dim
-        check_logits(
-            needed["logits"], fused_obstacle(jnp.dtype(dtype), head_dim, job.get("device"))
-        )
+        head_dim = config.transformer.head_dim
+        check_logits(needed["logits"], fused_obstacle(jnp.dtype(job.dtype), head_dim, job.device))
     if limit_bytes is None or needed["peak"] <= limit_bytes:
         return
     stage = max(memory.STAGE_NAMES, key=lambda name: needed.get(name, 0))
-    weights = "one part of the weights at a time" if offload else "all weights on the device"
+    weights = "one part of the weights at a time" if job.offload else "all weights on the device"
     raise OutOfDeviceMemory(
-        f"{_describe(job)} need {_gib(needed['peak'])} of device memory ({stage}, {weights}), and "
-        f"JAX may use {_gib(limit_bytes)}. {what_fits(config, limit_bytes, offload=offload, **job)}"
+        f"{job} need {_gib(needed['peak'])} of device memory ({stage}, {weights}), and "
+        f"JAX may use {_gib(limit_bytes)}. {what_fits(config, limit_bytes, job)}"
     )
 
 
 @contextmanager
-def exhaustion_explained(
-    config: Config, limit_bytes: int | None, *, offload: bool, **job
-) -> Iterator[None]:
+def exhaustion_explained(config: Config, limit_bytes: int | None, job: Job) -> Iterator[None]:
     """Turn JAX's error that the device's memory is exhausted into one like `check_fits`'s.
 
     It comes in spite of `check_fits` where the limit is not known, or not all of it is free.
@@ -104,27 +100,27 @@ def exhaustion_explained(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        needed = memory.generation_bytes(config, offload=offload, **job)["peak"]
+        needed = memory.generation_bytes(config, job)["peak"]
         less = min(needed, limit_bytes or needed) - 1
         reason = str(error).partition("\n")[0]
         raise OutOfDeviceMemory(
-            f"the device ran out of memory, where {_describe(job)} should need {_gib(needed)} "
+            f"the device ran out of memory, where {job} should need {_gib(needed)} "
             f"({reason}). If another process holds some of it, end that; or take less. "
-            f"{what_fits(config, less, offload=offload, **job)}"
+            f"{what_fits(config, less, job)}"
         ) from error
 
 
-def what_fits(config: Config, limit_bytes: int, *, offload: bool, **job) -> str:
+def what_fits(config: Config, limit_bytes: int, job: Job) -> str:
     """A sentence: what to do to get this video, or the largest settings near it that fit."""
 
     def need(**change) -> float:
         try:
-            return memory.generation_bytes(config, **job | {"offload": offload} | change)["peak"]
+            return memory.generation_bytes(config, job.replace(**change))["peak"]
         except ValueError:  # a change that no video can have
             return math.inf
 
     slight = _slight_changes(job)
-    offloading = [] if offload else [("with offload=True (--offload yes)", {"offload": True})]
+    offloading = [] if job.offload else [("with offload=True (--offload yes)", {"offload": True})]
     pairs = [[change, *offloading] for change in slight] if offloading else []
     for changes in [*([change] for change in slight + offloading), *pairs]:
         phrase, change = _join(changes)
@@ -136,7 +132,7 @@ def what_fits(config: Config, limit_bytes: int, *, offload: bool, **job) -> str:
         found += [size for size in sizes if need(**all_changes | size) <= limit_bytes][:1]
     if not found:
         return "Nothing smaller fits either: use a device with more memory."
-    listed = ", or ".join(_describe(job | size) for size in found)
+    listed = ", or ".join(str(job.replace(**size)) for size in found)
     return f"What fits{phrase and ' ' + phrase}: {listed}."
 
 
@@ -146,41 +142,34 @@ def _join(changes: list[tuple[str, dict]]) -> tuple[str, dict]:
     return " and ".join(phrase for phrase, _ in changes), together
 
 
-def _slight_changes(job: dict) -> list[tuple[str, dict]]:
+def _slight_changes(job: Job) -> list[tuple[str, dict]]:
     """What could be changed without another video coming out, or hardly: in words, and itself."""
     found = []
-    if (job.get("decode_chunk_size") or 1) > 1:
+    if (job.decode_chunk_size or 1) > 1:
         found.append(("with decode_chunk_size=1", {"decode_chunk_size": 1}))
-    if job.get("trajectory_steps"):
+    if job.trajectory_steps:
         found.append(("without the trajectory", {"trajectory_steps": 0}))
-    if job.get("text_tokens", 0) > LONG_PROMPT:
+    if job.text_tokens > LONG_PROMPT:
         shorter = {"text_tokens": LONG_PROMPT}
         found.append((f"with prompts of at most {LONG_PROMPT} tokens", shorter))
     return found
 
 
-def _fewer_videos(job: dict) -> list[dict]:
-    return [{"batch": n} for n in range(job.get("batch", 1) - 1, 0, -1)]
+def _fewer_videos(job: Job) -> list[dict]:
+    return [{"batch": n} for n in range(job.batch - 1, 0, -1)]
 
 
-def _fewer_frames(job: dict) -> list[dict]:
-    fewest = 5 if job.get("sound") else 1
-    return [{"num_frames": n} for n in range(job["num_frames"] - 4, fewest - 1, -4)]
+def _fewer_frames(job: Job) -> list[dict]:
+    fewest = 5 if job.sound else 1
+    return [{"num_frames": n} for n in range(job.num_frames - 4, fewest - 1, -4)]
 
 
-def _smaller_pictures(job: dict) -> list[dict]:
+def _smaller_pictures(job: Job) -> list[dict]:
     """The published sizes, upright for an upright video."""
-    height, width = job["height"], job["width"]
+    height, width = job.height, job.width
     smaller = [size for size in PUBLISHED_SIZES if math.prod(size) < height * width]
     names = ("width", "height") if height > width else ("height", "width")
     return [dict(zip(names, size, strict=True)) for size in smaller]
-
-
-def _describe(job: dict) -> str:
-    frames = "1 frame" if job["num_frames"] == 1 else f"{job['num_frames']} frames"
-    batch = f"{job['batch']} videos of " if job.get("batch", 1) > 1 else ""
-    sound = " with sound" if job.get("sound") else ""
-    return f"{batch}{frames} of {job['height']}x{job['width']}{sound}"
 
 
 def _gib(size: float) -> str:

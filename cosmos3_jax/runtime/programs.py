@@ -1,157 +1,138 @@
-"""The compiled programs of a generation, one for each part of the parameters.
+"""The stages of a generation as compiled programs, and three ways to execute them: run, compile
+ahead, measure.
 
-They are separate so that the part which one has read can leave the device before the next comes.
-Arrays go in and out channels first.
-
-Axes: as in `pipeline`.
+Each stage is a program of its own, so that the part of the weights which one has read can leave the
+device before the next comes. The loop over steps runs in blocks: one call of its program makes
+`BLOCK_STEPS` of them.
 """
 
-from collections.abc import Callable
-from functools import partial
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import einops
 import jax
-import jax.numpy as jnp
-from jax import Array
+import numpy as np
 
-from cosmos3_jax.config import Config, SoundVAEConfig, VideoVAEConfig
-from cosmos3_jax.models import sound_vae, video_vae
-from cosmos3_jax.models.transformer import Condition
+from cosmos3_jax.config import Config
 from cosmos3_jax.parallel import sharding
-from cosmos3_jax.sampling import unipc
-from cosmos3_jax.sampling.generate import (
-    channels_first,
-    channels_last,
-    guided_velocity,
-    keep_given,
-    params_dtype,
-)
-from cosmos3_jax.sampling.generate import encode_conditions as _encode_conditions
-from cosmos3_jax.sampling.generate import encode_given as _encode_given
-from cosmos3_jax.sampling.generate import sample_latents as _sample_latents
-from cosmos3_jax.sampling.generate import start_sampling as _start_sampling
-from cosmos3_jax.sampling.request import T2VRequest
+from cosmos3_jax.runtime.weights import Weights
+from cosmos3_jax.sampling.stages import Stage, Values
 
-encode_given = jax.jit(_encode_given, static_argnames="config")
-encode_conditions = jax.jit(_encode_conditions, static_argnames="config")
+# Steps of one call of the loop's program. One costs little (benchmarks/NOTES.md), and one program
+# then serves every number of steps, with a bar, a preview or a listener or without.
+BLOCK_STEPS = 1
 
 
-def text_request(request: T2VRequest) -> T2VRequest:
-    """What `encode_conditions` reads of a request: for another number of steps the same program."""
-    return request.replace(
-        noise=None, sound_noise=None, sampler=None, seed=None, num_inference_steps=1
-    )
+@functools.cache
+def program(function: Callable, donated: int | None = None, static: tuple[str, ...] = ()):
+    """A jitted function of (parameters, *inputs) whose `config` and other options are static."""
+    donate = () if donated is None else (donated + 1,)
+    return jax.jit(function, static_argnames=("config", *static), donate_argnums=donate)
 
 
-def loop_request(request: T2VRequest) -> T2VRequest:
-    """What `sample_latents` reads of a request: given frames are in the conditions already, so that
-    one program serves with and without.
+def calls(stage: Stage, values: Values, block_steps: int) -> Iterator[Values]:
+    """What changes in the values from call to call: once nothing, or the steps of each block.
+
+    The steps are numpy arrays, or `jax.ShapeDtypeStruct`s as they come.
     """
-    return request.replace(frame_mask=None, clean_latents=None, clean_video=None)
+    if not stage.loop:
+        yield {}
+        return
+    steps = values["steps"]
+    count = steps.solver.timestep.shape[0]
+    for first in range(0, count, block_steps):
+        rows = slice(first, min(first + block_steps, count))
+        yield {"steps": jax.tree.map(functools.partial(_rows, rows=rows), steps)}
 
 
-@partial(jax.jit, static_argnames=("config", "return_trajectory"))
-def sample_latents(
-    params: dict,
-    conditions: list[Condition],
-    request: T2VRequest,
-    *,
-    config: Config,
-    return_trajectory: bool = False,
-) -> tuple[dict[str, Array], dict | None]:
-    """The media tower over all steps: final latents and, if asked for, every step's."""
-    latents, trajectory = _sample_latents(
-        params, conditions, request, config, return_trajectory=return_trajectory
-    )
-    if trajectory is not None:
-        trajectory = {name: jax.vmap(channels_first)(states) for name, states in trajectory.items()}
-    return channels_first(latents), trajectory
+def _rows(x: Any, rows: slice) -> Any:
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct((rows.stop - rows.start, *x.shape[1:]), x.dtype)
+    return np.asarray(x)[rows]
 
 
-@partial(jax.jit, static_argnames="config")
-def start_sampling(
-    conditions: list[Condition], request: T2VRequest, *, config: Config
-) -> tuple[list[Condition], unipc.State]:
-    """The conditions and the state that `sample_step` goes on from."""
-    conditions, noise = _start_sampling(conditions, request, config)
-    return conditions, unipc.initial_state(noise)
+class Run:
+    """Executes a stage on the device; the weights that it reads are borrowed for as long."""
+
+    def __init__(
+        self,
+        weights: Weights,
+        config: Config,
+        *,
+        block_steps: int = BLOCK_STEPS,
+        listen: Callable[[Values], None] | None = None,
+        after: Callable[[Stage, Values], None] | None = None,
+    ):
+        """
+        Args:
+            listen: called with the values of each block of the loop over steps when they are ready.
+            after: called with all values when a stage has ended.
+        """
+        self.weights, self.config, self.block_steps = weights, config, block_steps
+        self.listen, self.after = listen, after
+
+    def __call__(self, stage: Stage, values: Values) -> Values:
+        result: Values = {}
+        shown: Values = {}
+        for result in self.each_call(stage, values):
+            # Waited for only now, when the device has the next call to go on with; the state is
+            # that call's by then.
+            self._tell(stage, shown)
+            shown = {name: x for name, x in result.items() if name != "state"}
+        self._tell(stage, shown)
+        jax.block_until_ready(result)
+        if self.after is not None:
+            self.after(stage, values | result)
+        return result
+
+    def _tell(self, stage: Stage, shown: Values) -> None:
+        if stage.loop and shown and self.listen is not None:
+            self.listen(jax.block_until_ready(shown))
+
+    def each_call(self, stage: Stage, values: Values) -> Iterator[Values]:
+        """The values that each call makes: for the loop over steps, those after every block.
+
+        The next call is on its way while they are looked at.
+        """
+        static = stage.static(values)
+        run = program(stage.function, stage.donated, tuple(static))
+        with self.weights.borrow(stage.part) as params:
+            for change in calls(stage, values, self.block_steps):
+                values = values | change
+                result = run(params, *stage.inputs(values), config=self.config, **static)
+                values = values | result
+                yield result
+            jax.block_until_ready(result)  # before its weights leave
 
 
-def start_request(request: T2VRequest) -> T2VRequest:
-    """What `start_sampling` reads of a request: for another number of steps the same program."""
-    return request.replace(sampler=None, num_inference_steps=1)
+class Compile:
+    """Compiles a stage for values that are `jax.ShapeDtypeStruct`s, and makes such values."""
+
+    def __init__(self, structs: dict, config: Config, block_steps: int = BLOCK_STEPS):
+        self.structs, self.config, self.block_steps = structs, config, block_steps
+
+    def __call__(self, stage: Stage, values: Values) -> Values:
+        static = stage.static(values)
+        run = program(stage.function, stage.donated, tuple(static))
+        made: Values = {}
+        for change in distinct_calls(stage, values, self.block_steps):
+            inputs = stage.inputs(values | change | made)
+            made = compile_for(run, self.structs[stage.part], *inputs, config=self.config, **static)
+        return made
 
 
-@partial(jax.jit, static_argnames=("config", "return_trajectory"), donate_argnames="state")
-def sample_step(
-    params: dict,
-    conditions: list[Condition],
-    guidance_scale: Array | float,
-    state: unipc.State,
-    row: unipc.Tableau,
-    *,
-    config: Config,
-    return_trajectory: bool = False,
-) -> tuple[unipc.State, dict[str, dict]]:
-    """The media tower over one step, by one row of the tableau; the same program at every step.
-
-    The new state takes the memory of `state`, which is gone afterwards.
-
-    Returns:
-        The new state, and the step's `latents` and, if asked for, its `clean` prediction, each as
-        `sample_latents` has them.
-    """
-    velocity = partial(guided_velocity, params, config, conditions, guidance_scale)
-    state = unipc.step(velocity, state, row)
-    made = {"latents": state.latents}
-    if return_trajectory:
-        made["clean"] = state.clean
-    keep = partial(keep_given, conditions)
-    return state, {name: channels_first(keep(latents)) for name, latents in made.items()}
+def distinct_calls(stage: Stage, values: Values, block_steps: int) -> Iterator[Values]:
+    """Of `calls`, those that are programs of their own."""
+    seen = set()
+    for change in calls(stage, values, block_steps):
+        if (shapes := shapes_of(change)) not in seen:
+            seen.add(shapes)
+            yield change
 
 
-@jax.jit
-def stack_steps(steps: list[dict[str, dict]]) -> dict[str, dict]:
-    """What `sample_step` made, K times -> the trajectory that `sample_latents` returns."""
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *steps)
-
-
-@partial(jax.jit, static_argnames=("config", "chunk_size"))
-def decode_video(
-    params: dict, latents: Array, *, config: VideoVAEConfig, chunk_size: int | None
-) -> Array:
-    """Latents [B, C, t, h, w] -> float32 video [B, 3, T, H, W] in [0, 1]."""
-    return video_vae.decode(
-        params,
-        config,
-        channels_last(latents).video,
-        chunk_size=chunk_size,
-        dtype=params_dtype(params),
-        video_dtype=jnp.float32,
-    )
-
-
-@partial(jax.jit, static_argnames=("config", "chunk_size"))
-def encode_video(params: dict, video: Array, *, config: VideoVAEConfig, chunk_size: int) -> Array:
-    """Video [B, 3, T, H, W] in [0, 1] -> latents [B, C, t, h, w]."""
-    dtype = params_dtype(params)
-    latents = video_vae.encode(params, config, video, chunk_size=chunk_size, dtype=dtype)
-    return einops.rearrange(latents, "b t h w c -> b c t h w")
-
-
-@partial(jax.jit, static_argnames="config")
-def decode_sound(params: dict, latents: Array, *, config: SoundVAEConfig) -> Array:
-    """Latents [B, C_sound, s] -> waveform [B, channels, samples] in [-1, 1]."""
-    latents = einops.rearrange(latents, "b c s -> b s c")
-    return sound_vae.decode(params, config, latents, dtype=params_dtype(params))
-
-
-@partial(jax.jit, static_argnames="config")
-def encode_sound(params: dict, waveform: Array, *, config: SoundVAEConfig) -> Array:
-    """Waveform [B, channels, samples] in [-1, 1] -> latents [B, C_sound, s]."""
-    latents = sound_vae.encode(params, config, waveform, dtype=params_dtype(params))
-    return einops.rearrange(latents, "b s c -> b c s")
+def shapes_of(values: Values) -> str:
+    """What tells apart the programs of one stage."""
+    return str(jax.tree.map(np.shape, values))
 
 
 def compile_for(program: Callable, *arguments, **options) -> Any:
@@ -164,3 +145,10 @@ def compile_for(program: Callable, *arguments, **options) -> Any:
         lambda x, placed: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed),
         made, compiled.output_shardings,
     )  # fmt: skip
+
+
+def structs_of(values: Values) -> Values:
+    """The arrays among values -> their shapes; all else stays."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype) if hasattr(x, "dtype") else x, values
+    )

@@ -15,7 +15,7 @@ from cosmos3_jax.sampling import unipc
 
 
 @struct.dataclass(kw_only=True)
-class T2VRequest:
+class Request:
     """The arrays that one generation needs. `Cosmos3.prepare` makes it from a prompt.
 
     Attributes:
@@ -59,7 +59,7 @@ class T2VRequest:
     clean_video: Array | None = None
 
 
-def check_request(request: T2VRequest, config: Config) -> None:
+def check_request(request: Request, config: Config) -> None:
     """Raise ValueError, naming the value and the way out, if the shapes of a request do not fit."""
     batch = request.text_ids.shape[0]
     expected = {
@@ -108,7 +108,7 @@ def check_request(request: T2VRequest, config: Config) -> None:
         _check_clean_video(request, batch, config)
 
 
-def _check_clean_video(request: T2VRequest, batch: int, config: Config) -> None:
+def _check_clean_video(request: Request, batch: int, config: Config) -> None:
     frames, *size = request.video_shape
     time, space = config.video_vae.scale_factor_temporal, config.video_vae.scale_factor_spatial
     expected, shape = (batch, 3, "T", *(space * side for side in size)), request.clean_video.shape

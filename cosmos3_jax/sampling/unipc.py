@@ -3,7 +3,7 @@
 UniPC (Zhao et al., 2023; order 2, B(h) = expm1(-h), data prediction) is linear in the samples and
 in the predictions of the clean latents m_i = x_i - sigma_i v_i, with coefficients that depend on
 the sigmas alone. So the solver is data, a `Tableau` computed on the host in float64, one row a
-step; and a `step` from `State` to `State`, in float32. `sample` scans it over the rows.
+step; and a `step` from `State` to `State`, in float32. `advance` scans it over the rows it gets.
 
 Flow convention: x_sigma = (1 - sigma) x_0 + sigma noise; the model predicts v = noise - x_0.
 
@@ -11,7 +11,7 @@ Axes: K steps.
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -33,17 +33,19 @@ class Tableau:
     anew.
 
     Attributes:
-        timestep: int32 [K], what the model is told: 1000 sigma, truncated.
+        timestep: float32 [K], what the model is told: 1000 sigma, which UniPC truncates.
         sigma: float32 [K], what the solver uses.
         correct: float32 [K, 5], the corrected sample as a combination of (x_i, the corrected
             x_{i-1}, m_{i-1}, m_{i-2}, m_i). The first row keeps x_0.
         predict: float32 [K, 3], the next sample as a combination of (corrected x_i, m_i, m_{i-1}).
+        noise: float32 [K], the standard deviation of fresh noise in the next sample; 0 in UniPC.
     """
 
     timestep: Array
     sigma: Array
     correct: Array
     predict: Array
+    noise: Array
 
 
 def sigmas(
@@ -103,11 +105,11 @@ def tableau(levels: np.ndarray) -> Tableau:
     """
     levels = np.asarray(levels, np.float64)
     _check_sigmas(levels)
-    timestep = (levels[:-1] * NUM_TRAIN_TIMESTEPS).astype(np.int32)
+    timestep = np.trunc(levels[:-1] * NUM_TRAIN_TIMESTEPS)
     if len(timestep) > 1 and timestep[0] == timestep[1]:
         warnings.warn(
             f"{len(timestep)} steps give the first two steps the same integer timestep "
-            f"{timestep[0]}; "
+            f"{timestep[0]:g}; "
             "diffusers' scheduler breaks here, so nothing comparable exists. Use fewer steps.",
             stacklevel=2,
         )
@@ -126,8 +128,8 @@ def tableau(levels: np.ndarray) -> Tableau:
         predict[i] = _predictor(lam, alpha, sigma, i, order[i])
     if steps > 1:
         correct[-1, 0] = 1
-    to_float32 = [x.astype(np.float32) for x in (sigma[:-1], correct, predict)]
-    return Tableau(timestep, *to_float32)
+    columns = (timestep, sigma[:-1], correct, predict, np.zeros(steps))
+    return Tableau(*(column.astype(np.float32) for column in columns))
 
 
 def _predictor(lam, alpha, sigma, i: int, order: int) -> tuple[float, float, float]:
@@ -204,8 +206,17 @@ def initial_state(noise: Tree) -> State:
     return State(x, *(jax.tree.map(jnp.zeros_like, x) for _ in range(3)))
 
 
-def step(velocity: Callable[[Tree, Array], Tree], state: State, row: Tableau) -> State:
-    """One step of the solver, by one row of the tableau; `velocity` as in `sample`."""
+def step(
+    velocity: Callable[[Tree, Array], Tree], state: State, row: Tableau, noise: Tree | None = None
+) -> State:
+    """One step of the solver, by one row of the tableau.
+
+    Args:
+        velocity: (latents, timestep) -> predicted velocity, a tree like the latents.
+        state: before the step.
+        row: of the tableau.
+        noise: fresh unit noise like the latents, which `row.noise` scales; None adds none.
+    """
 
     def combine(coefficients: Array, *trees: Tree) -> Tree:
         return jax.tree.map(
@@ -216,55 +227,38 @@ def step(velocity: Callable[[Tree, Array], Tree], state: State, row: Tableau) ->
     v = velocity(x, row.timestep)
     m0 = jax.tree.map(lambda x, v: x - row.sigma * v.astype(jnp.float32), x, v)
     corrected = combine(row.correct, x, last, m1, m2, m0)
-    return State(combine(row.predict, corrected, m0, m1), corrected, m0, m1)
+    latents = combine(row.predict, corrected, m0, m1)
+    if noise is not None:
+        latents = jax.tree.map(lambda x, fresh: x + row.noise * fresh, latents, noise)
+    return State(latents, corrected, m0, m1)
 
 
-def rows(table: Tableau) -> Iterator[Tableau]:
-    """The rows of a tableau, as numpy arrays."""
-    table = jax.tree.map(np.asarray, table)
-    for i in range(len(table.timestep)):
-        yield jax.tree.map(lambda column, i=i: column[i], table)
-
-
-@struct.dataclass
-class Trajectory:
-    """Every step, stacked on a leading axis K: the latents after it, its clean prediction."""
-
-    latents: Tree
-    clean: Tree
-
-
-def sample(
-    velocity: Callable[[Tree, Array], Tree],
-    noise: Tree,
-    table: Tableau,
-    *,
-    on_step: Callable[[int], None] | None = None,
-    return_trajectory: bool = False,
-) -> tuple[Tree, Trajectory | None]:
-    """Integrate from noise to clean latents.
+def advance(
+    velocity: Callable[..., Tree],
+    state: State,
+    rows: Tableau,
+    *inputs: Tree,
+    noise: Tree | None = None,
+    collect: Callable[[State], Tree] | None = None,
+) -> tuple[State, Tree | None]:
+    """Go on from `state` by these rows of a tableau, one step after the other.
 
     Args:
-        velocity: (latents, timestep) -> predicted velocity, a tree like the latents.
-        noise: the initial latents, a pytree of arrays; each leaf has its own history.
-        table: see `tableau`; its length is the number of steps.
-        on_step: called on the host with the index of each step once that step's result exists. JAX
-            0.10 keeps no program that calls back in its compilation cache.
-        return_trajectory: whether to stack every step's latents and clean predictions.
+        velocity: (latents, timestep, *inputs) -> predicted velocity, a tree like the latents.
+        state: `initial_state` before the first row, else what the row before left.
+        rows: consecutive rows, as many as there are steps to make.
+        inputs: what else the velocity of each step reads, stacked on a leading axis.
+        noise: fresh unit noise of each step, stacked likewise; see `step`.
+        collect: what to keep of the state after each step.
 
     Returns:
-        The final latents in float32, and the trajectory or None.
+        The state after the last row, and what was collected, stacked on a leading axis, or None.
     """
 
-    def scanned(state: State, indexed_row: tuple[Array, Tableau]):
-        index, row = indexed_row
-        state = step(velocity, state, row)
-        if on_step is not None:  # an element of the result, so that the report waits for it
-            element = jax.tree.leaves(state.latents)[0].ravel()[0]
-            jax.debug.callback(lambda i, _: on_step(int(i)), index, element)
-        return state, Trajectory(state.latents, state.clean) if return_trajectory else None
+    def scanned(state: State, stacked: tuple):
+        row, fresh, others = stacked
+        state = step(lambda x, timestep: velocity(x, timestep, *others), state, row, fresh)
+        return state, None if collect is None else collect(state)
 
-    table = jax.tree.map(jnp.asarray, table)
-    indexed_rows = (jnp.arange(len(table.timestep)), table)
-    state, trajectory = jax.lax.scan(scanned, initial_state(noise), indexed_rows)
-    return state.latents, trajectory
+    rows = jax.tree.map(jnp.asarray, rows)
+    return jax.lax.scan(scanned, state, (rows, noise, inputs))

@@ -46,6 +46,11 @@ class Batch:
     uncond_mask: Array | None = None
     weight: Array | None = None
 
+    @property
+    def latents(self) -> Latents:
+        """By modality: `video` and, if there is any, `sound`."""
+        return {"video": self.video} | ({} if self.sound is None else {"sound": self.sound})
+
 
 @dataclasses.dataclass(frozen=True)
 class NoiseLevels:
@@ -146,10 +151,12 @@ def fill_batch(batch: Batch) -> Batch:
 
 def sample_noise(key: Array, batch: Batch, levels: NoiseLevels) -> tuple[Latents, Array]:
     """Noise, float32, of the shape of the batch's latents; and sigma, float32 [B]."""
-    for_sigma, for_video, for_sound = jax.random.split(key, 3)
-    video = jax.random.normal(for_video, batch.video.shape)
-    sound = None if batch.sound is None else jax.random.normal(for_sound, batch.sound.shape)
-    return Latents(video, sound), levels.sample(for_sigma, len(batch.video))
+    for_sigma, *keys = jax.random.split(key, 3)
+    noise = {
+        name: jax.random.normal(key, x.shape)
+        for key, (name, x) in zip(keys, batch.latents.items(), strict=False)
+    }
+    return noise, levels.sample(for_sigma, len(batch.video))
 
 
 def sample_dropout(key: Array, batch: Batch, probability: float) -> Batch:
@@ -226,8 +233,7 @@ def flow_loss(
     """
     batch = fill_batch(batch)
     counts = example_counts(batch) if counts is None else counts
-    clean = Latents(batch.video, batch.sound)
-    clean = jax.tree.map(lambda x: x.astype(jnp.float32), clean)
+    clean = jax.tree.map(lambda x: x.astype(jnp.float32), batch.latents)
 
     def mix(x: Array, noise: Array) -> Array:
         level = sigma.reshape(-1, *[1] * (x.ndim - 1)).astype(jnp.float32)
@@ -241,8 +247,8 @@ def flow_loss(
         video_shape=batch.video.shape[1:4],
         fps=batch.fps,
         sound_frames=0 if batch.sound is None else batch.sound.shape[1],
-        clean_latents=clean.video,
-        frame_mask=batch.frame_mask,
+        clean={"video": clean["video"]},
+        given={"video": batch.frame_mask},
         remat=remat,
     )
     noisy = jax.tree.map(mix, clean, noise)
@@ -252,10 +258,9 @@ def flow_loss(
     )
 
     free = ~batch.frame_mask
-    by_frame = squares.video.mean(axis=(2, 3, 4)) * free
-    errors = {"video": by_frame.sum(axis=1) / jnp.maximum(free.sum(axis=1), 1)}
-    if squares.sound is not None:
-        errors["sound"] = squares.sound.mean(axis=(1, 2))
+    by_frame = squares["video"].mean(axis=(2, 3, 4)) * free
+    errors = {name: x.mean(axis=range(1, x.ndim)) for name, x in squares.items()}
+    errors["video"] = by_frame.sum(axis=1) / jnp.maximum(free.sum(axis=1), 1)
     # No example may count at all: then the sum is zero too, and so is the loss.
     tiny = jnp.finfo(jnp.float32).tiny
     metrics = {

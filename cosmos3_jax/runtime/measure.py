@@ -1,5 +1,6 @@
 """How the benchmark compiles, times and reports: cold and from the cache, warm, as a table."""
 
+import functools
 import os
 import platform
 import statistics
@@ -12,10 +13,14 @@ from importlib import metadata
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 import cosmos3_jax
+from cosmos3_jax.config import Config
 from cosmos3_jax.parallel.device import default_device, memory_peak
+from cosmos3_jax.runtime.programs import BLOCK_STEPS, calls, distinct_calls, shapes_of
+from cosmos3_jax.sampling.stages import Stage, Values
 
 LONG_SECONDS = 30  # a run that is not repeated
 GIB = 2**30
@@ -63,7 +68,9 @@ def _configure(settings: dict) -> None:
     reset_cache()  # or the folder of the first compilation stays in use
 
 
-def compile_cold_and_cached(function: Callable, *arguments) -> tuple[jax.stages.Compiled, dict]:
+def compile_cold_and_cached(
+    function: Callable, *arguments, donate: tuple[int, ...] = ()
+) -> tuple[jax.stages.Compiled, dict]:
     """Compile twice: as the first process that runs a program, and as the second.
 
     Returns:
@@ -81,7 +88,7 @@ def compile_cold_and_cached(function: Callable, *arguments) -> tuple[jax.stages.
     with _fresh_cache() as hits:
         jax.clear_caches()
         start = time.perf_counter()
-        lowered = jax.jit(function).lower(*arguments)
+        lowered = jax.jit(function, donate_argnums=donate).lower(*arguments)
         lowering = time.perf_counter() - start
         program, cold = compiled()
         before = len(hits)
@@ -93,18 +100,15 @@ def compile_cold_and_cached(function: Callable, *arguments) -> tuple[jax.stages.
     }
 
 
-def measure(program: jax.stages.Compiled, *arguments, repeats: int) -> tuple[Any, dict]:
-    """Run a program once to warm up and then `repeats` times: its last result, seconds, memory.
+def median_of(run: Callable[[], tuple[Any, float]], repeats: int) -> tuple[Any, dict]:
+    """Run once to warm up and then `repeats` times: the last result, median and samples in seconds.
 
     The run that would be the warm-up counts, alone, if it takes more than `LONG_SECONDS`: what a
     first run starts and loads is nothing beside that.
+
+    Args:
+        run: returns its result and the seconds that it took.
     """
-
-    def run() -> tuple[Any, float]:
-        start = time.perf_counter()
-        result = jax.block_until_ready(program(*arguments))
-        return result, time.perf_counter() - start
-
     result, first = run()
     samples = [first]
     if first <= LONG_SECONDS:
@@ -113,12 +117,85 @@ def measure(program: jax.stages.Compiled, *arguments, repeats: int) -> tuple[Any
             del result  # two results at once would be memory that no generation needs
             result, seconds = run()
             samples.append(seconds)
-    analysis = program.memory_analysis()
-    return result, {
-        "seconds": statistics.median(samples),
-        "samples": samples,
-        "temporary_gib": analysis.temp_size_in_bytes / GIB,
-        "output_gib": analysis.output_size_in_bytes / GIB,
+    return result, {"seconds": statistics.median(samples), "samples": samples}
+
+
+class Measure:
+    """Executes a stage like `programs.Run`, and measures it: compiled anew, warm, several times.
+
+    Attributes:
+        stages: of each stage, by name: `seconds` (the median), `samples`, `temporary_gib`,
+            `output_gib`, `compile_seconds` and `compile_seconds_cached`; with `programs`, its
+            compiled programs' text.
+    """
+
+    def __init__(
+        self,
+        params: dict,
+        config: Config,
+        *,
+        repeats: int = 3,
+        block_steps: int = BLOCK_STEPS,
+        report: Callable[[str, dict], None] | None = None,
+        inspect: Callable[[Stage, list[jax.stages.Compiled]], dict] | None = None,
+    ):
+        """
+        Args:
+            params: all parts.
+            repeats, block_steps: see `median_of` and `programs.Run`.
+            report: called with a stage's name and what was measured, when it has ended.
+            inspect: what else to note of a stage's compiled programs.
+        """
+        self.params, self.config = params, config
+        self.repeats, self.block_steps = repeats, block_steps
+        self.report, self.inspect = report, inspect
+        self.stages: dict[str, dict] = {}
+
+    def __call__(self, stage: Stage, values: Values) -> Values:
+        params, static = self.params[stage.part], stage.static(values)
+        function = functools.partial(stage.function, config=self.config, **static)
+        donate = () if stage.donated is None else (stage.donated + 1,)
+        compiled, compiling = {}, []
+        for change in distinct_calls(stage, values, self.block_steps):
+            inputs = stage.inputs(values | change)
+            program, seconds = compile_cold_and_cached(function, params, *inputs, donate=donate)
+            compiled[shapes_of(change)] = program
+            compiling.append(seconds)
+
+        def run() -> tuple[Values, float]:
+            now = values
+            if stage.donated is not None:  # the state of the loop: each run takes one of its own
+                now = values | {"state": jax.tree.map(jnp.copy, values["state"])}
+                jax.block_until_ready(now["state"])
+            start = time.perf_counter()
+            result: Values = {}
+            for change in calls(stage, values, self.block_steps):
+                now = now | change
+                result = compiled[shapes_of(change)](params, *stage.inputs(now))
+                now = now | result
+            jax.block_until_ready(result)
+            return result, time.perf_counter() - start
+
+        result, ran = median_of(run, self.repeats)
+        analyses = [program.memory_analysis() for program in compiled.values()]
+        found = ran | {
+            "temporary_gib": max(x.temp_size_in_bytes for x in analyses) / GIB,
+            "output_gib": max(x.output_size_in_bytes for x in analyses) / GIB,
+            **_sums(compiling),
+        }
+        if self.inspect is not None:
+            found |= self.inspect(stage, list(compiled.values()))
+        self.stages[stage.name] = found
+        if self.report is not None:
+            self.report(stage.name, found)
+        return result
+
+
+def _sums(parts: list[dict]) -> dict:
+    """Of each value over the parts; None where one has none."""
+    return {
+        name: None if None in (found := [part[name] for part in parts]) else sum(found)
+        for name in parts[0]
     }
 
 
@@ -161,37 +238,3 @@ def _nvidia() -> dict[str, str | None]:
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         driver = power = None
     return {"driver": driver, "power_limit": power}
-
-
-COLUMNS = ("seconds", "min..max", "TFLOP/s", "temporary GiB", "compile s", "cached s")
-
-
-def table(name: str, result: dict) -> str:
-    """What `bench.run_bench` returns, for people."""
-    job = result["job"]
-    lines = [
-        f"{name}: {job['num_frames']} frames of {job['height']}x{job['width']} at {job['fps']:g} "
-        f"fps, {job['steps']} steps, {job['text_tokens']} + {job['negative_tokens']} text tokens"
-    ]
-    lines.append(
-        f"{'':24}{COLUMNS[0]:>9}{COLUMNS[1]:>20}" + "".join(f"{c:>15}" for c in COLUMNS[2:])
-    )
-    for stage, found in result["stages"].items():
-        samples = found.get("samples")
-        spread = f"{min(samples):.3f}..{max(samples):.3f}" if samples else "-"
-        rate = result["denoise_tflops_per_second"] if stage == "denoise" else None
-        cells = (
-            rate,
-            found.get("temporary_gib"),
-            found.get("compile_seconds"),
-            found.get("compile_seconds_cached"),
-        )
-        shown = "".join(f"{'-' if cell is None else format(cell, '.3f'):>15}" for cell in cells)
-        lines.append(f"  {stage:22}{found['seconds']:9.3f}{spread:>20}{shown}")
-    peak = result["peak_gib"]
-    peak = "the device does not say" if peak is None else f"{peak:.3f} GiB"
-    lines.append(
-        f"  whole job {result['seconds']:.3f} s; peak memory {peak} "
-        f"(estimated {result['estimated_gib']:.3f} GiB)"
-    )
-    return "\n".join(lines)

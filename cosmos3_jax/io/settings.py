@@ -1,0 +1,122 @@
+"""The settings of one generation: their names, defaults and help, told once.
+
+`Settings` holds them, the command line takes its help from it, and `SettingsDict` gives type
+checkers and editors the same names as keyword arguments.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, TypedDict
+
+from jax.typing import ArrayLike
+
+from cosmos3_jax.config import Recipe
+from cosmos3_jax.io.media_read import ImageSource, VideoSource
+
+Texts = str | Sequence[str]
+Images = ImageSource | Sequence[ImageSource]
+End = Literal["first", "last"]
+
+
+class SettingsDict(TypedDict, total=False):
+    """The fields of `Settings` as keyword arguments."""
+
+    negative_prompt: Texts | None
+    image: Images | None
+    video: VideoSource | None
+    condition_frames: Iterable[int] | None
+    keep: End | None
+    clean_latents: ArrayLike | None
+    frame_mask: ArrayLike | None
+    num_frames: int | None
+    height: int | None
+    width: int | None
+    fps: float | None
+    num_inference_steps: int | None
+    guidance_scale: float | None
+    flow_shift: float | None
+    schedule: str | None
+    sigmas: Sequence[float] | None
+    seed: int | Sequence[int]
+    noise: ArrayLike | None
+    sound_noise: ArrayLike | None
+    sound: bool
+    prompt_style: str
+    system_prompt: str | None
+
+
+def _setting(default: Any, text: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": " ".join(text.split())})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a generation is made of besides its prompt. None is the recipe's, where it has one.
+
+    Axes: B batch, C channels; latents t frames, h rows, w columns; s sound latents; K steps.
+    """
+
+    negative_prompt: Texts | None = _setting(
+        None,
+        "one for all or one for each; default: the recipe's, else the style's; an empty text "
+        "is an empty prompt",
+    )
+    image: Images | None = _setting(
+        None,
+        "what the video begins with: a path, a PIL image or an array, one for all or a list of "
+        "one for each; resized to fill the picture and cropped in its middle",
+    )
+    video: VideoSource | None = _setting(
+        None,
+        "a clip to go on from, for all: a path, an array or a list of frames; or "
+        "[B, 3, T, H, W], as `generate` returns it, one for each; resized likewise",
+    )
+    condition_frames: Iterable[int] | None = _setting(
+        None,
+        "the latent frames that the clip gives: 0 is its first frame, i > 0 its frames 4i - 3 "
+        "to 4i, and -1 the last of the video to be made; default: 0 and 1, which is five frames",
+    )
+    keep: End | None = _setting(None, "the end of the clip to take them from; default: first")
+    clean_latents: ArrayLike | None = _setting(
+        None,
+        "[B, C, t, h, w] normalised latents (see `Cosmos3.encode_video`), instead of image or "
+        "video: any frames of the video to be made, wherever they stand",
+    )
+    frame_mask: ArrayLike | None = _setting(None, "bool [B, t], which of `clean_latents` are given")
+    num_frames: int | None = _setting(None, "4k + 1; 1 is an image")
+    height: int | None = _setting(None, "pixels, a multiple of 16")
+    width: int | None = _setting(None, "pixels, a multiple of 16")
+    fps: float | None = _setting(None, "frames per second")
+    num_inference_steps: int | None = _setting(None, "denoising steps, at least 1")
+    guidance_scale: float | None = _setting(
+        None, "1 skips the second branch, and with it the negative prompt"
+    )
+    flow_shift: float | None = _setting(None, "of the schedule, see `unipc.sigmas`")
+    schedule: str | None = _setting(None, "of the noise levels, see `unipc.sigmas`")
+    sigmas: Sequence[float] | None = _setting(
+        None, "K + 1 noise levels falling to 0; they override steps, schedule and shift"
+    )
+    seed: int | Sequence[int] = _setting(
+        42, "one seed (example b takes seed + b) or one for each prompt"
+    )
+    noise: ArrayLike | None = _setting(None, "[B, C, t, h, w] initial noise; overrides the seed")
+    sound_noise: ArrayLike | None = _setting(
+        None, "[B, C_sound, s] initial noise; overrides the seed"
+    )
+    sound: bool = _setting(False, "denoise sound along with the video")
+    prompt_style: str = _setting("native", "see `prompt.resolve_prompts`")
+    system_prompt: str | None = _setting(None, "default: the style's; an empty text turns it off")
+
+    def filled(self, recipe: Recipe) -> "Settings":
+        """With the recipe's values where there are none."""
+        chosen = {
+            field.name: getattr(recipe, field.name)
+            for field in dataclasses.fields(recipe)
+            if getattr(self, field.name) is None
+        }
+        return dataclasses.replace(self, **chosen)
+
+
+def help_of(name: str) -> str:
+    """The help of one setting."""
+    return Settings.__dataclass_fields__[name].metadata["help"]
