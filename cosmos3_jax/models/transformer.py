@@ -37,8 +37,9 @@ from cosmos3_jax.parallel.sharding import (
 
 # Arrays of all modalities: normalised latents, or anything of their shape (noise, velocity, a
 # prediction of the clean latents). `video` is [B, t, h, w, C], `sound`, where there is any,
-# [B, s, C]. The order is that of their tokens.
+# [B, s, C].
 Latents = dict[str, Array]
+MODALITIES = ("video", "sound")  # in the order of their tokens: JAX sorts the keys of a dictionary
 
 
 @struct.dataclass
@@ -223,8 +224,9 @@ class MediaTower(nn.Module):
         grid = patch_grid(config, latents["video"].shape[1:4])
         time = TimestepEmbedding(config, name="time_embedder")(timestep).astype(dtype)[:, None]
         parts = {
-            name: self.embed(name, x.astype(dtype), time, condition.given.get(name))
-            for name, x in latents.items()
+            name: self.embed(name, latents[name].astype(dtype), time, condition.given.get(name))
+            for name in MODALITIES
+            if name in latents
         }
         counts = [part.shape[1] for part in parts.values()]
         x, tokens = jnp.concatenate(list(parts.values()), axis=1), sum(counts)
