@@ -10,8 +10,6 @@ import quick
 import torch
 from oracle import load_pipeline, save_pipeline
 
-from cosmos3_jax.models import sound_vae, transformer, video_vae
-
 # Most of the time of most tests goes into machine code that runs for milliseconds. These flags hold
 # here and in the processes that tests start; JAX reads them when it first needs a device.
 os.environ["XLA_FLAGS"] = f"{quick.FLAGS} {os.environ.get('XLA_FLAGS', '')}"
@@ -22,16 +20,6 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 # At these sizes torch's second thread only waits for the first, and takes the core from others.
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that are started
 torch.set_num_threads(1)
-
-
-def remembered(shapes):
-    """A `param_shapes` that traces a configuration once: every model that is opened asks for it."""
-    known = functools.cache(shapes)
-    return lambda *arguments, **options: jax.tree.map(lambda x: x, known(*arguments, **options))
-
-
-for module in (sound_vae, transformer, video_vae):
-    module.param_shapes = remembered(module.param_shapes)
 
 
 def pytest_collection_finish():

@@ -3,7 +3,7 @@
 It has every tensor that a published checkpoint has, those that generation never reads included, so
 any program that reads the public layout reads it. Its weights are random: it shows that the
 machinery works, and what the scores of a model that learnt nothing are. The checkpoint that did
-learn something is `tiny`, see `frontend`.
+learn something is `tiny`, see `find`.
 """
 
 import dataclasses
@@ -31,8 +31,8 @@ from cosmos3_jax.checkpoint.tiny_tokenizer import write_tokenizer
 from cosmos3_jax.checkpoint.transformer_layout import transformer_layout
 from cosmos3_jax.checkpoint.video_vae_layout import video_vae_layout
 from cosmos3_jax.config import SoundVAEConfig, TransformerConfig, VideoVAEConfig
-from cosmos3_jax.io.prompt import Tokenizer
 from cosmos3_jax.models import sound_vae, transformer, video_vae
+from cosmos3_jax.models.tokenizer import Tokenizer
 
 NAME = "random"
 VERSION = 1  # raise it when what is written changes: a cached folder of another version is not read

@@ -4,6 +4,9 @@ Axes: B batch, S tokens, D model. Weights are cast to a module's `dtype` when th
 may be stored in any.
 """
 
+import functools
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,6 +17,19 @@ from cosmos3_jax.config import TransformerConfig
 from cosmos3_jax.parallel import sharding
 
 LORA = ("lora_a", "lora_b")  # [inputs, R] and [R, outputs], beside a kernel [inputs, outputs]
+
+
+def traced_once(param_shapes: Callable) -> Callable:
+    """A `param_shapes` that traces each configuration once, which takes a second; every call gets a
+    tree of its own.
+    """
+    known = functools.cache(param_shapes)
+
+    @functools.wraps(param_shapes)
+    def copied(*arguments, **options):
+        return jax.tree.map(lambda x: x, known(*arguments, **options))
+
+    return copied
 
 
 def precision(dtype: jnp.dtype) -> jax.lax.Precision | None:

@@ -22,7 +22,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from cosmos3_jax.config import SoundVAEConfig, check_fps
-from cosmos3_jax.models.layers import precision
+from cosmos3_jax.models.layers import precision, traced_once
 from cosmos3_jax.parallel import sharding
 
 
@@ -154,6 +154,7 @@ def sound_latent_length(config: SoundVAEConfig, num_frames: int, fps: float) -> 
     return -(-samples // config.samples_per_latent)
 
 
+@traced_once
 def param_shapes(config: SoundVAEConfig, with_encoder: bool) -> dict[str, Any]:
     """The parameter tree with a `jax.ShapeDtypeStruct` for each leaf. Nothing is computed or
     allocated.

@@ -25,6 +25,7 @@ from cosmos3_jax.models.layers import (
     SwiGLU,
     TimestepEmbedding,
     dense,
+    traced_once,
 )
 from cosmos3_jax.parallel import sharding
 from cosmos3_jax.parallel.sharding import (
@@ -424,6 +425,7 @@ def velocity(
     return tower.apply({"params": params}, latents, timestep, condition)
 
 
+@traced_once
 def param_shapes(config: TransformerConfig) -> dict:
     """`{"und": ..., "gen": ...}` as `jax.ShapeDtypeStruct`s; nothing is allocated."""
 

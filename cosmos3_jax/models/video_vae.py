@@ -20,8 +20,9 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from cosmos3_jax.config import VideoVAEConfig
+from cosmos3_jax.models.layers import traced_once
 from cosmos3_jax.models.video_vae_modules import Decoder, Encoder
-from cosmos3_jax.parallel import sharding
+from cosmos3_jax.parallel import rows, sharding
 from cosmos3_jax.parallel.device import AnyDevice, default_device
 
 SMALL_PICTURE = 320  # latent pixels; 192x320 has 240
@@ -159,9 +160,9 @@ def decode(
         video = lax.dynamic_update_slice_in_dim(video, _divided(x), at, axis=2)
         return state["cache"], _divided(video)
 
-    with sharding.padded_rows(h) as rows:
-        latents = _pad_rows(latents, 2, rows - h)
-        shape = (B, 3, time * (t - 1) + 1, space * rows, space * w)
+    with rows.padded_rows(h) as padded:
+        latents = _pad_rows(latents, 2, padded - h)
+        shape = (B, 3, time * (t - 1) + 1, space * padded, space * w)
         video = _divided(jnp.zeros(shape, video_dtype or dtype))
         return _divided(_rows(_over_time(step, video, t, chunk_size), 3, space * h))
 
@@ -240,30 +241,31 @@ def _encode(
         return state["cache"], lax.dynamic_update_slice_in_dim(latents, finish(z), start, axis=1)
 
     channels = config.z_dim * (2 if encoder.moments else 1)
-    with sharding.padded_rows(grid[1]) as rows:
-        video = _divided(_pad_rows(video, 3, config.scale_factor_spatial * (rows - grid[1])))
-        shape = (video.shape[0], grid[0], rows, grid[2], channels)
-        latents = sharding.divide_rows(jnp.zeros(shape, encoder.dtype))
+    with rows.padded_rows(grid[1]) as padded:
+        video = _divided(_pad_rows(video, 3, config.scale_factor_spatial * (padded - grid[1])))
+        shape = (video.shape[0], grid[0], padded, grid[2], channels)
+        latents = rows.divide_rows(jnp.zeros(shape, encoder.dtype))
         latents = _rows(_over_time(step, latents, grid[0], chunk_size), 2, grid[1])
         return sharding.constrain(latents, sharding.PROMPTS, *[None] * 4)
 
 
 def _divided(video: jax.Array) -> jax.Array:
     """Video [B, C, T, H, W], its rows divided by the ambient mesh, if they are a multiple."""
-    rows = sharding.ROWS if video.shape[3] % sharding.ways(sharding.ROWS) == 0 else None
-    return sharding.constrain(video, sharding.PROMPTS, None, None, rows, None)
+    axes = sharding.ROWS if video.shape[3] % sharding.ways(sharding.ROWS) == 0 else None
+    return sharding.constrain(video, sharding.PROMPTS, None, None, axes, None)
 
 
-def _pad_rows(x: jax.Array, axis: int, rows: int) -> jax.Array:
+def _pad_rows(x: jax.Array, axis: int, count: int) -> jax.Array:
     """Rows of zeros behind the last; none on one device."""
-    return jnp.pad(x, [(0, rows * (i == axis)) for i in range(x.ndim)]) if rows else x
+    return jnp.pad(x, [(0, count * (i == axis)) for i in range(x.ndim)]) if count else x
 
 
-def _rows(x: jax.Array, axis: int, rows: int) -> jax.Array:
+def _rows(x: jax.Array, axis: int, count: int) -> jax.Array:
     """The inverse of `_pad_rows`."""
-    return x if x.shape[axis] == rows else lax.slice_in_dim(x, 0, rows, axis=axis)
+    return x if x.shape[axis] == count else lax.slice_in_dim(x, 0, count, axis=axis)
 
 
+@traced_once
 def param_shapes(config: VideoVAEConfig) -> dict[str, Any]:
     """`{"encoder": ..., "decoder": ...}` of float32 `jax.ShapeDtypeStruct`s, at no cost."""
 

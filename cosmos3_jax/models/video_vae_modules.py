@@ -25,7 +25,7 @@ from jax.typing import DTypeLike
 
 from cosmos3_jax.config import VideoVAEConfig
 from cosmos3_jax.models.layers import precision
-from cosmos3_jax.parallel import sharding
+from cosmos3_jax.parallel import rows
 from cosmos3_jax.parallel.device import default_device
 
 
@@ -72,11 +72,11 @@ class Conv2d(Convolution):
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
-        x = sharding.picture(x.astype(self.dtype))
+        x = rows.picture(x.astype(self.dtype))
         frames = rearrange(x, "B T H W C -> (B T) H W C")
         y = self.convolve(frames, kernel, (self.padding, self.padding), self.stride)
         y = rearrange(y, "(B T) H W C -> B T H W C", B=len(x))
-        return sharding.divide_rows((y + bias).astype(self.dtype))
+        return rows.divide_rows((y + bias).astype(self.dtype))
 
 
 class CausalConv(Convolution):
@@ -99,17 +99,17 @@ class CausalConv(Convolution):
         shape = (*self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
-        x = sharding.picture(x.astype(self.dtype))  # before it is remembered
-        apart = self.size[1] > 1 and sharding.are_divided(x.shape[2])
+        x = rows.picture(x.astype(self.dtype))  # before it is remembered
+        apart = self.size[1] > 1 and rows.are_divided(x.shape[2])
         if apart:  # a row of each neighbour comes once, and is remembered with the frame
-            x = sharding.blocks_of_rows(x)
+            x = rows.blocks_of_rows(x)
         (B, T), history = x.shape[:2], self.size[0] - self.stride
         past = self.variable("cache", "past", jnp.zeros, (B, history, *x.shape[2:]), x.dtype)
         frames = (T - self.stride) // self.stride + 1
         span = max(self.stride * (frames - 1) + 1, 0)
-        before = sharding.divide_rows(past.value)
+        before = rows.divide_rows(past.value)
         windows = [_window(before, x, i, span)[:, :: self.stride] for i in range(self.size[0])]
-        past.value = sharding.divide_rows(_window(before, x, T, history))
+        past.value = rows.divide_rows(_window(before, x, T, history))
         x = jnp.concatenate(windows, axis=-1)
         kernel = rearrange(kernel, "t h w c d -> h w (t c) d")
         # Blocks bring the rows around them along.
@@ -120,8 +120,8 @@ class CausalConv(Convolution):
             y = self.convolve(rearrange(x, "B T H W C -> (B T) H W C"), kernel, padding)
             return rearrange(y, "(B T) H W C -> B T H W C", B=len(x))
 
-        y = sharding.over_blocks(convolve, x, kernel) if apart else convolve(x, kernel)
-        return sharding.divide_rows((y + bias).astype(self.dtype))
+        y = rows.over_blocks(convolve, x, kernel) if apart else convolve(x, kernel)
+        return rows.divide_rows((y + bias).astype(self.dtype))
 
 
 def _window(past: jax.Array, x: jax.Array, start: int, length: int) -> jax.Array:
@@ -177,7 +177,7 @@ class Attention(nn.Module):
         qkv = Conv2d(3 * C, self.dtype, 1, name="to_qkv")(RMSNorm(name="norm")(x))
         q, k, v = rearrange(qkv, "B T H W (qkv C) -> qkv B T (H W) C", qkv=3)
         # Where a mesh divides the rows, these queries read the pixels of all.
-        k, v = (sharding.whole_picture(x, H, W) for x in (k, v))
+        k, v = (rows.whole_picture(x, H, W) for x in (k, v))
         logits = einsum("BTQC,BTKC->BTQK", q, k, preferred_element_type=jnp.float32)
         weights = nn.softmax(logits * C**-0.5).astype(self.dtype)
         h = einsum("BTQK,BTKC->BTQC", weights, v)

@@ -12,13 +12,11 @@ mesh that has some of these axes:
   arXiv:1910.02054, stage 3); beside that it divides what `seq` does.
 
 In the autoencoders, which know no branches, tokens or heads, all but `data` divide the rows of the
-picture: XLA exchanges the rows at the borders for every convolution.
+picture, see `rows`.
 """
 
-import contextlib
-import contextvars
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -201,83 +199,3 @@ def check_heads(heads: int, sizes: dict[str, int]) -> None:
         raise ValueError(
             f"mesh {named}: {heads} key/value heads do not divide; choose seq x fsdp from {choices}"
         )
-
-
-# How many rows of latents there are, and how many with those added so that they divide evenly.
-_rows: contextvars.ContextVar[tuple[int, int]] = contextvars.ContextVar("rows", default=(1, 1))
-
-
-@contextlib.contextmanager
-def padded_rows(rows: int) -> Iterator[int]:
-    """Trace an autoencoder on pictures of `rows` rows of latents; yields how many to pad them to.
-
-    Rows divide evenly at every scale then, and no operation has to move whole pictures.
-    """
-    padded = rows + -rows % ways(ROWS)
-    token = _rows.set((rows, padded))
-    try:
-        yield padded
-    finally:
-        _rows.reset(token)
-
-
-def real_rows(padded: int) -> int:
-    """Of the rows of a picture, at any scale, those that are not padding."""
-    rows, all_rows = _rows.get()
-    return padded * rows // all_rows
-
-
-def picture(x: Array) -> Array:
-    """x [B, T, H, W, C], its rows divided, and zero where they are padding.
-
-    A convolution reads zeros behind the last row; after another layer, padding is no longer zero.
-    """
-    real = real_rows(x.shape[2])
-    if real < x.shape[2]:
-        x = jnp.where(jnp.arange(x.shape[2])[:, None, None] < real, x, 0)
-    return divide_rows(x)
-
-
-def divide_rows(x: Array) -> Array:
-    """x [B, T, H, W, C], or in blocks of rows, [B, T, n, rows, W, C]: H or n divided."""
-    return constrain(x, PROMPTS, None, ROWS, *[None] * (x.ndim - 3))
-
-
-def are_divided(rows: int) -> bool:
-    """Whether a mesh divides this many rows, evenly."""
-    n = ways(ROWS)
-    return n > 1 and rows % n == 0
-
-
-def blocks_of_rows(x: Array) -> Array:
-    """x [B, T, H, W, C] -> [B, T, n, H / n + 2, W, C]: each device's rows, and one of each
-    neighbour's; zeros beyond the picture.
-    """
-    n = ways(ROWS)
-    blocks = divide_rows(x.reshape(*x.shape[:2], n, -1, *x.shape[3:]))
-    # Placed once more, or else XLA would first move whole blocks and then take their ends.
-    last, first = (divide_rows(x) for x in (blocks[:, :, :, -1:], blocks[:, :, :, :1]))
-    others = [(0, 0)] * 3
-    above = jnp.pad(last[:, :, :-1], [(0, 0), (0, 0), (1, 0), *others])
-    below = jnp.pad(first[:, :, 1:], [(0, 0), (0, 0), (0, 1), *others])
-    return divide_rows(jnp.concatenate([above, blocks, below], axis=3))
-
-
-def over_blocks(function: Callable, blocks: Array, *whole: Array) -> Array:
-    """`function` of what `blocks_of_rows` made and of arrays that each device has whole: each
-    device on its own block, [B, T, rows + 2, W, C] -> [B, T, rows, W, C'] -> [B, T, H, W, C'].
-    """
-    placed = spec(PROMPTS, None, ROWS)
-    mapped = jax.shard_map(
-        lambda blocks, *whole: function(blocks[:, :, 0], *whole)[:, :, None],
-        in_specs=(placed, *[spec()] * len(whole)), out_specs=placed, check_vma=False,
-    )  # fmt: skip
-    y = mapped(blocks, *whole)
-    return y.reshape(*y.shape[:2], -1, *y.shape[4:])
-
-
-def whole_picture(pixels: Array, height: int, width: int) -> Array:
-    """Pixels [B, T, H W, C] -> all that are not padding, on each device."""
-    real = real_rows(height)
-    pixels = constrain(pixels, PROMPTS, None, None, None)
-    return pixels if real == height else pixels[:, :, : real * width]

@@ -10,10 +10,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from cosmos3_jax.runtime.measure import GIB
 from cosmos3_jax.config import Config
 from cosmos3_jax.models import sound_vae, transformer, video_vae
 from cosmos3_jax.parallel.device import default_device, memory_limit
+from cosmos3_jax.runtime.measure import GIB
 
 DRAW_VALUES = 2**22  # random values that are drawn at a time: 16 MiB before they are rounded
 
