@@ -187,26 +187,68 @@ def test_state_is_float32_whatever_the_velocity_is(record_property):
     check(record_property, TOLERANCE, run, noise, table)
 
 
-def test_trajectory_and_step_reports():
+def test_states_are_collected():
     table = unipc.tableau(unipc.sigmas("native", 5))
     noise = np.random.RandomState(0).standard_normal(16).astype(np.float32)
-    seen = []
 
     @jax.jit
     def run(noise):
-        return unipc.sample(
-            lambda x, t: model(x, t, jnp), noise, table, on_step=seen.append, return_trajectory=True
-        )
+        return unipc.sample(lambda x, t: model(x, t, jnp), noise, table, collect=lambda x: x)
 
     final, trajectory = run(noise)
-    jax.effects_barrier()
-    assert sorted(seen) == [0, 1, 2, 3, 4]
     assert trajectory.latents.shape == trajectory.clean.shape == (5, 16)
     assert relative_l2(trajectory.latents[-1], final) <= TOLERANCE
     # the last step returns the clean prediction
     assert relative_l2(trajectory.clean[-1], final) <= TOLERANCE
     first = noise - table.sigma[0] * np.asarray(model(noise, table.timestep[0], jnp))
     assert relative_l2(trajectory.clean[0], first) <= TOLERANCE
+
+
+@pytest.mark.parametrize("length", [1, 2, 4])
+def test_blocks_of_rows_equal_the_whole(length):
+    """`advance` goes on from the state of the rows before; further inputs belong to their rows."""
+    noise = np.random.RandomState(0).standard_normal(64).astype(np.float32)
+    table = unipc.tableau(unipc.sigmas("native", 5))
+    scales = np.linspace(0.5, 1, 5, dtype=np.float32)
+
+    def velocity(x, timestep, scale):
+        return scale * model(x, timestep, jnp)
+
+    advance = jax.jit(partial(unipc.advance, velocity))
+    expected, _ = advance(unipc.initial_state(noise), table, scales)
+    state = unipc.initial_state(noise)
+    for first in range(0, 5, length):
+        block = slice(first, first + length)
+        state, _ = advance(state, jax.tree.map(lambda x, b=block: x[b], table), scales[block])
+    assert relative_l2(state.latents, expected.latents) <= TOLERANCE
+    unscaled, _ = advance(unipc.initial_state(noise), table, np.ones_like(scales))
+    assert relative_l2(unscaled.latents, expected.latents) > 100 * TOLERANCE
+
+
+def test_a_row_with_noise_equals_the_formula():
+    """A stochastic sampler, as of distilled models: x becomes (1 - s) m + s n, with fresh noise n,
+    by timesteps that are no whole numbers.
+    """
+    rng = np.random.RandomState(0)
+    x, *fresh = rng.standard_normal((3, 64)).astype(np.float32)
+    sigma, following = np.float32([0.9375, 0.8333]), np.float32([0.8333, 0.0])
+    zeros = np.zeros_like(sigma)
+    table = unipc.Tableau(
+        timestep=1000 * sigma, sigma=sigma,
+        correct=np.stack([zeros + 1, zeros, zeros, zeros, zeros], axis=1),
+        predict=np.stack([zeros, 1 - following, zeros], axis=1), noise=following,
+    )  # fmt: skip
+    state, _ = unipc.advance(
+        lambda x, t: model(x, t, jnp), unipc.initial_state(x), table, noise=np.stack(fresh)
+    )
+    expected = np.float64(x)
+    for s, to, n in zip(sigma, following, fresh, strict=True):
+        clean = expected - s * model(expected, 1000 * s, np)
+        expected = (1 - to) * clean + to * n
+    assert relative_l2(state.latents, expected) <= TOLERANCE
+    silent, _ = unipc.advance(lambda x, t: model(x, t, jnp), unipc.initial_state(x), table)
+    assert relative_l2(silent.latents, expected) > 100 * TOLERANCE
+    assert (unipc.tableau(unipc.sigmas("native", 5)).noise == 0).all()  # UniPC adds none
 
 
 @pytest.mark.parametrize("steps", [1, 2, 6])
@@ -221,7 +263,7 @@ def test_one_program_a_step_equals_the_scan(steps):
     def velocity(x, t):
         return jax.tree.map(lambda leaf: model(leaf, t, jnp), x)
 
-    expected, trajectory = unipc.sample(velocity, noise, table, return_trajectory=True)
+    expected, trajectory = unipc.sample(velocity, noise, table, collect=lambda state: state)
     step = jax.jit(partial(unipc.step, velocity), donate_argnums=0)
     state = unipc.initial_state(noise)
     for i, row in enumerate(unipc.rows(table)):

@@ -11,7 +11,7 @@ Axes: K steps.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -262,3 +262,31 @@ def advance(
 
     rows = jax.tree.map(jnp.asarray, rows)
     return jax.lax.scan(scanned, state, (rows, noise, inputs))
+
+
+def sample(
+    velocity: Callable[..., Tree],
+    noise: Tree,
+    table: Tableau,
+    *,
+    collect: Callable[[State], Tree] | None = None,
+) -> tuple[Tree, Tree | None]:
+    """Integrate from noise to clean latents: `advance` over all rows.
+
+    Args:
+        velocity, collect: see `advance`.
+        noise: the initial latents, a pytree of arrays; each leaf has its own history.
+        table: see `tableau`; its length is the number of steps.
+
+    Returns:
+        The final latents in float32, and what was collected, stacked on a leading axis K, or None.
+    """
+    state, collected = advance(velocity, initial_state(noise), table, collect=collect)
+    return state.latents, collected
+
+
+def rows(table: Tableau) -> Iterator[Tableau]:
+    """The rows of a tableau, as numpy arrays."""
+    table = jax.tree.map(np.asarray, table)
+    for i in range(len(table.timestep)):
+        yield jax.tree.map(lambda column, i=i: column[i], table)
