@@ -27,7 +27,6 @@ from cosmos3_jax.models import rope
 from cosmos3_jax.models.attention import attention
 from cosmos3_jax.models.layers import RMSNorm, TimestepEmbedding
 from cosmos3_jax.models.transformer import (
-    Latents,
     encode_condition,
     param_shapes,
     patch_grid,
@@ -137,18 +136,18 @@ def encode(model: Model, *examples: Example, text=None, video_shape=(FRAMES, HEI
         model.params["und"], model.config, *(text or padded(*(e.ids for e in examples))),
         video_shape=video_shape, sound_frames=examples[0].sound_frames,
         fps=np.array([e.fps for e in examples], np.float32),
-        clean_latents=np.stack([e.video for e in examples]),
-        frame_mask=np.stack([e.frame_mask for e in examples]),
+        clean={"video": np.stack([e.video for e in examples])},
+        given={"video": np.stack([e.frame_mask for e in examples])},
     )  # fmt: skip
 
 
 def step(model: Model, condition, *examples: Example, timestep=None) -> dict:
     """The velocity of a batch, float32, in the oracle's form; without a batch axis for one."""
-    sound = None if examples[0].sound is None else np.stack([e.sound for e in examples])
-    latents = Latents(np.stack([e.video for e in examples]), sound)
+    latents = {"video": np.stack([e.video for e in examples])}
+    if examples[0].sound is not None:
+        latents["sound"] = np.stack([e.sound for e in examples])
     timestep = examples[0].timestep if timestep is None else timestep
-    out = _velocity(model.params["gen"], model.config, condition, latents, timestep)
-    found = {"video": out.video} | ({} if out.sound is None else {"sound": out.sound})
+    found = _velocity(model.params["gen"], model.config, condition, latents, timestep)
     found = {name: np.asarray(x, np.float32) for name, x in found.items()}
     return found if len(examples) > 1 else {name: x[0] for name, x in found.items()}
 
@@ -480,7 +479,7 @@ def test_given_frames_come_from_the_condition():
     spoiled[list(case.given)] = np.nan
     found = step(model, condition, dataclasses.replace(case, video=spoiled))
     spoiled = np.where(case.frame_mask[:, None, None, None], case.video, np.nan)
-    again = step(model, condition.replace(clean_latents=spoiled[None]), case)
+    again = step(model, condition.replace(clean={"video": spoiled[None]}), case)
     for name in reference:
         np.testing.assert_array_equal(found[name], reference[name])
         np.testing.assert_array_equal(again[name], reference[name])
@@ -496,15 +495,15 @@ def test_given_frames_have_no_time_and_are_attended_to():
     reference["video"] = reference["video"][1:]
     condition = encode(model, case)
 
-    timed = step(model, condition.replace(frame_mask=np.zeros((1, FRAMES), bool)), case)
+    timed = step(model, condition.replace(given={"video": np.zeros((1, FRAMES), bool)}), case)
     timed["video"] = timed["video"][1:]
     assert error(timed, reference) > FAR * TOLERANCE
 
     rows, columns = patch_grid(model.config, (FRAMES, HEIGHT, WIDTH))[1:]
     without = condition.replace(
         rope=tuple(table[:, rows * columns :] for table in condition.rope),
-        clean_latents=condition.clean_latents[:, 1:],
-        frame_mask=condition.frame_mask[:, 1:],
+        clean={"video": condition.clean["video"][:, 1:]},
+        given={"video": condition.given["video"][:, 1:]},
     )
     alone = step(model, without, dataclasses.replace(case, video=case.video[1:], given=()))
     assert error(alone, reference) > FAR * TOLERANCE
