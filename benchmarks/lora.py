@@ -18,27 +18,20 @@ import time
 from functools import partial
 from pathlib import Path
 
+import dry
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from scaling import DRY, NANO
+from scaling import NANO
 
-from cosmos3_jax.checkpoint import lora
-from cosmos3_jax.cli import bench, bench_inputs
-from cosmos3_jax.runtime.measure import GIB, device_peak_gib, environment
+from cosmos3_jax import bench, bench_inputs, lora, startup, transformer
+from cosmos3_jax.bench_measure import GIB, device_peak_gib, environment
 from cosmos3_jax.config import Config, TransformerConfig
-from cosmos3_jax.io.media import write_text
-from cosmos3_jax.models import transformer
-from cosmos3_jax.parallel import device
-from cosmos3_jax.sampling.request import T2VRequest
+from cosmos3_jax.media import write_text
+from cosmos3_jax.request import T2VRequest
 from cosmos3_jax.training.flow import Batch, NoiseLevels
-from cosmos3_jax.training.step import (
-    TrainOptions,
-    TrainState,
-    init_state,
-    make_train_step,
-)
+from cosmos3_jax.training.step import TrainOptions, TrainState, init_state, make_train_step
 
 WARM_UP = 3  # steps: B is zero in the first, and a zero costs less power
 PRODUCT = 8192  # rows and columns of the products whose rate is the chip's
@@ -195,7 +188,7 @@ def take_steps(
     return state, losses, samples
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--size", choices=bench.SIZES, default="480p")
@@ -205,12 +198,12 @@ def main() -> None:
     parser.add_argument("--apart", action="store_true", help="layers one by one, not in a scan")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--dry", action="store_true", help="tiny sizes")
-    options = parser.parse_args()
-    height, width = (48, 64) if options.dry else bench.SIZES[options.size]
-    config = DRY if options.dry else NANO
-    frames = 5 if options.dry else options.num_frames
+    options = parser.parse_args(arguments)
+    height, width = (dry.HEIGHT, dry.WIDTH) if options.dry else bench.SIZES[options.size]
+    config = dry.SILENT if options.dry else NANO
+    frames = dry.FRAMES if options.dry else options.num_frames
     job = bench.Job(num_frames=frames, height=height, width=width, negative_tokens=0, steps=1)
-    dtype = jnp.dtype("float32" if options.dry else device.default_dtype())
+    dtype = jnp.dtype("float32" if options.dry else startup.default_dtype())
     settings = {k: v for k, v in vars(options).items() if k != "out"}
     record = environment() | {"options": settings, "job": dataclasses.asdict(job)}
     record |= {"dtype": str(dtype), "model": "dry" if options.dry else "nano"}

@@ -13,7 +13,8 @@ from oracle import NEGATIVE, PROMPT, SETTINGS, prepare, run_oracle
 from PIL import Image
 from rounding import check, relative_l2
 
-from cosmos3_jax import Cosmos3, generate, pipeline
+from cosmos3_jax import Cosmos3, generate
+from cosmos3_jax.checkpoint import find
 from cosmos3_jax.io import media
 from cosmos3_jax.io.conditioning import (
     clip_pixels,
@@ -23,7 +24,9 @@ from cosmos3_jax.io.conditioning import (
 )
 from cosmos3_jax.io.prepare import prepare_request
 from cosmos3_jax.runtime import programs
+from cosmos3_jax.sampling import denoise, stages
 
+encode_given = programs.program(stages.encode_given)
 HEIGHT, WIDTH = SETTINGS["height"], SETTINGS["width"]
 # Relative L2 distance of latents from the oracle's, and from those of another program: float32
 # rounding that guidance 6 amplifies, see `test_tolerance`. Latents without what is given are at
@@ -40,11 +43,11 @@ def model(public_checkpoint):
 
 @pytest.mark.parametrize("mode", ["I2V", "V2V, both ends"])
 def test_tolerance(record_property, model, mode):
-    def denoise(params, request):
+    def latents(params, request):
         return Cosmos3(model.config, params, model.tokenizer).denoise(request)[0]
 
     request = prepare(model, sound=True, **MODES[mode][0])
-    check(record_property, TOLERANCE, denoise, model.params, request)
+    check(record_property, TOLERANCE, latents, model.params, request)
 
 
 @pytest.mark.parametrize("size", [(96, 160), (31, 200)], ids=str)
@@ -231,9 +234,9 @@ def test_what_is_given_comes_out_unchanged(model, mode):
     request = prepare(model, **settings)
     needed = 4 * max(given) + 1
     assert request.clean_video.shape == (1, 3, needed, HEIGHT, WIDTH)
-    clean = programs.encode_given(
+    clean = encode_given(
         model.params["video_vae"], request.clean_video, request.frame_mask, config=model.config
-    )["clean_latents"]
+    )["given"]["clean_latents"]
     latents, _ = model.denoise(request)
     ours, clean = np.asarray(latents["video"]), np.asarray(clean)
     np.testing.assert_array_equal(ours[:, :, given], clean[:, :, given])
@@ -246,7 +249,7 @@ def test_bit_for_bit_in_bfloat16_too(public_checkpoint, progress):
     half = Cosmos3.from_pretrained(public_checkpoint)
     request = prepare(half, image=picture(60, 60))
     pixels = request.clean_video, request.frame_mask
-    clean = programs.encode_given(half.params["video_vae"], *pixels, config=half.config)
+    clean = encode_given(half.params["video_vae"], *pixels, config=half.config)["given"]
     latents, _ = half.denoise(request, progress=progress)
     np.testing.assert_array_equal(latents["video"][:, :, 0], clean["clean_latents"][:, :, 0])
 
@@ -340,10 +343,11 @@ def test_the_pure_function_encodes_what_is_given(model):
 def test_with_and_without_an_image_the_loop_is_one_program(model):
     settings = SETTINGS | dict(output="latents", num_inference_steps=4, negative_prompt=NEGATIVE)
     model.generate(PROMPT, **settings)
-    count = programs.sample_latents._cache_size()
+    loop = programs.program(denoise.advance, 1, ("trajectory",))
+    count = loop._cache_size()
     model.generate(PROMPT, image=picture(60, 60), **settings)
     model.generate(PROMPT, video=CLIP, **settings)
-    assert programs.sample_latents._cache_size() == count
+    assert loop._cache_size() == count
 
 
 def test_progress_and_offload_change_nothing(public_checkpoint, model):
@@ -404,7 +408,7 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_refused_before_weights_are_read(public_checkpoint, name):
     settings, message = BAD[name]
-    config, tokenizer = pipeline.load_frontend(public_checkpoint)
+    config, tokenizer = find.open_folder(public_checkpoint)
     with pytest.raises(ValueError, match=message):
         prepare_request(config, tokenizer, PROMPT, **SETTINGS | settings)
 
@@ -444,7 +448,7 @@ def broken_files(folder) -> dict:
 
 @pytest.mark.parametrize("kind", ["image", "video"])
 def test_broken_files_are_refused_by_name(public_checkpoint, tmp_path, kind):
-    config, tokenizer = pipeline.load_frontend(public_checkpoint)
+    config, tokenizer = find.open_folder(public_checkpoint)
     for name in broken_files(tmp_path)[kind]:
         with pytest.raises((ValueError, OSError)) as caught:
             path = tmp_path / name

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from rounding import check, relative_l2
 
 from cosmos3_jax import Cosmos3, T2VRequest, generate
-from cosmos3_jax.sampling import unipc
+from cosmos3_jax.sampling import denoise, unipc
 from cosmos3_jax.sampling.request import initial_noise
 
 # The package's name `generate` is the function; the module has to be asked for.
@@ -319,11 +319,11 @@ def test_guidance_scale_one_skips_the_second_branch(model, request_, run, monkey
     batches = []
 
     def spy(params, config, condition, latents, timestep):
-        batches.append(latents.video.shape[0])
+        batches.append(latents["video"].shape[0])
         return velocity(params, config, condition, latents, timestep)
 
-    velocity = module.velocity
-    monkeypatch.setattr(module, "velocity", spy)
+    velocity = denoise.velocity
+    monkeypatch.setattr(denoise, "velocity", spy)
     flops = {}
     for name, request in (("guided", request_), ("alone", alone)):
         function = jax.jit(partial(generate, config=model.config, output="latents"))
@@ -350,14 +350,14 @@ def test_guidance_branches_one_after_the_other_equal_one_batch(model, run, monke
     negatives = ["blurry", OTHER_PROMPT * 3]
     batch = model.prepare([PROMPT] * 2, **SETTINGS | {"negative_prompt": negatives})
     assert batch.text_ids.shape != batch.neg_text_ids.shape
-    together, velocity, batches = run(batch), module.velocity, []
+    together, velocity, batches = run(batch), denoise.velocity, []
 
     def spy(params, config, condition, latents, timestep):
-        batches.append(latents.video.shape[0])
+        batches.append(latents["video"].shape[0])
         return velocity(params, config, condition, latents, timestep)
 
-    monkeypatch.setattr(module, "velocity", spy)
-    monkeypatch.setattr(module, "ONE_BATCH_TOKENS", 0)
+    monkeypatch.setattr(denoise, "velocity", spy)
+    monkeypatch.setattr(denoise, "ONE_BATCH_TOKENS", 0)
     jitted = jax.jit(partial(generate, config=model.config, output="latents"))
     assert_same(jitted(model.params, batch), together)
     assert batches == [2, 2]
@@ -512,14 +512,14 @@ BAD_REQUESTS = {
 @pytest.mark.parametrize("name", BAD_REQUESTS)
 def test_bad_requests_are_refused_before_any_work(model, request_, monkeypatch, name):
     change, message = BAD_REQUESTS[name]
-    monkeypatch.setattr(module, "denoise", lambda *_: pytest.fail("work was begun"))
+    monkeypatch.setattr(module, "walk", lambda *_: pytest.fail("work was begun"))
     with pytest.raises(ValueError, match=message):
         generate(model.params, request_.replace(**change), config=model.config)
 
 
 def test_sound_is_refused_where_there_is_none(silent_checkpoint, request_, monkeypatch):
     silent = Cosmos3.from_pretrained(silent_checkpoint, dtype="float32")
-    monkeypatch.setattr(module, "denoise", lambda *_: pytest.fail("work was begun"))
+    monkeypatch.setattr(module, "walk", lambda *_: pytest.fail("work was begun"))
     request = with_seed(request_, 0)
     with pytest.raises(ValueError, match="sound_frames is not 0, but this checkpoint has no sound"):
         generate(silent.params, request, config=silent.config)

@@ -14,14 +14,19 @@ import numpy as np
 from cosmos3_jax.checkpoint import load
 from cosmos3_jax.checkpoint.convert import check_target, convert_checkpoint
 from cosmos3_jax.checkpoint.find import BUILT_IN, TINY, find_checkpoint
-from cosmos3_jax.cli import bench
-from cosmos3_jax.cli.generate import run_generate
+from cosmos3_jax.cli.main import bench
+from cosmos3_jax.cli.main.generate import run_generate
 from cosmos3_jax.config import Config
 from cosmos3_jax.io import media
 from cosmos3_jax.io.prompt import PROMPT_STYLES
 from cosmos3_jax.parallel import device, distributed
 from cosmos3_jax.pipeline import Cosmos3
-from cosmos3_jax.runtime import measure, memory, memory_limits, random_inputs
+from cosmos3_jax.runtime import (
+    measure,
+    memory,
+    memory_limits,
+    random_inputs,
+)
 from cosmos3_jax.runtime.job import Job
 from cosmos3_jax.runtime.programs import BLOCK_STEPS
 from cosmos3_jax.sampling import unipc

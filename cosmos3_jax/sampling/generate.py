@@ -7,7 +7,13 @@ changing them compiles nothing.
 
 from cosmos3_jax.config import Config
 from cosmos3_jax.sampling.request import Request, check_request
-from cosmos3_jax.sampling.stages import Stage, Values, initial_values, result_of, walk
+from cosmos3_jax.sampling.stages import (
+    Stage,
+    Values,
+    initial_values,
+    result_of,
+    walk,
+)
 
 
 def generate(
@@ -38,10 +44,10 @@ def generate(
     Raises:
         ValueError: if the request's arrays do not fit one another or the model.
     """
+    check_request(request, config)
     values = initial_values(
         request, output=output, decode_chunk_size=decode_chunk_size, trajectory=return_trajectory
     )
-    check_request(request, config)
 
     def execute(stage: Stage, values: Values) -> Values:
         inputs, static = stage.inputs(values), stage.static(values)
