@@ -59,8 +59,8 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 def install() -> None:
     """Let the old names be found, after all that exists.
 
-    `cosmos3_jax.sampling.generate` is a function, and was a module beside it: it is there without a warning,
-    or importing it would put the module in the function's place.
+    The package's name `generate` is a function, and was a module beside it. It is there without a
+    warning, or importing it would put the module in the function's place.
     """
     sys.modules[f"{__package__}.generate"] = sys.modules[f"{__package__}.sampling.generate"]
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):

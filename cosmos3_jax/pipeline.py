@@ -301,7 +301,7 @@ class Cosmos3:
         if output == "media" and "sound" in result:
             result["sample_rate"] = self.config.sound_vae.sampling_rate
         if return_trajectory:
-            result["trajectory"] = jax.tree.map(lambda *x: jnp.stack(x), *trajectory)
+            result["trajectory"] = programs.stack(trajectory)
         return result
 
     def warmup(
@@ -343,7 +343,10 @@ class Cosmos3:
         memory_limits.check_fits(self.config, device.memory_limit(), job)
         with ambient(self._mesh_of(request)):
             compile_stage = programs.Compile(self._loaded().structs, self.config, steps_per_program)
-            stages.walk(programs.structs_of(values), compile_stage)
+            values = stages.walk(programs.structs_of(values), compile_stage)
+            if return_trajectory:
+                step = {name: values["latents"] for name in ("latents", "clean")}
+                programs.compile_for(programs.stack, [step] * request.num_inference_steps)
             self.weights.compile_loading()
 
     def steps(self, request: Request) -> Iterator[Step]:

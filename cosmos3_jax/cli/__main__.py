@@ -2,6 +2,6 @@
 
 import sys
 
-from cosmos3_jax.cli.main.main import main
+from cosmos3_jax.cli.main import main
 
 sys.exit(main())

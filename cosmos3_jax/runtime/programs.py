@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from cosmos3_jax.config import Config
@@ -152,3 +153,9 @@ def structs_of(values: Values) -> Values:
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype) if hasattr(x, "dtype") else x, values
     )
+
+
+@jax.jit
+def stack(trees: list) -> Any:
+    """Trees of arrays -> one, stacked on a leading axis."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)

@@ -11,6 +11,7 @@ from functools import partial
 import einops
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import Array
 
@@ -56,12 +57,13 @@ def all_steps(request: Request) -> Steps:
     solver = request.sampler
     if solver is None:
         solver = unipc.tableau(unipc.sigmas("native", request.num_inference_steps))
-    scale = jnp.asarray(request.guidance_scale, jnp.float32)
-    weights = [jnp.ones_like(scale)]
+    xp = jnp if isinstance(request.guidance_scale, jax.Array) else np  # numpy compiles nothing
+    scale = xp.asarray(request.guidance_scale, xp.float32)
+    weights = [xp.ones_like(scale)]
     if request.neg_text_ids is not None:
         weights = [scale, 1 - scale]
-    weights = jnp.stack(weights)
-    return Steps(solver, jnp.broadcast_to(weights, (len(solver.timestep), *weights.shape)))
+    weights = xp.stack(weights)
+    return Steps(solver, xp.broadcast_to(weights, (len(solver.timestep), *weights.shape)))
 
 
 def encode_conditions(params: dict, request: Request, config: Config) -> list[Condition]:

@@ -41,6 +41,7 @@ class Stage:
         loop: whether the last input is steps, which may be given in blocks, one call after another;
             the values of a call are inputs of the next.
         donated: the input whose memory the results take.
+        drops: values that no later stage reads; they leave the device after this one.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Stage:
     static: Callable[[Values], dict] = lambda values: {}
     loop: bool = False
     donated: int | None = None
+    drops: tuple[str, ...] = ()
 
 
 def initial_values(
@@ -151,12 +153,12 @@ STAGES = (
         lambda values: (values["request"].clean_video, values["request"].frame_mask),
         needed=lambda values: values["request"].clean_video is not None,
     ),
-    Stage("condition", "und", encode_text, _text_request),
+    Stage("condition", "und", encode_text, _text_request, drops=("given",)),
     Stage(
         "denoise", "gen", denoise.advance,
         lambda values: (values["conditions"], values["state"], values["steps"]),
         static=lambda values: {"trajectory": values["keep_trajectory"]},
-        loop=True, donated=1,
+        loop=True, donated=1, drops=("conditions", "state", "clean"),
     ),
     Stage(
         "video decode", "video_vae", decode_video,
@@ -190,6 +192,7 @@ def walk(
     for stage in STAGES if stages is None else stages:
         if stage.needed(values):
             values = values | execute(stage, values)
+            values = {name: x for name, x in values.items() if name not in stage.drops}
     return values
 
 
