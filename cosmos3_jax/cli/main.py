@@ -15,7 +15,7 @@ from cosmos3_jax.checkpoint import load
 from cosmos3_jax.checkpoint.convert import check_target, convert_checkpoint
 from cosmos3_jax.checkpoint.find import BUILT_IN, TINY, find_checkpoint
 from cosmos3_jax.cli import bench
-from cosmos3_jax.cli.main.generate import run_generate
+from cosmos3_jax.cli.generate import run_generate
 from cosmos3_jax.config import Config
 from cosmos3_jax.io import media
 from cosmos3_jax.io.prompt import PROMPT_STYLES
