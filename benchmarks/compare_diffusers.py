@@ -26,12 +26,14 @@ import jax
 import jax.numpy as jnp
 from compare_report import VARIANTS, merge, new_report, table
 
-from cosmos3_jax import bench, random_checkpoint, transformer
-from cosmos3_jax.bench import Job
-from cosmos3_jax.bench_measure import device_peak_gib, environment, measure
+from cosmos3_jax.checkpoint import random_checkpoint
+from cosmos3_jax.cli import bench
+from cosmos3_jax.cli.bench import Job
 from cosmos3_jax.config import Config, TransformerConfig, VideoVAEConfig
-from cosmos3_jax.generate import decode, encode_conditions, sample_latents
-from cosmos3_jax.video_vae import pixel_to_latent_shape
+from cosmos3_jax.models import transformer
+from cosmos3_jax.models.video_vae import pixel_to_latent_shape
+from cosmos3_jax.runtime.measure import device_peak_gib, environment, measure
+from cosmos3_jax.sampling.generate import decode, encode_conditions, sample_latents
 
 TINY = "64x96"  # as `cosmos3-jax bench` names the size
 TINY_JOB = Job(num_frames=9, height=64, width=96, steps=2, text_tokens=41, negative_tokens=37)

@@ -7,8 +7,8 @@ An event is `{side, environment}`, `{size, side, found}` or `{failed}`. An envir
 import dataclasses
 import statistics
 
-from cosmos3_jax.bench import Job
-from cosmos3_jax.bench_measure import LONG_SECONDS
+from cosmos3_jax.cli.bench import Job
+from cosmos3_jax.runtime.measure import LONG_SECONDS
 
 VARIANTS = ("eager", "compiled")
 NOTES = {

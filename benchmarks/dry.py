@@ -4,8 +4,12 @@
 nothing.
 """
 
-from cosmos3_jax.bench_inputs import silent
-from cosmos3_jax.config import Config, SoundVAEConfig, TransformerConfig, VideoVAEConfig
+from cosmos3_jax.config import (
+    Config,
+    SoundVAEConfig,
+    TransformerConfig,
+    VideoVAEConfig,
+)
 
 FRAMES, HEIGHT, WIDTH = 5, 16, 24  # pixels of a video
 CONFIG = Config(
@@ -22,4 +26,4 @@ CONFIG = Config(
         dec_c_mults=(1, 2), dec_strides=(40, 48),
     ),
 )  # fmt: skip
-SILENT = silent(CONFIG)
+SILENT = CONFIG.silent()

@@ -18,11 +18,13 @@ import dry
 import jax
 import numpy as np
 
-from cosmos3_jax import Cosmos3, bench, device
-from cosmos3_jax.bench_measure import GIB, environment
-from cosmos3_jax.media import write_text
-from cosmos3_jax.programs import encode_given
-from cosmos3_jax.request import T2VRequest
+from cosmos3_jax import Cosmos3
+from cosmos3_jax.cli import bench
+from cosmos3_jax.io.media import write_text
+from cosmos3_jax.parallel import device
+from cosmos3_jax.runtime.measure import GIB, environment
+from cosmos3_jax.runtime.programs import encode_given
+from cosmos3_jax.sampling.request import T2VRequest
 
 PROMPT = "A red sports car drives along a coastal road at sunset, the camera follows. " * 3
 NEGATIVE = "Blurry, shaky, overexposed, with compression blocks and a watermark. " * 3

@@ -26,9 +26,9 @@ from jax._src.cudnn import fused_attention_stablehlo
 from jax._src.cudnn.fused_attention_stablehlo import MaskType
 from jax._src.cudnn.fused_attention_stablehlo import dot_product_attention as cudnn_attention
 
-from cosmos3_jax.bench_measure import environment
-from cosmos3_jax.device import default_device
-from cosmos3_jax.flash_attention import flash_attention
+from cosmos3_jax.models.flash_attention import flash_attention
+from cosmos3_jax.parallel.device import default_device
+from cosmos3_jax.runtime.measure import environment
 
 CUDNN = 91000  # the version that a lowering without a GPU is for
 

@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cosmos3_jax import device
-from cosmos3_jax.bench_measure import environment
 from cosmos3_jax.checkpoint import load
-from cosmos3_jax.frontend import load_frontend
-from cosmos3_jax.weights import Weights
+from cosmos3_jax.checkpoint.find import load_frontend
+from cosmos3_jax.parallel import device
+from cosmos3_jax.runtime.measure import environment
+from cosmos3_jax.runtime.weights import Weights
 
 GIB = 2**30
 LINK_BYTES = GIB

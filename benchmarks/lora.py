@@ -25,13 +25,22 @@ import numpy as np
 import optax
 from scaling import NANO
 
-from cosmos3_jax import bench, bench_inputs, lora, startup, transformer
-from cosmos3_jax.bench_measure import GIB, device_peak_gib, environment
+from cosmos3_jax.checkpoint import lora
+from cosmos3_jax.cli import bench
 from cosmos3_jax.config import Config, TransformerConfig
-from cosmos3_jax.media import write_text
-from cosmos3_jax.request import T2VRequest
+from cosmos3_jax.io.media import write_text
+from cosmos3_jax.models import transformer
+from cosmos3_jax.parallel import device as startup
+from cosmos3_jax.runtime import random_inputs as bench_inputs
+from cosmos3_jax.runtime.measure import GIB, device_peak_gib, environment
+from cosmos3_jax.sampling.request import T2VRequest
 from cosmos3_jax.training.flow import Batch, NoiseLevels
-from cosmos3_jax.training.step import TrainOptions, TrainState, init_state, make_train_step
+from cosmos3_jax.training.step import (
+    TrainOptions,
+    TrainState,
+    init_state,
+    make_train_step,
+)
 
 WARM_UP = 3  # steps: B is zero in the first, and a zero costs less power
 PRODUCT = 8192  # rows and columns of the products whose rate is the chip's

@@ -18,9 +18,9 @@ import torch
 from diffusers import AutoencoderKLWan, Cosmos3AVAEAudioTokenizer, Cosmos3OmniTransformer
 from diffusers.models.transformers import transformer_cosmos3
 
-from cosmos3_jax import transformer
 from cosmos3_jax.checkpoint import load
 from cosmos3_jax.config import Config, SoundVAEConfig, VideoVAEConfig
+from cosmos3_jax.models import transformer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from oracle import pack  # noqa: E402

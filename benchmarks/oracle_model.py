@@ -21,7 +21,7 @@ from diffusers import (
 )
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 
-from cosmos3_jax.bench import Job
+from cosmos3_jax.cli.bench import Job
 from cosmos3_jax.config import Config
 
 # All that take grouped keys and values and need no package beside torch.

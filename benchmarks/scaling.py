@@ -23,14 +23,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cosmos3_jax import bench, bench_inputs, sharding, startup, transformer
-from cosmos3_jax.bench_measure import GIB, environment, measure
+from cosmos3_jax.cli import bench
 from cosmos3_jax.config import Config
-from cosmos3_jax.generate import is_one_batch
-from cosmos3_jax.media import write_text
-from cosmos3_jax.mesh import make_mesh, parse_mesh
-from cosmos3_jax.programs import decode_video, encode_conditions, sample_latents
-from cosmos3_jax.request import T2VRequest, initial_noise
+from cosmos3_jax.io.media import write_text
+from cosmos3_jax.models import transformer
+from cosmos3_jax.parallel import device as startup
+from cosmos3_jax.parallel import sharding
+from cosmos3_jax.parallel.mesh import make_mesh, parse_mesh
+from cosmos3_jax.runtime import random_inputs as bench_inputs
+from cosmos3_jax.runtime.measure import GIB, environment, measure
+from cosmos3_jax.runtime.programs import decode_video, encode_conditions, sample_latents
+from cosmos3_jax.sampling.generate import is_one_batch
+from cosmos3_jax.sampling.request import T2VRequest, initial_noise
 
 NANO = bench_inputs.silent(Config())
 SUPER = dataclasses.replace(

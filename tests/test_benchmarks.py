@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cosmos3_jax import media
 from cosmos3_jax.checkpoint import load
+from cosmos3_jax.io import media
 from examples.tiny import grammar, world
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

@@ -20,8 +20,12 @@ import compare_diffusers as compare  # noqa: E402
 import compare_report  # noqa: E402
 import oracle_model  # noqa: E402
 
-from cosmos3_jax import bench, cli, device, random_checkpoint, transformer, video_vae  # noqa: E402
-from cosmos3_jax.config import Config  # noqa: E402
+from cosmos3_jax.checkpoint import random_checkpoint
+from cosmos3_jax.cli import bench
+from cosmos3_jax.cli import main as cli
+from cosmos3_jax.config import Config
+from cosmos3_jax.models import transformer, video_vae
+from cosmos3_jax.parallel import device
 
 SIZE = compare.TINY
 JOB = dataclasses.replace(compare.TINY_JOB, text_tokens=40)
@@ -124,7 +128,7 @@ def test_a_file_of_anything_else_is_refused(bench_file, config, tmp_path, place,
 def test_the_command_that_makes_such_a_file(config, monkeypatch, tmp_path, size):
     """The options that a refusal names lead `cosmos3-jax bench` to the job that is wanted."""
     jobs = {SIZE: compare.TINY_JOB} if size == SIZE else bench.jobs(config, sizes=size)
-    monkeypatch.setattr("cosmos3_jax.attention.default_device", device.PlannedGPU)
+    monkeypatch.setattr("cosmos3_jax.models.attention.default_device", device.PlannedGPU)
     ran = []
 
     def run_bench(config, params, job):

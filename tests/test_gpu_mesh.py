@@ -12,9 +12,11 @@ import test_distributed
 from rounding import farthest
 from test_distributed import checkpoint, run_command  # noqa: F401
 
-from cosmos3_jax import generate, sharding, transformer, video_vae
+from cosmos3_jax import generate
 from cosmos3_jax.config import Config
-from cosmos3_jax.mesh import make_mesh, parse_mesh
+from cosmos3_jax.models import transformer, video_vae
+from cosmos3_jax.parallel import sharding
+from cosmos3_jax.parallel.mesh import make_mesh, parse_mesh
 
 pytestmark = pytest.mark.gpu(count=2)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cosmos3_jax import bench_inputs
 from cosmos3_jax.config import Config
+from cosmos3_jax.runtime import random_inputs as bench_inputs
 
 
 @pytest.fixture(scope="module")
