@@ -18,8 +18,8 @@ from cosmos3_jax.config import Config
 from cosmos3_jax.models import attention as attention_module
 from cosmos3_jax.models import flash_attention
 from cosmos3_jax.models.attention import attention
-from cosmos3_jax.runtime import random_inputs as bench_inputs
-from cosmos3_jax.sampling.generate import encode_conditions, sample_latents
+from cosmos3_jax.runtime import random_inputs
+from cosmos3_jax.sampling import denoise, stages
 
 TOLERANCE = 5e-6  # relative L2 distance of gradients; the test that uses it measures what it is of
 
@@ -146,14 +146,14 @@ def lowered_loop(monkeypatch) -> str:
     """The denoising loop for a Hopper GPU, as the compilation cache sees it."""
     monkeypatch.setattr(flash_attention, "default_device", Hopper)
     model = dataclasses.replace(Config().transformer, num_hidden_layers=2, vocab_size=512)
-    config = bench.silent(dataclasses.replace(Config(), transformer=model))
-    shapes = bench_inputs.weight_shapes(config, jnp.bfloat16)
+    config = dataclasses.replace(Config(), transformer=model).silent()
+    shapes = random_inputs.weight_shapes(config, jnp.bfloat16)
     (job,) = bench.jobs(config, sizes="256p").values()
     request = bench.random_request(config, job)
-    encode = partial(encode_conditions, config=config)
-    conditions = jax.eval_shape(encode, shapes["und"], request)
-    traced = jax.jit(partial(sample_latents, config=config)).trace(
-        shapes["gen"], conditions, request
+    encode = partial(stages.encode_text, config=config)
+    handed_on = jax.eval_shape(encode, shapes["und"], request)
+    traced = jax.jit(partial(denoise.advance, config=config), donate_argnums=2).trace(
+        shapes["gen"], *handed_on.values(), denoise.all_steps(request)
     )
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 

@@ -179,9 +179,9 @@ def test_float32_does_not_fall_to_tf32():
         condition = transformer.encode_condition(
             params["und"], config, ids, mask, video_shape=(2, 5, 3), fps=24.0, sound_frames=7
         )
-        latents = transformer.Latents(video, sound)
+        latents = {"video": video, "sound": sound}
         out = transformer.velocity(params["gen"], config, condition, latents, 500)
-        return out.video, out.sound, video_vae.decode(vae_params, vae, video)
+        return out["video"], out["sound"], video_vae.decode(vae_params, vae, video)
 
     on_gpu = jax.jit(run)()  # with --dry on the CPU, too
     with jax.default_device(jax.devices("cpu")[0]):
