@@ -13,7 +13,7 @@ import venv
 import zipfile
 from pathlib import Path
 
-from cosmos3_jax.checkpoint.frontend import TINY, find_checkpoint
+from cosmos3_jax.checkpoint.find import TINY, find_checkpoint
 from cosmos3_jax.checkpoint.load import load_config
 from cosmos3_jax.io.media import probe
 

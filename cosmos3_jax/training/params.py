@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from cosmos3_jax.checkpoint import load
-from cosmos3_jax.checkpoint.frontend import find_checkpoint
+from cosmos3_jax.checkpoint.find import find_checkpoint
 from cosmos3_jax.checkpoint.names import find
 from cosmos3_jax.checkpoint.rules import leaf_shapes
 from cosmos3_jax.checkpoint.transformer_layout import transformer_layout
