@@ -26,7 +26,7 @@ from flax import struct
 from jax import Array
 
 from cosmos3_jax.checkpoint import load
-from cosmos3_jax.checkpoint.frontend import load_frontend
+from cosmos3_jax.checkpoint.find import open_folder
 from cosmos3_jax.checkpoint.load import TOKENIZER_FOLDER
 from cosmos3_jax.config import Config, Recipe
 from cosmos3_jax.io.prompt import (
@@ -183,7 +183,7 @@ def build_bank(
         dtype: that the encoders compute in.
         pool: processes that make scenes and sentences; None makes them here.
     """
-    config, _ = load_frontend(Path(base))
+    config, _ = open_folder(Path(base))
     chunks = -(-count // chunk)
     made = _ahead(pool, _arguments(base, config.recipe, seed, chunk, chunks))
     bank, start, compiled = None, time.monotonic(), 0.0

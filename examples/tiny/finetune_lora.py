@@ -26,7 +26,7 @@ import optax
 
 from cosmos3_jax import Cosmos3
 from cosmos3_jax.checkpoint import lora, lora_files
-from cosmos3_jax.checkpoint.frontend import find_checkpoint, load_frontend
+from cosmos3_jax.checkpoint.find import find_checkpoint, open_folder
 from cosmos3_jax.config import Config
 from cosmos3_jax.io import media
 from cosmos3_jax.training.flow import LossWeights, NoiseLevels
@@ -190,7 +190,7 @@ def main() -> None:
             file.write(line + "\n")
 
     folder = find_checkpoint(args.checkpoint)
-    config, tokenizer = load_frontend(folder)
+    config, tokenizer = open_folder(folder)
     log({"tuning": dataclasses.asdict(tuning)})
     began = time.monotonic()
     bank = clips(tuning, folder, config, data.load_vaes(folder, tuning.dtype))

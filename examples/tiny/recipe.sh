@@ -48,7 +48,7 @@ if [ "${TUNE:-no}" = yes ] && [ ! -f "$RUNS/tuned/tune.json" ]; then
 fi
 stage "200 held-out sentences"
 if [ ! -d "$RUNS/random" ]; then
-  $PYTHON -c "import pathlib, sys; from cosmos3_jax import random_checkpoint; \
+  $PYTHON -c "import pathlib, sys; from cosmos3_jax.checkpoint import random_checkpoint; \
     random_checkpoint.write(pathlib.Path(sys.argv[1]))" "$RUNS/random.partial"
   mv "$RUNS/random.partial" "$RUNS/random"
 fi

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cosmos3_jax.checkpoint.frontend import load_frontend
+from cosmos3_jax.checkpoint.find import open_folder
 from cosmos3_jax.config import Config
 from cosmos3_jax.models.transformer import unstack_layers
 from cosmos3_jax.training.checkpoints import Checkpoints
@@ -172,7 +172,7 @@ def train(
         raise ValueError("give a number of steps, or the seconds that they may take")
     out.mkdir(parents=True, exist_ok=True)
     params, config = load_towers(base, "float32")
-    _, tokenizer = load_frontend(base)
+    _, tokenizer = open_folder(base)
     negatives = data.negative_ids(tokenizer, config.recipe)
     state = init_state(params, optimizer(run), jax.random.key(run.seed), ema=True)
     about = {"base": data.digest(base), "asked": steps}

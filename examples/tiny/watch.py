@@ -8,7 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from cosmos3_jax import Cosmos3
-from cosmos3_jax.checkpoint.frontend import load_frontend
+from cosmos3_jax.checkpoint.find import open_folder
 from cosmos3_jax.models.transformer import unstack_layers
 from cosmos3_jax.training.params import cast_params, load_towers
 from examples.tiny import evaluate, grammar
@@ -39,7 +39,7 @@ class Watch:
             log: takes a line.
             dtype: to compute in.
         """
-        self.config, tokenizer = load_frontend(base)
+        self.config, tokenizer = open_folder(base)
         self.test, self.pool, self.log, self.dtype = (
             grammar.held_out_sentences(count), pool, log, dtype,
         )  # fmt: skip
