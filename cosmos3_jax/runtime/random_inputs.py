@@ -3,19 +3,22 @@
 Random, never zeros: a GPU draws less power on zeros and runs faster than it ever will on a video.
 """
 
+import functools
 import math
 import os
-from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cosmos3_jax.config import Config
 from cosmos3_jax.models import sound_vae, transformer, video_vae
+from cosmos3_jax.parallel import sharding
 from cosmos3_jax.parallel.device import default_device, memory_limit
 from cosmos3_jax.runtime.measure import GIB
 
-DRAW_VALUES = 2**22  # random values that are drawn at a time: 16 MiB before they are rounded
+BLOCK_BITS = 22  # 4 million normal values, which all weights are taken from
 
 
 def weight_shapes(config: Config, dtype: jnp.dtype) -> dict:
@@ -37,21 +40,55 @@ def weight_shapes(config: Config, dtype: jnp.dtype) -> dict:
     return jax.tree.map_with_path(typed, shapes)
 
 
-def random_params(config: Config, dtype: jnp.dtype) -> dict:
-    """Normal weights in the tree of `weight_shapes`, made on the device.
+def random_params(config: Config, dtype: jnp.dtype, mesh: Mesh | None = None) -> dict:
+    """Normal weights in the tree of `weight_shapes`, made where they stay.
 
-    On a GPU this takes a few lots of `DRAW_VALUES` more than the weights: a device's peak memory
-    never resets, and it is to be the generation's.
+    All are values of one block, in a scattered order that differs from leaf to leaf: to draw
+    64 billion would take longer than what is measured. Beside the weights this takes the block
+    alone, 16 MiB: a device's peak memory never resets, and it is to be the generation's.
+
+    Args:
+        config: the sizes.
+        dtype: see `weight_shapes`.
+        mesh: each of its devices makes its own part; None is the default device.
 
     Raises:
-        ValueError: if the weights alone are more than the device can hold.
+        ValueError: if the weights alone are more than the default device can hold.
     """
     shapes = weight_shapes(config, dtype)
-    check_fits(shapes)
+    if mesh is None:
+        check_fits(shapes)
+    block = jax.random.normal(jax.random.key(0), 2**BLOCK_BITS)
+    if mesh is not None:
+        block = jax.device_put(block, NamedSharding(mesh, PartitionSpec()))
     paths, tree = jax.tree.flatten_with_path(shapes)
-    return tree.unflatten(
-        [_random_leaf(seed, path[-1].key, leaf) for seed, (path, leaf) in enumerate(paths)]
-    )
+    made = []
+    for seed, (path, leaf) in enumerate(paths):
+        name = "/".join(key.key for key in path)
+        placed = sharding.weight_sharding(mesh, name, leaf.shape)
+        scatter = _scattering(leaf.shape, leaf.dtype, placed)
+        made.append(scatter(block, seed, *distribution(name)))
+    return tree.unflatten(made)
+
+
+def distribution(name: str) -> tuple[float, float]:
+    """Mean and standard deviation of the weights of a leaf: scales are near 1, all else near 0."""
+    return (1.0, 0.1) if name.split("/")[-1] == "scale" else (0.0, 0.02)
+
+
+@functools.cache
+def _scattering(shape: tuple[int, ...], dtype: jnp.dtype, placed: NamedSharding | None):
+    """The program that makes a leaf: each value's place, hashed, says which of the block it is."""
+
+    def scatter(block: Array, seed: Array, mean: Array, spread: Array) -> Array:
+        index = jnp.full(shape, seed, jnp.uint32)
+        for axis in range(len(shape)):
+            place = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+            index = (index ^ (index >> 15)) * jnp.uint32(0x9E3779B1) + place
+        index = (index ^ (index >> 13)) * jnp.uint32(0x85EBCA6B)
+        return (mean + spread * block[index >> (32 - BLOCK_BITS)]).astype(dtype)
+
+    return jax.jit(scatter, out_shardings=placed)
 
 
 def check_fits(shapes: dict) -> None:
@@ -66,37 +103,3 @@ def check_fits(shapes: dict) -> None:
             f"the weights take {needed / GIB:.1f} GiB, {device.device_kind} has "
             f"{limit / GIB:.1f} GiB: use a larger device, --dtype bfloat16 or --checkpoint tiny"
         )
-
-
-def _random_leaf(seed: int, name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    """Normal values, `DRAW_VALUES` at a time, each lot rounded and written in place.
-
-    The leading axes are merged into rows, none longer than a lot: a flat index of the largest leaf
-    would overflow int32. Lots are drawn in powers of two, so that a few programs draw all leaves.
-    """
-    mean, spread = (1.0, 0.1) if name == "scale" else (0.0, 0.02)
-    shape = leaf.shape
-    split = next(i for i in range(len(shape) + 1) if math.prod(shape[i:]) <= DRAW_VALUES)
-    rows, width = math.prod(shape[:split]), math.prod(shape[split:])
-    lot = min(rows, DRAW_VALUES // width)
-    count = 1 << (lot * width - 1).bit_length()
-    values = jnp.zeros(shape, leaf.dtype)
-    for start in range(0, rows, lot):
-        start = min(start, rows - lot)  # the last lot starts where it fits
-        drawn = _draw(seed, start, mean, spread, count=count)
-        values = _write(values, drawn, start, rows=(rows, width), lot=lot)
-    return values
-
-
-@partial(jax.jit, static_argnames="count")
-def _draw(seed: int, start: int, mean: float, spread: float, *, count: int) -> jax.Array:
-    key = jax.random.fold_in(jax.random.key(seed), start)
-    return mean + spread * jax.random.normal(key, count)
-
-
-@partial(jax.jit, donate_argnums=0, static_argnames=("rows", "lot"))
-def _write(values: jax.Array, drawn: jax.Array, start: int, *, rows: tuple[int, int], lot: int):
-    """`values` as `rows` with `drawn` in the `lot` rows from `start` on, in the same buffer."""
-    drawn = drawn[: lot * rows[1]].reshape(lot, rows[1]).astype(values.dtype)
-    filled = jax.lax.dynamic_update_slice_in_dim(values.reshape(rows), drawn, start, 0)
-    return filled.reshape(values.shape)
