@@ -141,10 +141,9 @@ def our_velocity(params, config, ids, video, sound, timestep: int) -> dict[str, 
         video_shape=video.shape[:3], fps=np.float32([24]),
         sound_frames=0 if sound is None else len(sound),
     )  # fmt: skip
-    latents = transformer.Latents(video[None], None if sound is None else sound[None])
+    latents = {"video": video[None]} | ({} if sound is None else {"sound": sound[None]})
     out = _velocity(params["gen"], config, condition, latents, np.int32(timestep))
-    found = {"video": out.video} | ({} if sound is None else {"sound": out.sound})
-    return {name: np.asarray(x[0], np.float32) for name, x in found.items()}
+    return {name: np.asarray(x[0], np.float32) for name, x in out.items()}
 
 
 def padded_length(text: int) -> int:
