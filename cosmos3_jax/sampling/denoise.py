@@ -7,6 +7,7 @@ steps, G branches of guidance.
 import math
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import einops
 import jax
@@ -106,7 +107,8 @@ def start(
     tokens = len(noise["video"]) * conditions[0].rope[0].shape[1]
     if len(conditions) == 2 and is_one_batch(tokens, sharding.mesh_sizes()):
         conditions = [_concatenate(*conditions)]
-    return conditions, unipc.initial_state(noise)
+    # Divided as `advance` leaves it: one program then serves the first step and all others.
+    return conditions, _divided(unipc.initial_state(noise))
 
 
 def is_one_batch(tokens: int, mesh: Mapping[str, int]) -> bool:
@@ -154,7 +156,7 @@ def advance(
         partial(guided_velocity, params, config, conditions), state, steps.solver, steps.weights,
         noise=steps.noise, collect=view if trajectory else None,
     )  # fmt: skip
-    return {"state": state, **view(state)} | ({"trajectory": kept} if trajectory else {})
+    return {"state": _divided(state), **view(state)} | ({"trajectory": kept} if trajectory else {})
 
 
 def guided_velocity(
@@ -203,8 +205,8 @@ def _first_branch(conditions: list[Condition], batch: int) -> Condition:
     )
 
 
-def _divided(latents: Latents) -> Latents:
-    """The sampler's state: each device has its prompts' whole, which is little."""
+def _divided(latents: Any) -> Any:
+    """Trees of latents, and the sampler's state: each device has its prompts' whole, which is little."""
     return jax.tree.map(
         lambda x: sharding.constrain(x, sharding.PROMPTS, *[None] * (x.ndim - 1)), latents
     )
