@@ -22,6 +22,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from cosmos3_jax import Cosmos3
 from cosmos3_jax.checkpoint import files, load, rules
+from cosmos3_jax.checkpoint.find import find_checkpoint
 from cosmos3_jax.checkpoint.rules import CheckpointError
 from cosmos3_jax.models.transformer import unstack_layers
 
@@ -337,7 +338,7 @@ def test_a_request_is_checked_before_weights_are_downloaded(monkeypatch, tmp_pat
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    load.find_checkpoint("nvidia/Cosmos3-Nano", weights=False)
+    find_checkpoint("nvidia/Cosmos3-Nano", weights=False)
     weights = [name for name in NANO_READ if name.endswith(".safetensors")]
     assert weights and asked == [[name for name in NANO_READ if name not in weights]]
 

@@ -33,7 +33,7 @@ from cosmos3_jax import Cosmos3
 from cosmos3_jax.checkpoint import lora, lora_files
 from cosmos3_jax.checkpoint.rules import CheckpointError, leaf_shapes
 from cosmos3_jax.checkpoint.transformer_layout import transformer_layout
-from cosmos3_jax.cli import bench_inputs
+from cosmos3_jax.cli import bench
 from cosmos3_jax.cli import main as cli
 from cosmos3_jax.cli.generate import _lora
 from cosmos3_jax.models.transformer import (
@@ -88,13 +88,13 @@ def _velocity(tree: dict) -> Latents:
     condition = encode_condition(
         tree["und"], CONFIG, ids, mask, video_shape=shape, fps=24.0, sound_frames=SOUND
     )
-    latents = Latents(VIDEO[None], SOUNDS[None])
+    latents = {"video": VIDEO[None], "sound": SOUNDS[None]}
     return our_velocity(tree["gen"], CONFIG, condition, latents, TIMESTEP)
 
 
 def velocity(tree: dict) -> np.ndarray:
     found = _velocity(tree)
-    return np.concatenate([np.ravel(found.video), np.ravel(found.sound)])
+    return np.concatenate([np.ravel(found["video"]), np.ravel(found["sound"])])
 
 
 def oracles(model: Cosmos3OmniTransformer) -> np.ndarray:
@@ -409,8 +409,8 @@ def test_the_benchmark_counts_what_a_step_computes(monkeypatch):
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
     config, model = benchmark.NANO, benchmark.NANO.transformer
-    job = bench_inputs.Job(height=192, width=320, text_tokens=512, negative_tokens=0, steps=1)
-    request = bench_inputs.random_request(config, job)
+    job = bench.Job(height=192, width=320, text_tokens=512, negative_tokens=0, steps=1)
+    request = bench.random_request(config, job)
     adapter = jax.eval_shape(lambda: lora.init(jax.random.key(0), model))
     monkeypatch.setattr(benchmark, "ATTENTION_AGAIN", 0.5)
     flops = benchmark.step_flops(config, request, adapter)

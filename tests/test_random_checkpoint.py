@@ -16,8 +16,8 @@ from checkpoint_files import assert_same_folder, contents, read_tensors
 from oracle import load_pipeline
 from safetensors import safe_open
 
-from cosmos3_jax import Cosmos3, pipeline
-from cosmos3_jax.checkpoint import load, random_checkpoint
+from cosmos3_jax import Cosmos3
+from cosmos3_jax.checkpoint import find, load, random_checkpoint
 from cosmos3_jax.cli import main as cli
 
 
@@ -100,7 +100,7 @@ def test_the_oracle_loads_the_pipeline(folder):
     assert pipe.sound_tokenizer is not None
     # Both tokenizers give the same ids, each of which has an embedding.
     ids = pipe.text_tokenizer("a red ball")["input_ids"]
-    _, tokenizer = pipeline.load_frontend(folder)
+    tokenizer = Cosmos3.open(folder).tokenizer
     assert tokenizer.backend.encode("a red ball").ids == ids
     assert tokenizer.vocab_size <= pipe.transformer.config.vocab_size
 
@@ -114,11 +114,11 @@ def test_it_loads_here(folder):
 
 def test_the_cache_is_made_once(cache, monkeypatch):
     """In XDG_CACHE_HOME, found again by name, and nothing else beside it."""
-    made = pipeline.find_checkpoint("random")
+    made = find.find_checkpoint("random")
     assert made == cache / f"random-v{random_checkpoint.VERSION}"
     assert [path.name for path in cache.iterdir()] == [made.name]
     monkeypatch.setattr(random_checkpoint, "write", None)  # it must not be called
-    assert pipeline.find_checkpoint("random") == made
+    assert find.find_checkpoint("random") == made
     monkeypatch.setattr(random_checkpoint, "VERSION", random_checkpoint.VERSION + 1)
     with pytest.raises(TypeError):
         random_checkpoint.cached()
@@ -139,7 +139,7 @@ def test_without_xdg_the_cache_is_in_the_home(tmp_path, monkeypatch):
 def test_a_folder_of_that_name_wins(cache, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     os.symlink(folder, "random")
-    assert pipeline.find_checkpoint("random") == Path("random")
+    assert find.find_checkpoint("random") == Path("random")
     assert not cache.exists()
 
 
