@@ -33,7 +33,6 @@ from cosmos3_jax.parallel import device
 from cosmos3_jax.parallel.mesh import Meshes, ambient, reachable
 from cosmos3_jax.runtime import memory_limits, programs
 from cosmos3_jax.runtime.job import Job
-from cosmos3_jax.runtime.programs import BLOCK_STEPS
 from cosmos3_jax.runtime.weights import Weights
 from cosmos3_jax.sampling import stages
 from cosmos3_jax.sampling.request import Request
@@ -214,7 +213,7 @@ class Cosmos3:
         return_trajectory: bool = False,
         progress: bool = False,
         decode_chunk_size: int | None = None,
-        steps_per_program: int = BLOCK_STEPS,
+        steps_per_program: int | None = None,
         **settings: Unpack[SettingsDict],
     ) -> dict:
         """Turn prompts into images (`num_frames=1`) or videos, with sound on the same time line if
@@ -229,7 +228,8 @@ class Cosmos3:
             decode_chunk_size: latent frames decoded at a time: memory against speed. None
                 chooses by size.
             steps_per_program: denoising steps of one call to the device. Another number is another
-                program, which rounds otherwise.
+                program, which rounds otherwise. None is `programs.block_length` of all steps, and 1
+                with a trajectory.
             **settings: image or video to start from, sizes, sampler, seeds and prompt style; see
                 `io.settings.Settings`.
 
@@ -258,7 +258,7 @@ class Cosmos3:
         return_trajectory: bool = False,
         progress: bool = False,
         decode_chunk_size: int | None = None,
-        steps_per_program: int = BLOCK_STEPS,
+        steps_per_program: int | None = None,
         after: Callable[[Stage, Values], None] | None = None,
     ) -> dict:
         """Run the stages of a generation that is prepared.
@@ -281,6 +281,7 @@ class Cosmos3:
         mesh = self._mesh_of(request)
         trajectory: list[dict] = []
         total = request.num_inference_steps
+        length = steps_per_program or self.steps_per_program(request, return_trajectory)
         with (
             memory_limits.exhaustion_explained(self.config, device.memory_limit(), job),
             ambient(mesh),
@@ -288,12 +289,12 @@ class Cosmos3:
         ):
 
             def listen(values: Values) -> None:
-                bar.update()
+                bar.update(min(length, total - bar.n))
                 if return_trajectory:
                     trajectory.append({name: values[name] for name in ("latents", "clean")})
 
             execute = programs.Run(
-                self._loaded(), self.config, block_steps=steps_per_program, listen=listen,
+                self._loaded(), self.config, block_steps=length, listen=listen,
                 after=after,
             )  # fmt: skip
             values["request"] = jax.tree.map(partial(reachable, mesh), request)
@@ -313,13 +314,12 @@ class Cosmos3:
         return_trajectory: bool = False,
         progress: bool = False,
         decode_chunk_size: int | None = None,
-        steps_per_program: int = BLOCK_STEPS,
+        steps_per_program: int | None = None,
         **settings: Unpack[SettingsDict],
     ) -> None:
         """Compile all that `generate` with these arguments would, and run nothing.
 
-        Prompts are padded to a multiple of 128 tokens; one program serves all of one such length,
-        and all numbers of steps.
+        Prompts are padded to a multiple of 128 tokens; one program serves all of one such length.
 
         Args:
             prompt: one of the length to come, or as many as come in a batch.
@@ -327,9 +327,9 @@ class Cosmos3:
                 `prompt`'s own length.
             output, return_trajectory, progress, decode_chunk_size, steps_per_program: as in
                 `generate`.
-            **settings: as in `generate`. Of these the sizes, sound, the negative prompt's length,
-                the frames read of an image or a video, and whether there is guidance count; the
-                rest are arrays.
+            **settings: as in `generate`. Of these the sizes, the number of steps (by its
+                `steps_per_program`), sound, the negative prompt's length, the frames read of an
+                image or a video, and whether there is guidance count; the rest are arrays.
 
         Raises:
             ValueError, OutOfDeviceMemory: as `generate` would.
@@ -342,7 +342,8 @@ class Cosmos3:
         job = self.job(request, output, return_trajectory, decode_chunk_size)
         memory_limits.check_fits(self.config, device.memory_limit(), job)
         with ambient(self._mesh_of(request)):
-            compile_stage = programs.Compile(self._loaded().structs, self.config, steps_per_program)
+            length = steps_per_program or self.steps_per_program(request, return_trajectory)
+            compile_stage = programs.Compile(self._loaded().structs, self.config, length)
             values = stages.walk(programs.structs_of(values), compile_stage)
             if return_trajectory:
                 step = {name: values["latents"] for name in ("latents", "clean")}
@@ -353,14 +354,14 @@ class Cosmos3:
         """Denoise a request, a step at a time: `for step in model.steps(request)`.
 
         The caller may stop early; the model can be used as before. The last step's latents are
-        those of `denoise`.
+        those of `denoise`, but for the rounding of a program that makes one step.
         """
         mesh = self._mesh_of(request)
         values = stages.initial_values(request, output="latents")
         sigmas = values["steps"].solver.sigma
         values["request"] = jax.tree.map(partial(reachable, mesh), request)
         before, loop = stages.up_to_the_loop()
-        execute = programs.Run(self._loaded(), self.config)
+        execute = programs.Run(self._loaded(), self.config, block_steps=1)
         with ambient(mesh):
             values = stages.walk(values, execute, before)
         calls = execute.each_call(loop, values)
@@ -430,6 +431,10 @@ class Cosmos3:
         channels = self.config.sound_vae.dec_out_channels
         _check_axes("waveform", waveform, "[B, channels, samples]", channels)
         return self._autoencode("sound_vae", stages.encode_sound, waveform)
+
+    def steps_per_program(self, request: Request, return_trajectory: bool = False) -> int:
+        """Denoising steps of one call to the device, where nobody says how many."""
+        return 1 if return_trajectory else programs.block_length(request.num_inference_steps)
 
     def job(
         self,

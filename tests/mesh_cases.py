@@ -19,11 +19,11 @@ from rounding import farthest, relative_l2, sensitivity
 
 from cosmos3_jax import Cosmos3, T2VRequest, generate
 from cosmos3_jax.checkpoint import random_checkpoint
-from cosmos3_jax.config import Config, TransformerConfig, VideoVAEConfig
-from cosmos3_jax.models import transformer, video_vae
 from cosmos3_jax.parallel import sharding
-from cosmos3_jax.parallel.mesh import Meshes, make_mesh, parse_mesh
+from cosmos3_jax.models import transformer, video_vae
 from cosmos3_jax.sampling import unipc
+from cosmos3_jax.config import Config, TransformerConfig, VideoVAEConfig
+from cosmos3_jax.parallel.mesh import Meshes, make_mesh, parse_mesh
 
 MODEL = TransformerConfig(
     hidden_size=80, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4, head_dim=16,
@@ -179,19 +179,12 @@ def whole_model() -> dict:
             for mesh in ("data=1", "cfg=2,seq=2,fsdp=2")
         )
 
-    def alone(params):
-        moved = Cosmos3(one.config, params, one.tokenizer, one.meshes)
-        return moved.generate("A red ball.", seed=1, **settings)
-
-    params = jax.tree.map(np.asarray, one.params)  # as `nudged` has them: one program for both
-    expected, moved = alone(params), sensitivity(alone, params)
+    expected = one.generate("A red ball.", seed=1, **settings)
     many.warmup(**settings)
     compiled.clear()
     ours = many.generate("A red ball.", seed=1, **settings)
     errors = [relative_l2(ours[name], expected[name]) for name in expected]
-    return {
-        "compiled_after_warmup": len(compiled), "error": max(errors), "sensitivity": moved,
-    }  # fmt: skip
+    return {"compiled_after_warmup": len(compiled), "error": max(errors)}
 
 
 def default_meshes() -> list:

@@ -1,5 +1,6 @@
 """How a generation is executed: compiled, warmed up, offloaded, shown, stopped."""
 
+import functools
 import gc
 import weakref
 
@@ -101,7 +102,8 @@ def alive() -> int:
 
 # The functions of the stages, and the part of the weights that each reads.
 PARTS = {
-    "encode_text": "und", "advance": "gen", "decode_video": "video_vae", "decode_sound": "sound_vae",
+    "encode_text": "und", "advance": "gen",
+    "decode_video": "video_vae", "decode_sound": "sound_vae",
 }  # fmt: skip
 
 
@@ -239,16 +241,17 @@ def test_progress_bar_counts_steps_as_they_end(model, watched, capsys):
     """Each step is waited for when the next is under way, and the bar is full at the end."""
     bars, log = watched
     request = prepare(model)
-    model.denoise(request, progress=True)
+    show = functools.partial(model.run, request, output="latents", steps_per_program=1)
+    show(progress=True)
     order = ["run", "run", "end 0", "run", "end 1", "run", "end 2", "run", "end 3", "end 4"]
     assert log == order
     [bar] = bars
     assert (bar.total, bar.n, bar.disable) == (5, 5, True)  # full, and closed
     assert "5/5" in capsys.readouterr().err
-    model.denoise(request)
+    show()
     assert not capsys.readouterr().err
     del log[:]
-    model.denoise(request, progress=True)  # a second bar counts from the start again
+    show(progress=True)  # a second bar counts from the start again
     assert log == order
 
 
@@ -266,7 +269,7 @@ def test_an_interrupt_closes_the_bar(public_checkpoint, watched, monkeypatch, ca
 
     monkeypatch.setattr(programs, "calls", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        offloaded.denoise(request, progress=True)
+        offloaded.run(request, output="latents", progress=True, steps_per_program=1)
     [bar] = bars
     assert (bar.n, bar.disable) == (2, True) and not tqdm.tqdm._instances
     assert capsys.readouterr().err.endswith("\n")  # what is said next has a line of its own
@@ -274,16 +277,21 @@ def test_an_interrupt_closes_the_bar(public_checkpoint, watched, monkeypatch, ca
 
 
 @pytest.mark.parametrize("progress", [True, False])
-def test_one_program_serves_every_number_of_steps(model, compiled, progress):
-    """Of any schedule, and any prompt, with a bar or without."""
+def test_one_program_serves_all_blocks_of_a_length(model, compiled, progress):
+    """Whatever the schedule and the prompt, with a bar or without; five steps are such a block."""
     model.denoise(prepare(model, sound=True))
     compiled.clear()
     for settings in (
-        dict(num_inference_steps=1), dict(num_inference_steps=7), dict(schedule="karras"),
+        dict(num_inference_steps=10), dict(num_inference_steps=35), dict(schedule="karras"),
         dict(guidance_scale=2.5, seed=3),
     ):  # fmt: skip
         model.denoise(prepare(model, "Rain", sound=True, **settings), progress=progress)
     assert not compiled
+
+
+def test_a_block_divides_the_steps():
+    lengths = {1: 1, 2: 2, 4: 4, 7: 1, 12: 4, 18: 3, 24: 4, 35: 5, 50: 5}
+    assert {steps: programs.block_length(steps) for steps in lengths} == lengths
 
 
 def test_a_model_is_freed_after_a_progress_bar(public_checkpoint):

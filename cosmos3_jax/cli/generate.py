@@ -240,7 +240,7 @@ def _record(
         "num_inference_steps": request.num_inference_steps,
         "guidance_scale": float(request.guidance_scale),
         "sigmas": prepared.sigmas.tolist(),
-        "steps_per_program": options.steps_per_program,
+        "steps_per_program": options.steps_per_program or model.steps_per_program(request),
         "timesteps": [*map(int, request.sampler.timestep)],
         "dtype": model.dtype,
         "offload": not model.weights.resident,

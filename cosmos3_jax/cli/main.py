@@ -28,7 +28,6 @@ from cosmos3_jax.runtime import (
     random_inputs,
 )
 from cosmos3_jax.runtime.job import Job
-from cosmos3_jax.runtime.programs import BLOCK_STEPS
 from cosmos3_jax.sampling import unipc
 
 # A sentence that the embedded checkpoint understands.
@@ -174,9 +173,8 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--steps-per-program",
         type=int,
-        default=BLOCK_STEPS,
-        help="denoising steps of one call to the device; another number rounds otherwise "
-        "(%(default)s)",
+        help="denoising steps of one call to the device; another number rounds otherwise (default: "
+        "the largest divisor of --steps up to 5)",
     )
     _add_mesh(command)
     command.add_argument(

@@ -20,7 +20,6 @@ import cosmos3_jax
 from cosmos3_jax.config import Config
 from cosmos3_jax.parallel.device import default_device, memory_peak
 from cosmos3_jax.runtime.programs import (
-    BLOCK_STEPS,
     calls,
     distinct_calls,
     shapes_of,
@@ -140,7 +139,7 @@ class Measure:
         config: Config,
         *,
         repeats: int = 3,
-        block_steps: int = BLOCK_STEPS,
+        block_steps: int | None = None,
         report: Callable[[str, dict], None] | None = None,
         inspect: Callable[[Stage, list[jax.stages.Compiled]], dict] | None = None,
     ):

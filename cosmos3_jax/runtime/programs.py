@@ -19,9 +19,9 @@ from cosmos3_jax.parallel import sharding
 from cosmos3_jax.runtime.weights import Weights
 from cosmos3_jax.sampling.stages import Stage, Values
 
-# Steps of one call of the loop's program. One costs little (benchmarks/NOTES.md), and one program
-# then serves every number of steps, with a bar, a preview or a listener or without.
-BLOCK_STEPS = 1
+# Steps of one call of the loop's program, at most. Five cost what all of them as one program do,
+# and one at a time 1.5% more (benchmarks/NOTES.md).
+BLOCK_STEPS = 5
 
 
 @functools.cache
@@ -31,7 +31,14 @@ def program(function: Callable, donated: int | None = None, static: tuple[str, .
     return jax.jit(function, static_argnames=("config", *static), donate_argnums=donate)
 
 
-def calls(stage: Stage, values: Values, block_steps: int) -> Iterator[Values]:
+def block_length(steps: int) -> int:
+    """Steps of each call, for so many in all: the largest divisor up to `BLOCK_STEPS`, so that one
+    program makes all of them.
+    """
+    return next(n for n in range(BLOCK_STEPS, 0, -1) if steps % n == 0)
+
+
+def calls(stage: Stage, values: Values, block_steps: int | None) -> Iterator[Values]:
     """What changes in the values from call to call: once nothing, or the steps of each block.
 
     The steps are numpy arrays, or `jax.ShapeDtypeStruct`s as they come.
@@ -41,8 +48,9 @@ def calls(stage: Stage, values: Values, block_steps: int) -> Iterator[Values]:
         return
     steps = values["steps"]
     count = steps.solver.timestep.shape[0]
-    for first in range(0, count, block_steps):
-        rows = slice(first, min(first + block_steps, count))
+    length = block_length(count) if block_steps is None else block_steps
+    for first in range(0, count, length):
+        rows = slice(first, min(first + length, count))
         yield {"steps": jax.tree.map(functools.partial(_rows, rows=rows), steps)}
 
 
@@ -60,13 +68,14 @@ class Run:
         weights: Weights,
         config: Config,
         *,
-        block_steps: int = BLOCK_STEPS,
+        block_steps: int | None = None,
         listen: Callable[[Values], None] | None = None,
         after: Callable[[Stage, Values], None] | None = None,
     ):
         """
         Args:
-            listen: called with the values of each block of the loop over steps when they are ready.
+            block_steps: steps of each call of the loop; None is their `block_length`.
+            listen: called with the values that each block of the loop made, when they are ready.
             after: called with all values when a stage has ended.
         """
         self.weights, self.config, self.block_steps = weights, config, block_steps
@@ -74,21 +83,21 @@ class Run:
 
     def __call__(self, stage: Stage, values: Values) -> Values:
         result: Values = {}
-        shown: Values = {}
+        waiting: Values = {}
         for result in self.each_call(stage, values):
             # Waited for only now, when the device has the next call to go on with; the state is
             # that call's by then.
-            self._tell(stage, shown)
-            shown = {name: x for name, x in result.items() if name != "state"}
-        self._tell(stage, shown)
+            self._tell(stage, waiting)
+            waiting = {name: x for name, x in result.items() if name != "state"}
+        self._tell(stage, waiting)
         jax.block_until_ready(result)
         if self.after is not None:
             self.after(stage, values | result)
         return result
 
-    def _tell(self, stage: Stage, shown: Values) -> None:
-        if stage.loop and shown and self.listen is not None:
-            self.listen(jax.block_until_ready(shown))
+    def _tell(self, stage: Stage, made: Values) -> None:
+        if stage.loop and made and self.listen is not None:
+            self.listen(jax.block_until_ready(made))
 
     def each_call(self, stage: Stage, values: Values) -> Iterator[Values]:
         """The values that each call makes: for the loop over steps, those after every block.
@@ -109,7 +118,7 @@ class Run:
 class Compile:
     """Compiles a stage for values that are `jax.ShapeDtypeStruct`s, and makes such values."""
 
-    def __init__(self, structs: dict, config: Config, block_steps: int = BLOCK_STEPS):
+    def __init__(self, structs: dict, config: Config, block_steps: int | None = None):
         self.structs, self.config, self.block_steps = structs, config, block_steps
 
     def __call__(self, stage: Stage, values: Values) -> Values:
@@ -122,7 +131,7 @@ class Compile:
         return made
 
 
-def distinct_calls(stage: Stage, values: Values, block_steps: int) -> Iterator[Values]:
+def distinct_calls(stage: Stage, values: Values, block_steps: int | None) -> Iterator[Values]:
     """Of `calls`, those that are programs of their own."""
     seen = set()
     for change in calls(stage, values, block_steps):

@@ -73,7 +73,7 @@ def random_params(config: Config, dtype: jnp.dtype, mesh: Mesh | None = None) ->
 
 def distribution(name: str) -> tuple[float, float]:
     """Mean and standard deviation of the weights of a leaf: scales are near 1, all else near 0."""
-    return (1.0, 0.1) if name.split("/")[-1] == "scale" else (0.0, 0.02)
+    return (1.0, 0.1) if "scale" in name.split("/") else (0.0, 0.02)
 
 
 @functools.cache

@@ -206,7 +206,7 @@ def _first_branch(conditions: list[Condition], batch: int) -> Condition:
 
 
 def _divided(latents: Any) -> Any:
-    """Trees of latents, and the sampler's state: each device has its prompts' whole, which is little."""
+    """Latents, or the sampler's state: each device has its prompts' whole, which is little."""
     return jax.tree.map(
         lambda x: sharding.constrain(x, sharding.PROMPTS, *[None] * (x.ndim - 1)), latents
     )

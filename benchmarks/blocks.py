@@ -1,0 +1,68 @@
+"""How many steps one program of the loop should hold: seconds and results of several block lengths.
+
+python benchmarks/blocks.py --out FILE.json [--size 256p] [--lengths 1,5,35]
+
+Nano's sizes, random weights. The last length is what the others are compared with: all steps as one
+scan. The file is written after every length. `--dry` takes tiny sizes, on any machine.
+"""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import dry
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cosmos3_jax.cli import bench
+from cosmos3_jax.config import Config
+from cosmos3_jax.io.media import write_text
+from cosmos3_jax.parallel import device
+from cosmos3_jax.runtime.measure import Measure, environment
+from cosmos3_jax.runtime.random_inputs import random_params
+from cosmos3_jax.sampling import stages
+
+
+def relative_l2(ours: np.ndarray, reference: np.ndarray) -> float:
+    ours, reference = (np.asarray(x, np.float64) for x in (ours, reference))
+    return float(np.linalg.norm(ours - reference) / np.linalg.norm(reference))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--size", choices=bench.SIZES, default="256p")
+    parser.add_argument("--steps", type=int, default=35)
+    parser.add_argument("--lengths", default="1,5,35", help="%(default)s")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dry", action="store_true", help="tiny sizes")
+    options = parser.parse_args(arguments)
+    config = dry.SILENT if options.dry else Config().silent()
+    height, width = (dry.HEIGHT, dry.WIDTH) if options.dry else bench.SIZES[options.size]
+    job = bench.Job(
+        num_frames=dry.FRAMES if options.dry else 189, height=height, width=width, steps=options.steps,
+        repeats=options.repeats,
+    )  # fmt: skip
+    dtype = jnp.dtype(device.default_dtype())
+    params = jax.block_until_ready(random_params(config, dtype))
+    request = jax.device_put(bench.random_request(config, job))
+    before, loop = stages.up_to_the_loop()
+    values = stages.initial_values(request, output="latents")
+    values = stages.walk(values, Measure(params, config, repeats=1), before)
+    record = environment() | {"job": dataclasses.asdict(job), "dtype": str(dtype), "lengths": {}}
+    latents = {}
+    for length in map(int, options.lengths.split(",")):
+        measure = Measure(params, config, repeats=options.repeats, block_steps=length)
+        latents[length] = np.asarray(measure(loop, values)["latents"]["video"])
+        record["lengths"][length] = measure.stages[loop.name]
+        for other in latents:
+            distance = relative_l2(latents[other], latents[length])
+            record["lengths"][other][f"from_{length}"] = distance
+        print(length, record["lengths"][length], flush=True)
+        write_text(options.out, json.dumps(record, indent=2) + "\n", overwrite=True)
+
+
+if __name__ == "__main__":
+    main()
