@@ -1,26 +1,22 @@
-"""The autoencoders on both sides: whole, both ways, and operation by operation.
+"""The autoencoders on both sides: every tensor, then decoding and encoding as a whole.
 
-Axes: B batch, T frames, H rows, W columns, C channels; N waveform samples.
+Axes: B batch, C channels; T frames, H rows, W columns of pixels, t, h, w of latents; N samples.
 """
 
-import dataclasses
-from collections.abc import Callable
-from functools import partial
+import copy
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import torch
-from einops import rearrange
 
-from convert.verify import reference
-from convert.verify.autoencoder_names import arrange, make_witness, modules_with_weights
-from convert.verify.compare import Outcome, Pool
-from convert.verify.witness import Found, Witness, merge
+from convert.verify import reference, weights
+from convert.verify.compare import FLOAT32, Outcome, Pool
+from convert.verify.names import autoencoder_target
+from cosmos3_jax import Cosmos3
 from cosmos3_jax.checkpoint.load import Component, load_params
-from cosmos3_jax.config import SoundVAEConfig, VideoVAEConfig
-from cosmos3_jax.models import sound_vae, video_vae, video_vae_modules
-from cosmos3_jax.runtime import programs
+from cosmos3_jax.config import Config
 
 # Latents: odd and oblong; and two frames after the first, which is a kind of its own.
 GRID = (3, 3, 5)
@@ -28,26 +24,8 @@ SOUND_FRAMES = 3
 UNFINISHED = 700  # samples that the last latent frame of a sound lacks
 INPUTS = 2  # thousands of values each: errors scatter less than a transformer's
 SMALL = 1e-2  # of the decoded values, that may be cut off without a word
-LAST = {"decode": "decoder's last (patch order)", "encode": "encoder's latents (statistics)"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """What the video and the sound VAE differ in here: arrays are ours, channels first.
-
-    Attributes:
-        ours, theirs: (parameters or module, configuration, way, input) -> output.
-        watch: (witness, configuration, way, parameters, input) -> our output; its every module
-            is to run outside of any scan.
-        middle: way -> what counts as zero: for pictures grey, lest it make errors look smaller.
-        limits: where decoded values are cut off, which hides errors.
-    """
-
-    ours: Callable
-    theirs: Callable
-    watch: Callable
-    middle: dict[str, np.float32]
-    limits: tuple[float, float]
+LIMITS = {"video_vae": (0.0, 1.0), "sound_vae": (-1.0, 1.0)}  # decoded values are cut off there
+GREY = np.float32(0.5)  # the zero of pictures: else a common brightness makes errors look smaller
 
 
 def compare(
@@ -55,96 +33,102 @@ def compare(
     name: str,
     checkpoint: Path,
     component: Component,
-    config: VideoVAEConfig | SoundVAEConfig,
+    config: Config,
     dtypes: tuple[str, ...],
     *,
     rounded: str,
     device: str,
 ) -> None:
     """Compare one autoencoder, `video_vae` or `sound_vae`, both ways; see `transformer.compare`."""
-    kind = KINDS[name]
-    params = {d: load_params([component], jnp.dtype(d))[name] for d in {"float32", *dtypes}}
+    modality = name.removesuffix("_vae")
     module = reference.load_module(checkpoint, name, "float32", rounded, device)
-    inputs = {"decode": _latents(config), "encode": _signals(config)}
-    if "encoder" not in params["float32"]:
+    wrong = _compare_weights(outcome, name, component, module, rounded)
+    inputs = {"decode": _latents(config, modality), "encode": _signals(config, modality)}
+    if not any(leaf.startswith("encoder/") for leaf in component.leaves):
         del inputs["encode"]
         outcome.skipped.append(f"{name}: encoding, the weights are a decoder's alone")
 
     def all_theirs() -> dict[str, list[np.ndarray]]:
-        return {
-            way: [kind.theirs(module, config, way, x) for x in xs] for way, xs in inputs.items()
-        }
+        run = {"video": their_video, "sound": their_sound}[modality]
+        return {way: [run(module, way, x) for x in several] for way, several in inputs.items()}
 
     exact = all_theirs()
-    operations = outcome.details["operations"] = []
-    for way, several in inputs.items():
-        witness = make_witness(name, module, params["float32"], way)
-        with witness.recording.of(modules_with_weights(module), arrange):
-            kind.theirs(module, config, way, several[0])
-        watch, middle = partial(kind.watch, witness, config, way), kind.middle[way]
-        try:
-            made = witness.run(watch, params["float32"], several[0])
-            witness.compare(LAST[way], np.asarray(made) - middle, exact[way][0] - middle)
-            witness.check_coverage()
-        finally:  # what was found before an error may be its reason
-            outcome.places += merge({way: Found(witness.places, witness.operations)})
-        operations += witness.operations
+    low = None
     if "bfloat16" in dtypes:
         reference.to_bfloat16(module)
-    low = all_theirs() if "bfloat16" in dtypes else exact
+        low = all_theirs()
     for dtype in dtypes:
+        model = Cosmos3(config, load_params([component], jnp.dtype(dtype)), None)
         for way, several in inputs.items():
-            pool, middle = Pool(), kind.middle[way]
-            for x, right, rough in zip(several, exact[way], low[way], strict=True):
-                found = np.asarray(kind.ours(params[dtype], config, way, x), np.float32)
-                rough = rough - middle if dtype == "bfloat16" else None
-                pool.add(found - middle, right - middle, rough)
-            picture = name == "video_vae" and way == "decode"
+            pool, middle = Pool(), GREY if (modality, way) == ("video", "decode") else 0
+            run = getattr(model, f"{way}_{modality}")
+            for i, x in enumerate(several):
+                made, right = np.asarray(run(x), np.float32), exact[way][i]
+                rough = low[way][i] - middle if dtype == "bfloat16" else None
+                pool.add(made - middle, right - middle, rough)
+                if dtype == "float32" and i == 0:
+                    half = f"{way}r/"  # decoder/ or encoder/
+                    blame = not any(target.leaf.startswith(half) for target in wrong)
+                    outcome.check_step(
+                        name, f"{way}: the computation of the {way}r", made - middle,
+                        right - middle, FLOAT32[name], blame,
+                    )  # fmt: skip
+            picture = (modality, way) == ("video", "decode")
             outcome.rows.append(pool.row(name, way, dtype, picture=picture))
-    limits = kind.limits
-    hidden = float(np.mean((exact["decode"][0] <= limits[0]) | (exact["decode"][0] >= limits[1])))
+    lowest, highest = LIMITS[name]
+    decoded = exact["decode"][0]
+    hidden = float(np.mean((decoded <= lowest) | (decoded >= highest)))
     outcome.details["share_at_limit"] = hidden
     if hidden > SMALL:
-        outcome.skipped.append(f"{name}: {hidden:.0%} of the decoded values, cut off at {limits}")
+        outcome.skipped.append(
+            f"{name}: {hidden:.0%} of the decoded values, cut off at {LIMITS[name]}"
+        )
 
 
-def _latents(config: VideoVAEConfig | SoundVAEConfig) -> list[np.ndarray]:
+def _compare_weights(
+    outcome: Outcome, name: str, component: Component, module: torch.nn.Module, rounded: str
+) -> list:
+    plain = copy.deepcopy(module)
+    normed = reference.fold_weight_norms(plain)
+    encoder = any(leaf.startswith("encoder/") for leaf in component.leaves)
+    tensors = {
+        key: tensor.detach().float().cpu().numpy() for key, tensor in plain.named_parameters()
+        if encoder or not key.startswith("encoder.")
+    }  # fmt: skip
+    in_order = sorted(tensors.items(), key=lambda item: weights.natural_order(item[0]))
+    return weights.compare(
+        outcome, name, component, in_order, autoencoder_target, folded=normed.__contains__,
+        dtype="bfloat16" if rounded else "float32",
+    )  # fmt: skip
+
+
+def _latents(config: Config, modality: str) -> list[np.ndarray]:
     random = np.random.default_rng(1)
-    if isinstance(config, VideoVAEConfig):
-        shape = (1, config.z_dim, *GRID)
+    if modality == "video":
+        shape = (1, config.video_vae.z_dim, *GRID)
     else:
-        shape = (1, config.vocoder_input_dim, SOUND_FRAMES)
+        shape = (1, config.sound_vae.vocoder_input_dim, SOUND_FRAMES)
     return [random.standard_normal(shape, np.float32) for _ in range(INPUTS)]
 
 
-def _signals(config: VideoVAEConfig | SoundVAEConfig) -> list[np.ndarray]:
+def _signals(config: Config, modality: str) -> list[np.ndarray]:
     """Videos in [0, 1], [1, 3, T, H, W]; sounds within 0.8, [1, C, N], that grow louder."""
     random = np.random.default_rng(2)
-    if isinstance(config, VideoVAEConfig):
-        frames, space = (
-            config.scale_factor_temporal * (GRID[0] - 1) + 1,
-            config.scale_factor_spatial,
-        )
-        shape = (1, 3, frames, space * GRID[1], space * GRID[2])
+    if modality == "video":
+        vae = config.video_vae
+        time, space = vae.scale_factor_temporal, vae.scale_factor_spatial
+        shape = (1, 3, time * (GRID[0] - 1) + 1, space * GRID[1], space * GRID[2])
         return [random.random(shape, np.float32) for _ in range(INPUTS)]
-    samples = config.samples_per_latent * SOUND_FRAMES - UNFINISHED
-    shape = (1, config.audio_channels, samples)
+    samples = config.sound_vae.samples_per_latent * SOUND_FRAMES - UNFINISHED
+    shape = (1, config.sound_vae.audio_channels, samples)
     louder = np.linspace(0, 1, samples)
     return [(random.uniform(-0.8, 0.8, shape) * louder).astype(np.float32) for _ in range(INPUTS)]
 
 
-# ---------------------------------------------------------------- the video VAE
+def their_video(vae: Any, way: str, x: np.ndarray) -> np.ndarray:
+    """`decode` normalised latents [B, C, t, h, w] to pixels [B, 3, T, H, W] in [0, 1], or `encode`.
 
-
-def _our_video(params, config, way: str, x: np.ndarray):
-    if way == "decode":
-        return programs.decode_video(params, x, config=config, chunk_size=None)
-    return programs.encode_video(params, x, config=config, chunk_size=1)
-
-
-def _their_video(vae, config: VideoVAEConfig, way: str, x: np.ndarray) -> np.ndarray:
-    """The statistics of the latents, by the reference's own configuration, are applied in the VAE's
-    dtype, as in diffusers' pipeline.
+    The statistics of the latents are applied in the VAE's dtype, as in diffusers' pipeline.
     """
     mean, std = (
         torch.tensor(values, dtype=vae.dtype, device=vae.device).view(1, -1, 1, 1, 1)
@@ -159,41 +143,8 @@ def _their_video(vae, config: VideoVAEConfig, way: str, x: np.ndarray) -> np.nda
     return made.float().cpu().numpy()
 
 
-def _watch_video(witness: Witness, config: VideoVAEConfig, way: str, params, x):
-    """As `video_vae.decode` and `encode`, a latent frame at a time, but not under a scan."""
-    x = jnp.moveaxis(x, 1, -1)
-    half = {"decode": video_vae_modules.Decoder, "encode": video_vae_modules.Encoder}[way]
-    module, tree = half(config, jnp.float32), params["decoder" if way == "decode" else "encoder"]
-    frames = 1 if way == "decode" else config.scale_factor_temporal
-    cache, pieces, start = {}, [], 0
-    while start < x.shape[1]:
-        first = start == 0
-        piece = x[:, start : start + (1 if first else frames)]
-        start += piece.shape[1]
-        piece = video_vae.denormalize_latents(config, piece) if way == "decode" else 2 * piece - 1
-        # Frame 0 passes the convolutions over time by; the reference does not call them.
-        witness.passing = lambda path, first=first: first and path.endswith("time_conv")
-        variables = {"params": tree, "cache": cache}
-        made, state = module.apply(variables, piece, first, mutable=["cache"])
-        cache = state["cache"]
-        pieces.append(made)
-    made = jnp.concatenate(pieces, axis=1)
-    if way == "decode":
-        made = (jnp.clip(made, -1, 1) + 1) / 2
-    else:
-        made = video_vae.normalize_latents(config, made)
-    return rearrange(made, "B T H W C -> B C T H W")
-
-
-# ---------------------------------------------------------------- the sound VAE
-
-
-def _our_sound(params, config, way: str, x: np.ndarray):
-    run = programs.decode_sound if way == "decode" else programs.encode_sound
-    return run(params, x, config=config)
-
-
-def _their_sound(vae, config: SoundVAEConfig, way: str, x: np.ndarray) -> np.ndarray:
+def their_sound(vae: Any, way: str, x: np.ndarray) -> np.ndarray:
+    """`decode` latents [B, C, s] to a waveform [B, channels, N], or `encode`."""
     x = torch.from_numpy(x).to(vae.device)
     if way == "decode":
         made = vae.decode(x.to(vae.dtype))
@@ -201,27 +152,3 @@ def _their_sound(vae, config: SoundVAEConfig, way: str, x: np.ndarray) -> np.nda
         with torch.backends.mkldnn.flags(enabled=vae.dtype == torch.float32):
             made = vae.encode(x).latent_dist.mode()
     return made.float().cpu().numpy()
-
-
-def _watch_sound(witness: Witness, config: SoundVAEConfig, way: str, params, x):
-    if way == "decode":
-        return sound_vae.decode(params, config, jnp.swapaxes(x, 1, 2))
-    return jnp.swapaxes(sound_vae.encode(params, config, x), 1, 2)
-
-
-KINDS = {
-    "video_vae": Kind(
-        _our_video,
-        _their_video,
-        _watch_video,
-        {"decode": np.float32(0.5), "encode": np.float32(0)},
-        (0.0, 1.0),
-    ),
-    "sound_vae": Kind(
-        _our_sound,
-        _their_sound,
-        _watch_sound,
-        {"decode": np.float32(0), "encode": np.float32(0)},
-        (-1.0, 1.0),
-    ),
-}

@@ -19,8 +19,8 @@ from typing import Any
 import jax
 
 from convert.verify import report as reports
-from convert.verify.compare import Outcome, keeping, one_line
-from cosmos3_jax.checkpoint import frontend, load
+from convert.verify.compare import Outcome, keep_failures, one_line
+from cosmos3_jax.checkpoint import find, load
 from cosmos3_jax.checkpoint.files import TensorFiles
 from cosmos3_jax.checkpoint.load import Component
 from cosmos3_jax.config import Config
@@ -76,7 +76,7 @@ def _verify(options: argparse.Namespace) -> int:
     _check_libraries()
     if options.report is not None:
         _check_writable(options.report)
-    checkpoint = frontend.find_checkpoint(options.checkpoint)
+    checkpoint = find.find_checkpoint(options.checkpoint)
     folder = options.converted or checkpoint
     config, components, skipped = _open(checkpoint, folder)
     chosen = _choose(options, config, checkpoint)
@@ -86,7 +86,7 @@ def _verify(options: argparse.Namespace) -> int:
     for name in chosen:
         try:
             with jax.default_device(device):
-                outcome = _compare(name, checkpoint, folder, config, components, options)
+                outcome = compare_component(name, checkpoint, folder, config, components, options)
         except Exception as error:
             if all(outcome.passed for outcome in outcomes.values()):
                 raise
@@ -97,9 +97,8 @@ def _verify(options: argparse.Namespace) -> int:
         if outcome.rows:
             print(f"\n{reports.table(outcome.rows)}", flush=True)
         if not outcome.passed:
-            print(f"\nThe two part first at {outcome.parting}")
-            alone = sum(place.alone for place in outcome.places)
-            print(f"{alone} place(s) in all are off by themselves.", flush=True)
+            print(f"\nfirst failure: {outcome.first_failure}")
+            print(f"{len(outcome.mismatches)} mismatch(es) in all", flush=True)
         for line in outcome.skipped:
             print(f"skipped: {line}", flush=True)
         report = reports.make(
@@ -125,7 +124,7 @@ def _verify(options: argparse.Namespace) -> int:
     return 0 if report["passed"] else 1
 
 
-def _compare(
+def compare_component(
     name: str,
     checkpoint: Path,
     folder: Path,
@@ -158,25 +157,25 @@ def _compare(
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # of libraries about each other
         stack.enter_context(reference.exact_arithmetic())
-        stack.enter_context(keeping(outcome, name))
+        stack.enter_context(keep_failures(outcome, name))
         if name == "sampler":
             sampler.compare(outcome, checkpoint, config)
         elif name == "pipeline":
             pipeline.compare(
                 outcome, checkpoint, folder, config, dtypes, rounded=rounded("transformer"),
-                device=options.device, free_gib=_free_gib(options.device),
+                device=options.device, free_gib=free_gib(options.device),
             )  # fmt: skip
         else:
-            component, part = components[FOLDERS[name]], getattr(config, name)
+            component = components[FOLDERS[name]]
             shared: dict[str, Any] = {"rounded": rounded(name), "device": options.device}
             if name == "transformer":
                 transformer.compare(
-                    outcome, checkpoint, component, part, dtypes, layers=options.layers,
-                    say=lambda line: print(line, flush=True), **shared,
+                    outcome, checkpoint, component, config.transformer, dtypes,
+                    layers=options.layers, say=lambda line: print(line, flush=True), **shared,
                 )  # fmt: skip
             else:
                 autoencoders.compare(
-                    outcome, name, checkpoint, component, part, dtypes, **shared
+                    outcome, name, checkpoint, component, config, dtypes, **shared
                 )  # fmt: skip
     return outcome
 
@@ -267,7 +266,7 @@ def _device(name: str) -> jax.Device:
         ) from error
 
 
-def _free_gib(device: str, cgroup: Path = Path("/sys/fs/cgroup")) -> float:
+def free_gib(device: str, cgroup: Path = Path("/sys/fs/cgroup")) -> float:
     """Memory that is free on the host, all of it where the system does not say; within the limit of
     a container; and on the GPU, where the work is done there.
     """

@@ -24,15 +24,13 @@ FLOOR = 0.3
 # Relative L2 error in float32. Measured on small models 1e-7 to 2e-6; sums at full width are up to
 # a hundred times longer, and their rounding grows as the root of it.
 FLOAT32 = {
-    "operation": 1e-5,  # one sum of up to 28,000 products, on the very same inputs
+    "operation": 1e-5,  # one layer, or what is around the layers, on the very same inputs
     "transformer": 1e-5,  # residual streams add the layers' errors up
     "video_vae": 5e-5,  # thirty convolutions deep
     "sound_vae": 5e-5,  # as deep, with exponentials and sines in between
     "sampler": 5e-6,  # the reference's coefficients are float32, ours float64
     "pipeline": 1e-4,  # guidance amplifies the transformer's error at every step
 }
-# Weights that differ by less, rounding to bfloat16 included, are the same weights.
-ALIKE = 1e-2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,17 +69,18 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """Where the two part.
+class Mismatch:
+    """A tensor, or a step of the computation, at which the two differ.
 
     Attributes:
         component: of the checkpoint.
-        operation: the public name of the module, or what lies between two of them.
-        tensors: public names of the weights that it reads; empty where it has none.
-        leaf: the same in our tree.
-        relative_l2, bar: on the reference's own inputs.
-        hint: what our weights look like instead, or "".
-        alone: off by itself, on the reference's inputs; False where errors have added up.
+        operation: the public name of a tensor, or the step in words.
+        tensors: public names of the tensor as it is stored, two under weight norm; empty where it
+            is the computation that differs.
+        leaf: where our parameter tree has it, or "".
+        relative_l2, bar: how far apart; the bar is 0 for tensors that must be equal.
+        hint: what our tensor looks like instead, or "".
+        alone: found on the reference's own inputs; False where earlier errors may have added up.
     """
 
     component: str
@@ -106,41 +105,59 @@ class Outcome:
 
     Attributes:
         rows: the lines of the table.
-        places: every operation that is off by itself, in the order of the computation; where none
-            is, the first at which errors have added up.
+        mismatches: tensors first, then steps of the computation in their order. A step that reads
+            tensors that differ is left out.
         details: numbers for the JSON and the plots, by name.
         skipped: what was not compared, and why.
     """
 
     rows: list[Row] = dataclasses.field(default_factory=list)
-    places: list[Place] = dataclasses.field(default_factory=list)
+    mismatches: list[Mismatch] = dataclasses.field(default_factory=list)
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
     skipped: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def passed(self) -> bool:
-        return not self.places and all(row.passed for row in self.rows)
+        return not self.mismatches and all(row.passed for row in self.rows)
 
     @property
-    def parting(self) -> str:
-        """Where the two part first, or "" where they do not."""
-        if self.places:
-            return str(self.places[0])
-        failed = [row for row in self.rows if not row.passed]
-        if not failed:
-            return ""
-        row = failed[0]
-        why = row.note or (
-            "with every operation in its bar by itself: what is off is between them, under jit or "
-            "in their rounding"
-        )
-        return f"{row.component}: {row.case} in {row.dtype}, {why}"
+    def first_failure(self) -> str:
+        """The first mismatch, else the first row that failed, in words; "" if all passed."""
+        if self.mismatches:
+            return str(self.mismatches[0])
+        for row in self.rows:
+            if not row.passed:
+                note = row.note or "every tensor and step in its bar: rounding, or how they combine"
+                return f"{row.component}: {row.case} in {row.dtype}, {note}"
+        return ""
+
+    def check_step(
+        self, component: str, step: str, ours: Any, exact: Any, bar: float, blame: bool = True
+    ) -> float:
+        """Compare one step of the computation on the reference's own inputs.
+
+        Args:
+            component, step: see `Mismatch`.
+            ours, exact: arrays of one shape, or it is a mismatch.
+            bar: the largest relative L2 error that passes.
+            blame: False notes the error alone, where tensors that the step reads differ.
+
+        Returns:
+            The error.
+        """
+        error = relative_l2(ours, exact)
+        if np.shape(ours) != np.shape(exact):
+            step += f": shape {np.shape(ours)} here, {np.shape(exact)} in the reference"
+        self.details.setdefault("operations", []).append((step, error))
+        if blame and not error <= bar:  # NaN misses every bar
+            self.mismatches.append(Mismatch(component, step, (), "", error, bar))
+        return error
 
 
 @contextlib.contextmanager
-def keeping(outcome: Outcome, component: str) -> Iterator[None]:
-    """An error meanwhile ends the comparison. Where a verdict has failed by then, which may be what
-    led to it, the outcome stands and says so; otherwise the error goes on.
+def keep_failures(outcome: Outcome, component: str) -> Iterator[None]:
+    """An exception ends the comparison. Where a verdict has failed by then, which may be the cause,
+    the outcome stands and says so; otherwise the exception is raised.
     """
     try:
         yield

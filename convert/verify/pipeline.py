@@ -12,9 +12,9 @@ import torch
 from diffusers import Cosmos3OmniPipeline, UniPCMultistepScheduler
 
 from convert.verify import reference
-from convert.verify.compare import Outcome, Place, Pool
+from convert.verify.compare import Mismatch, Outcome, Pool
 from cosmos3_jax import Cosmos3
-from cosmos3_jax.checkpoint.frontend import load_frontend
+from cosmos3_jax.checkpoint.find import open_folder
 from cosmos3_jax.checkpoint.load import load_params, open_components
 from cosmos3_jax.config import Config
 from cosmos3_jax.io.prompt import encode_prompts, resolve_prompts
@@ -55,11 +55,11 @@ def compare(
         rounded, device: see `transformer.compare`.
         free_gib: host memory.
     """
-    _, tokenizer = load_frontend(folder)
+    _, tokenizer = open_folder(folder)
     # It wants a video VAE, whatever it is used for.
     vae = reference.load_module(checkpoint, "video_vae", "float32", "", "cpu")
     pipe = _assemble(checkpoint, {"transformer": None, "vae": vae})
-    _compare_ids(outcome, pipe, config, tokenizer)
+    compare_token_ids(outcome, pipe, config, tokenizer)
     del pipe, vae
     values = sum(
         int(np.prod(shape)) for c in open_components(folder, config) for shape in c.leaves.values()
@@ -93,7 +93,7 @@ def compare(
                     exact[modality, seed] = latents
                 if dtype not in dtypes:
                     continue
-                made, _ = ours.denoise(request)
+                made = ours.run(request, output="latents")
                 for name, pool in pools.items():
                     low = latents[name] if dtype == "bfloat16" else None
                     pool.add(np.asarray(made[name]), exact[modality, seed][name], low)
@@ -105,7 +105,7 @@ def compare(
         gc.collect()
 
 
-def _compare_ids(outcome: Outcome, pipe, config: Config, tokenizer) -> None:
+def compare_token_ids(outcome: Outcome, pipe, config: Config, tokenizer) -> None:
     """Token ids of style `diffusers`: equal, or the first that differs."""
     pool, system_prompt = Pool(), reference.system_prompt(pipe)
     for prompt, negative in PROMPTS:
@@ -128,7 +128,7 @@ def _compare_ids(outcome: Outcome, pipe, config: Config, tokenizer) -> None:
                     (i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(exact))
                 )
                 name = f"token {at} of the {which} {prompt!r} at {size}"
-                outcome.places.append(Place("pipeline", name, (), "", np.inf, 0.0))
+                outcome.mismatches.append(Mismatch("pipeline", name, (), "", np.inf, 0.0))
     outcome.rows.append(pool.row("pipeline", "token ids", "int32", bar=0.0))
 
 

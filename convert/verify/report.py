@@ -1,8 +1,9 @@
 """What was found: as a table, as JSON, as plots, and as the table of a README.
 
-The JSON holds `rows` (see `compare.Row`), `places` (see `compare.Place`), `parting` (the first of
-them by component, in words), `skipped`, `details`, `bars`, `versions`, `checkpoint`, `converted`,
-`options`, `seconds`, `peak_memory_gib`, `unfinished` (components to come) and `passed`.
+The JSON holds `rows` (see `compare.Row`), `places` (see `compare.Mismatch`), `parting` (the first
+failure of each component, in words), `skipped`, `details`, `bars`, `versions`, `checkpoint`,
+`converted`, `options`, `seconds`, `peak_memory_gib`, `unfinished` (components to come) and
+`passed`.
 """
 
 import dataclasses
@@ -82,7 +83,7 @@ def _number(value: float | str | None) -> str:
 
 def make(outcomes: dict[str, Outcome], checkpoint: str, **what: Any) -> dict[str, Any]:
     """Everything as one dictionary that JSON can hold; `what` is added as it is."""
-    places = [place for outcome in outcomes.values() for place in outcome.places]
+    mismatches = [m for outcome in outcomes.values() for m in outcome.mismatches]
     return {
         "passed": all(outcome.passed for outcome in outcomes.values()),
         "checkpoint": checkpoint,
@@ -96,8 +97,8 @@ def make(outcomes: dict[str, Outcome], checkpoint: str, **what: Any) -> dict[str
         },  # fmt: skip
         "peak_memory_gib": peak_memory_gib(),
         "rows": [dataclasses.asdict(row) for o in outcomes.values() for row in o.rows],
-        "parting": {name: outcome.parting for name, outcome in outcomes.items()},
-        "places": [dataclasses.asdict(place) for place in places],
+        "parting": {name: outcome.first_failure for name, outcome in outcomes.items()},
+        "places": [dataclasses.asdict(mismatch) for mismatch in mismatches],
         "skipped": [line for outcome in outcomes.values() for line in outcome.skipped],
         "details": {name: outcome.details for name, outcome in outcomes.items()},
     }
@@ -114,7 +115,10 @@ def write(report: dict[str, Any], folder: Path) -> Path:
 
 
 def plot(report: dict[str, Any], folder: Path) -> list[Path]:
-    """Errors by layer and by operation, as PNG files. Raises ImportError without matplotlib."""
+    """Errors by layer, and of each step by itself, as PNG files.
+
+    Raises ImportError without matplotlib.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -147,7 +151,7 @@ def plot(report: dict[str, Any], folder: Path) -> list[Path]:
             # What is equal to the last bit has no place on this axis.
             axes.plot([max(error, 1e-9) for _, error in operations], ".", markersize=3)
             axes.axhline(FLOAT32["operation"], color="red", linewidth=1)
-            title = f"{name}: every operation on the reference's inputs, float32"
+            title = f"{name}: each step on the reference's inputs, float32"
             axes.set(yscale="log", xlabel="operation", ylabel="relative L2 error", title=title)
             paths.append(_save(figure, folder / f"{name}_operations.png"))
     pyplot.close("all")

@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from diffusers import UniPCMultistepScheduler
 
-from convert.verify.compare import FLOAT32, Outcome, Place, Pool, relative_l2
+from convert.verify.compare import FLOAT32, Mismatch, Outcome, Pool, relative_l2
 from cosmos3_jax.config import Config
 from cosmos3_jax.io.prepare import resolve_sigmas
+from cosmos3_jax.io.settings import Settings
 from cosmos3_jax.sampling import unipc
 
 STEPS = (1, 2, 5, 35)
@@ -24,32 +25,36 @@ def compare(outcome: Outcome, checkpoint: Path, config: Config) -> None:
                 _our_steps(config, schedule, steps),
                 _their_steps(checkpoint, schedule, steps),
             )
-            outcome.places += _parting(schedule, steps, ours, exact)
+            outcome.mismatches += _first_difference(schedule, steps, ours, exact)
             pool.add(ours["latents"][-1], exact["latents"][-1])
         name = f"{schedule} schedule, {', '.join(map(str, STEPS))} steps"
         outcome.rows.append(pool.row("sampler", name, "float32"))
 
 
-def _velocity(x, step: int):
-    """Random, another at each step, and dependent on the latents."""
-    random = np.random.RandomState(100 + step).standard_normal(x.shape).astype(np.float32)
-    return 0.3 * x + (torch.from_numpy(random) if torch.is_tensor(x) else random)
+def _velocity(x, random):
+    """Another at each step, and dependent on the latents."""
+    return 0.3 * x + random
 
 
-def _noise() -> np.ndarray:
-    return np.random.RandomState(0).standard_normal((1, 4, 8, 8)).astype(np.float32)
+def _random(steps: int) -> np.ndarray:
+    """The noise to start from, and what each step's velocity has besides the latents."""
+    shape = (steps + 1, 1, 4, 8, 8)
+    return np.random.RandomState(0).standard_normal(shape).astype(np.float32)
 
 
 def _our_steps(config: Config, schedule: str, steps: int) -> dict[str, np.ndarray]:
-    levels = resolve_sigmas(config, steps=steps, flow_shift=SHIFT, schedule=schedule, sigmas=None)
-    table, state, latents = unipc.tableau(levels), unipc.initial_state(_noise()), []
-    for i, row in enumerate(unipc.rows(table)):
-        state = unipc.step(lambda x, t, i=i: _velocity(x, i), state, row)
-        latents.append(np.asarray(state.latents))
+    levels = resolve_sigmas(
+        config, Settings(num_inference_steps=steps, flow_shift=SHIFT, schedule=schedule)
+    )
+    table, (noise, *random) = unipc.tableau(levels), _random(steps)
+    _, latents = unipc.advance(
+        lambda x, timestep, random: _velocity(x, random), unipc.initial_state(noise), table,
+        np.stack(random), collect=lambda state: state.latents,
+    )  # fmt: skip
     return {
         "timesteps": np.asarray(table.timestep),
         "sigmas": np.asarray(table.sigma),
-        "latents": np.stack(latents),
+        "latents": np.asarray(latents),
     }
 
 
@@ -69,9 +74,9 @@ def _their_steps(checkpoint: Path, schedule: str, steps: int) -> dict[str, np.nd
         {"sigmas": np.linspace(1 - 1 / 1000, 0, steps + 1)[:-1]} if schedule == "native" else {}
     )
     scheduler.set_timesteps(steps, **native)
-    x, latents = torch.from_numpy(_noise()), []
+    (x, *random), latents = torch.from_numpy(_random(steps)), []
     for i, t in enumerate(scheduler.timesteps):
-        x = scheduler.step(_velocity(x, i), t, x, return_dict=False)[0]
+        x = scheduler.step(_velocity(x, random[i]), t, x, return_dict=False)[0]
         latents.append(x.numpy())
     return {
         "timesteps": scheduler.timesteps.numpy(),
@@ -80,7 +85,7 @@ def _their_steps(checkpoint: Path, schedule: str, steps: int) -> dict[str, np.nd
     }
 
 
-def _parting(schedule: str, steps: int, ours: dict, exact: dict) -> list[Place]:
+def _first_difference(schedule: str, steps: int, ours: dict, exact: dict) -> list[Mismatch]:
     """The first of timesteps, sigmas and steps that is off."""
     for name in ("timesteps", "sigmas", "latents"):
         bar = 0.0 if name == "timesteps" else FLOAT32["sampler"]
@@ -88,5 +93,5 @@ def _parting(schedule: str, steps: int, ours: dict, exact: dict) -> list[Place]:
             error = relative_l2(ours[name][i], exact[name][i])
             if not error <= bar:
                 what = f"{schedule} schedule, {steps} steps: {name} of step {i}"
-                return [Place("sampler", what, (), "", error, bar)]
+                return [Mismatch("sampler", what, (), "", error, bar)]
     return []

@@ -1,4 +1,7 @@
-"""The transformer's inputs for both sides: random latents, padded prompts, given frames."""
+"""The transformer's inputs for both sides: random latents, padded prompts, given frames.
+
+Axes: B batch, S text tokens; t latent frames, h rows, w columns, C channels; s sound latents.
+"""
 
 import dataclasses
 
@@ -50,10 +53,15 @@ class Case:
     examples: tuple[Example, ...] = ()
 
     @property
-    def frame_mask(self) -> np.ndarray:
-        """bool [B, t]: the given frames."""
+    def given_frames(self) -> np.ndarray:
+        """bool [B, t]: the latent frames that are known."""
         given = np.isin(np.arange(self.grid[0]), self.given)
         return np.broadcast_to(given, (len(self.examples), len(given)))
+
+    def latents(self) -> dict[str, np.ndarray]:
+        """`video` [B, t, h, w, C] and, with sound, `sound` [B, s, C], of all examples."""
+        names = ("video", "sound") if self.sound_frames else ("video",)
+        return {name: np.stack([getattr(x, name) for x in self.examples]) for name in names}
 
     def padded_ids(self) -> tuple[np.ndarray, np.ndarray]:
         """int32 and bool [B, S]: ids and where they are real; S is the case's longest prompt."""
@@ -90,15 +98,3 @@ def make_cases(config: TransformerConfig) -> list[Case]:
             examples.append(Example(ids, video, sound if frames else None, step))
         cases.append(dataclasses.replace(case, examples=tuple(examples), sound_frames=frames))
     return cases
-
-
-def watched(case: Case) -> int:
-    """The example that goes through operation by operation: of the shortest prompt, so padded where
-    any is.
-    """
-    return min(range(len(case.examples)), key=lambda i: len(case.examples[i].ids))
-
-
-def alone(case: Case) -> Case:
-    """A case of its watched example alone, padded as among the others."""
-    return dataclasses.replace(case, examples=(case.examples[watched(case)],))
