@@ -32,8 +32,9 @@ from cosmos3_jax.cli.bench import Job
 from cosmos3_jax.config import Config, TransformerConfig, VideoVAEConfig
 from cosmos3_jax.models import transformer
 from cosmos3_jax.models.video_vae import pixel_to_latent_shape
-from cosmos3_jax.runtime.measure import device_peak_gib, environment, measure
-from cosmos3_jax.sampling.generate import decode, encode_conditions, sample_latents
+from cosmos3_jax.runtime.measure import Measure, device_peak_gib, environment
+from cosmos3_jax.runtime.random_inputs import random_params
+from cosmos3_jax.sampling import stages
 
 TINY = "64x96"  # as `cosmos3-jax bench` names the size
 TINY_JOB = Job(num_frames=9, height=64, width=96, steps=2, text_tokens=41, negative_tokens=37)
@@ -59,25 +60,15 @@ def timed_steps(size: str, job: Job) -> int:
 def measure_ours(config: Config, params: dict, job: Job, run_steps: int) -> dict:
     """Measure one job here, warm; `run_steps` of its steps, in one loop."""
     request = bench.random_request(config, dataclasses.replace(job, steps=run_steps))
-    request, compiling = jax.device_put(request), 0.0
-
-    def run(function: Callable, *arguments) -> tuple:
-        nonlocal compiling
-        start = time.perf_counter()
-        program = jax.jit(partial(function, config=config)).lower(*arguments).compile()
-        compiling += time.perf_counter() - start
-        return measure(program, *arguments, repeats=1)
-
-    conditions, condition = run(encode_conditions, params["und"], request)
-    (latents, _), loop = run(sample_latents, params["gen"], conditions, request)
-    result, decoding = run(decode, params, latents)
-    video = result["video"]
+    measure = Measure(params, config, repeats=1)
+    values = stages.walk(stages.initial_values(jax.device_put(request)), measure)
+    found, made = measure.stages, (values["video"], values["latents"]["video"])
     return {
-        "condition_seconds": condition["seconds"],
-        "loop_samples": loop["samples"],
-        "decode_samples": decoding["samples"],
-        "compile_seconds": compiling,
-        "finite": bool(jnp.isfinite(video).all() & jnp.isfinite(latents.video).all()),
+        "condition_seconds": found["condition"]["seconds"],
+        "loop_samples": found["denoise"]["samples"],
+        "decode_samples": found["video decode"]["samples"],
+        "compile_seconds": sum(stage["compile_seconds"] for stage in found.values()),
+        "finite": all(bool(jnp.isfinite(x).all()) for x in made),
         "peak_gib": device_peak_gib(),
         **passes_run(config, job, run_steps),
     }
@@ -149,7 +140,7 @@ def read_ours(path: Path, config: Config, jobs: dict[str, Job]) -> Iterator[dict
 def run_ours(config: Config, jobs: dict[str, Job], dtype: str, compiled: bool) -> Iterator[dict]:
     """Events (see `compare_report`) of our side, smallest size first: peak memory never falls."""
     yield {"side": "ours", "environment": environment()}
-    params = jax.block_until_ready(bench.random_params(config, jnp.dtype(dtype)))
+    params = jax.block_until_ready(random_params(config, jnp.dtype(dtype)))
     for size, job in jobs.items():
         found = _try(partial(measure_ours, config, params, job, timed_steps(size, job)))
         yield {"size": size, "side": "ours", "found": found}
@@ -220,7 +211,7 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--dry", action="store_true", help="a tiny job, in place of the sizes")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
-    config = bench.silent(tiny_config() if options.dry else Config())
+    config = (tiny_config() if options.dry else Config()).silent()
     jobs = {TINY: TINY_JOB} if options.dry else bench.jobs(config, sizes=options.sizes)
     report = new_report(jobs, {name: str(value) for name, value in vars(options).items()})
     start = time.perf_counter()

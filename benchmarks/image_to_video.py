@@ -10,21 +10,21 @@ file is rewritten after every run. `--dry` takes tiny sizes, for a tiny checkpoi
 
 import argparse
 import json
-import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import dry
 import jax
 import numpy as np
 
-from cosmos3_jax import Cosmos3
+from cosmos3_jax import Cosmos3, Request
 from cosmos3_jax.cli import bench
 from cosmos3_jax.io.media import write_text
 from cosmos3_jax.parallel import device
-from cosmos3_jax.runtime.measure import GIB, environment
-from cosmos3_jax.runtime.programs import encode_given
-from cosmos3_jax.sampling.request import T2VRequest
+from cosmos3_jax.runtime.measure import GIB, Measure, environment
+from cosmos3_jax.sampling import stages
 
 PROMPT = "A red sports car drives along a coastal road at sunset, the camera follows. " * 3
 NEGATIVE = "Blurry, shaky, overexposed, with compression blocks and a watermark. " * 3
@@ -41,22 +41,27 @@ def smooth_frames(count: int, height: int, width: int) -> np.ndarray:
     return np.uint8(127.5 + 127 * np.moveaxis(np.asarray(waves), 1, -1))
 
 
-def encoding(model: Cosmos3, request: T2VRequest) -> dict:
+def encoding(model: Cosmos3, request: Request) -> dict:
     """The encoder alone, compiled and warm."""
-    pixels = jax.device_put((request.clean_video, request.frame_mask))
-    arguments = model.params["video_vae"], *pixels
-    memory = encode_given.lower(*arguments, config=model.config).compile().memory_analysis()
-    samples = []
-    for _ in range(REPEATS + 1):
-        start = time.perf_counter()
-        jax.block_until_ready(encode_given(*arguments, config=model.config))
-        samples.append(time.perf_counter() - start)
-    return {
-        "pixel_frames": request.clean_video.shape[2],
-        "seconds": statistics.median(samples[1:]),
-        "samples": samples[1:],
-        "temporary_gib": memory.temp_size_in_bytes / GIB,
-    }
+    encode = next(stage for stage in stages.STAGES if stage.name == "video encode")
+    measure = Measure(model.params, model.config, repeats=REPEATS)
+    stages.walk(stages.initial_values(jax.device_put(request)), measure, (encode,))
+    return {"pixel_frames": request.clean_video.shape[2], **measure.stages[encode.name]}
+
+
+def timed_run(model: Cosmos3, prepare: Callable[[], Request]) -> dict:
+    """A whole generation: the seconds of it, and of each part by name."""
+    last, found = time.perf_counter(), {}
+
+    def ended(name: str) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        found[name], last = now - last, now
+
+    request = prepare()
+    ended("prepare")
+    model.run(request, after=lambda stage, values: ended(stage.name))
+    return {"seconds": sum(found.values()), "stages": found}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -91,23 +96,9 @@ def main(arguments: list[str] | None = None) -> None:
         if request.clean_video is not None:
             record["encoding"][mode] = encoding(model, request)
     for mode in modes:
-        start = time.perf_counter()
-        request = model.prepare(PROMPT, **settings, **given[mode])
-        prepared = time.perf_counter()
-        latents, _ = model.denoise(request)
-        denoised = time.perf_counter()
-        jax.block_until_ready(model.decode(latents))
-        end = time.perf_counter()
-        record["runs"].append(
-            {
-                "mode": mode,
-                "seconds": end - start,
-                "prepare": prepared - start,
-                "denoise": denoised - prepared,
-                "decode": end - denoised,
-                "peak_gib_so_far": (device.memory_peak() or 0) / GIB,
-            }  # fmt: skip
-        )
+        found = timed_run(model, partial(model.prepare, PROMPT, **settings, **given[mode]))
+        peak = (device.memory_peak() or 0) / GIB
+        record["runs"].append({"mode": mode, **found, "peak_gib_so_far": peak})
         print(record["runs"][-1], flush=True)
         write_text(options.out, json.dumps(record, indent=2) + "\n", overwrite=True)
     print(json.dumps(record["encoding"], indent=2), record["warmup_seconds"])

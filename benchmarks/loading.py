@@ -17,12 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from cosmos3_jax.checkpoint import load
-from cosmos3_jax.checkpoint.find import load_frontend
+from cosmos3_jax.checkpoint.find import open_folder
 from cosmos3_jax.parallel import device
-from cosmos3_jax.runtime.measure import environment
+from cosmos3_jax.runtime.measure import GIB, environment
 from cosmos3_jax.runtime.weights import Weights
 
-GIB = 2**30
 LINK_BYTES = GIB
 DRY_LINK_BYTES = 2**20
 READ_BYTES = 2**24
@@ -59,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dry", action="store_true", help="little over the link")
     options = parser.parse_args(arguments)
     found = {"first read": read_all(options.folder), "second read": read_all(options.folder)}
-    config, _ = load_frontend(options.folder, load_sound=None)
+    config, _ = open_folder(options.folder)
     components = load.open_components(options.folder, config)
     found["link"] = link(DRY_LINK_BYTES if options.dry else LINK_BYTES)
     weights = Weights.of_checkpoint(components, jnp.dtype("bfloat16"), offload=True)

@@ -30,10 +30,10 @@ from cosmos3_jax.cli import bench
 from cosmos3_jax.config import Config, TransformerConfig
 from cosmos3_jax.io.media import write_text
 from cosmos3_jax.models import transformer
-from cosmos3_jax.parallel import device as startup
-from cosmos3_jax.runtime import random_inputs as bench_inputs
+from cosmos3_jax.parallel import device
 from cosmos3_jax.runtime.measure import GIB, device_peak_gib, environment
-from cosmos3_jax.sampling.request import T2VRequest
+from cosmos3_jax.runtime.random_inputs import random_params
+from cosmos3_jax.sampling.request import Request
 from cosmos3_jax.training.flow import Batch, NoiseLevels
 from cosmos3_jax.training.step import (
     TrainOptions,
@@ -49,7 +49,7 @@ CHAIN = 200  # products of one sample: 0.3 s, in which clocks settle
 ATTENTION_AGAIN = 0
 
 
-def step_flops(config: Config, request: T2VRequest, adapter: lora.Lora) -> dict[str, float]:
+def step_flops(config: Config, request: Request, adapter: lora.Lora) -> dict[str, float]:
     """Arithmetic of one step of one example, by what it is for. A multiplication and an addition
     are two.
 
@@ -93,7 +93,7 @@ def products_of_a_layer(model: TransformerConfig) -> float:
 
 def random_towers(config: Config, dtype: jnp.dtype, apart: bool) -> dict:
     """Both towers as training holds them: layers stacked, unless they are to be `apart`."""
-    params = bench_inputs.random_params(config, dtype)
+    params = random_params(config, dtype)
     towers = {name: params[name] for name in ("und", "gen")}
     del params
     if not apart:
@@ -110,7 +110,7 @@ def random_towers(config: Config, dtype: jnp.dtype, apart: bool) -> dict:
     return towers
 
 
-def make_batch(config: Config, request: T2VRequest, count: int) -> Batch:
+def make_batch(config: Config, request: Request, count: int) -> Batch:
     """Random latents, and one prompt for all."""
     shape = (count, *request.video_shape, config.transformer.latent_channel)
     video = np.random.RandomState(0).standard_normal(shape).astype(np.float32)
@@ -139,7 +139,7 @@ def run(config: Config, job: bench.Job, options: argparse.Namespace, dtype: jnp.
     """Compile a step, take a few, and say what they took."""
     size = 128 if options.dry else PRODUCT
     rates = [product_rate(size, dtype)]
-    request = bench_inputs.random_request(config, job)
+    request = bench.random_request(config, job)
     frozen = random_towers(config, dtype, options.apart)
     adapter = lora.init(jax.random.key(0), config.transformer, rank=options.rank)
     flops = {k: options.batch * v for k, v in step_flops(config, request, adapter).items()}
@@ -212,7 +212,7 @@ def main(arguments: list[str] | None = None) -> None:
     config = dry.SILENT if options.dry else NANO
     frames = dry.FRAMES if options.dry else options.num_frames
     job = bench.Job(num_frames=frames, height=height, width=width, negative_tokens=0, steps=1)
-    dtype = jnp.dtype("float32" if options.dry else startup.default_dtype())
+    dtype = jnp.dtype("float32" if options.dry else device.default_dtype())
     settings = {k: v for k, v in vars(options).items() if k != "out"}
     record = environment() | {"options": settings, "job": dataclasses.asdict(job)}
     record |= {"dtype": str(dtype), "model": "dry" if options.dry else "nano"}

@@ -81,7 +81,7 @@ def build_transformer(config: Config, device: str, dtype: torch.dtype) -> Cosmos
 def build_random(
     kind: type, sizes, device: str, dtype: torch.dtype, **overrides
 ) -> Cosmos3OmniTransformer | AutoencoderKLWan:
-    """A model with weights as `bench.random_params` draws them: 1 + 0.1 z for scales, else 0.02 z.
+    """A model with weights like `random_inputs.distribution`: 1 + 0.1 z for scales, else 0.02 z.
 
     It is built where it will run, so that no weight passes through the host, and by its constructor
     rather than from the meta device, so that buffers hold what the constructor puts there.

@@ -36,6 +36,7 @@ from cosmos3_jax.checkpoint.transformer_layout import transformer_layout
 from cosmos3_jax.checkpoint.video_vae_layout import video_vae_layout
 from cosmos3_jax.config import Config
 from cosmos3_jax.models import sound_vae, transformer, video_vae
+from cosmos3_jax.runtime.random_inputs import distribution
 
 WRITERS = 8
 BLOCK = np.random.RandomState(0).standard_normal(2**22 + 1).astype(np.float32)
@@ -97,8 +98,8 @@ def _write_component(
 def _write(folder: Path, shapes: dict, dtypes: dict, name: str, keys: list[str]) -> None:
     tensors = {}
     for key in keys:
-        scale = key.endswith("scale") or "/scale/" in key
-        block = (1 + 0.1 * BLOCK if scale else 0.02 * BLOCK).astype(dtypes[key])
+        mean, spread = distribution(key)
+        block = (mean + spread * BLOCK).astype(dtypes[key])
         tensors[key] = np.resize(block, shapes[key])
     write_shard(folder / name, tensors)
 

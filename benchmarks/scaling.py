@@ -11,11 +11,9 @@ sizes, to see that it runs: XLA_FLAGS=--xla_force_host_platform_device_count=4 s
 
 import argparse
 import dataclasses
-import functools
 import json
 import math
 import re
-import time
 from pathlib import Path
 
 import dry
@@ -27,16 +25,16 @@ from cosmos3_jax.cli import bench
 from cosmos3_jax.config import Config
 from cosmos3_jax.io.media import write_text
 from cosmos3_jax.models import transformer
-from cosmos3_jax.parallel import device as startup
-from cosmos3_jax.parallel import sharding
+from cosmos3_jax.parallel import device
 from cosmos3_jax.parallel.mesh import make_mesh, parse_mesh
-from cosmos3_jax.runtime import random_inputs as bench_inputs
-from cosmos3_jax.runtime.measure import GIB, environment, measure
-from cosmos3_jax.runtime.programs import decode_video, encode_conditions, sample_latents
-from cosmos3_jax.sampling.generate import is_one_batch
-from cosmos3_jax.sampling.request import T2VRequest, initial_noise
+from cosmos3_jax.runtime.measure import GIB, Measure, environment
+from cosmos3_jax.runtime.programs import block_length
+from cosmos3_jax.runtime.random_inputs import random_params
+from cosmos3_jax.sampling import stages
+from cosmos3_jax.sampling.denoise import is_one_batch
+from cosmos3_jax.sampling.request import Request, initial_noise
 
-NANO = bench_inputs.silent(Config())
+NANO = Config().silent()
 SUPER = dataclasses.replace(
     NANO,
     transformer=dataclasses.replace(
@@ -45,11 +43,9 @@ SUPER = dataclasses.replace(
     ),
 )  # fmt: skip
 MODELS = {"nano": NANO, "super": SUPER}
-BLOCK_BITS = 22  # 4 million random weights, which all are taken from
 ITEM_BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "u8": 1}
 KINDS = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
-weight_shapes = functools.cache(bench_inputs.weight_shapes)  # the same on every mesh
 CALLED = re.compile(r"(body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 
 
@@ -106,7 +102,7 @@ def group_size(line: str) -> int | None:
     return None
 
 
-def sent_on_paper(config: Config, request: T2VRequest, sizes: dict, itemsize: int) -> dict:
+def sent_on_paper(config: Config, request: Request, sizes: dict, itemsize: int) -> dict:
     """The same for the loop over steps, by arithmetic: what tokens, branches and weights cost."""
     model, steps = config.transformer, request.num_inference_steps
     grid = transformer.patch_grid(model, request.video_shape)
@@ -132,36 +128,6 @@ def sent_on_paper(config: Config, request: T2VRequest, sizes: dict, itemsize: in
     }
 
 
-def random_params(config: Config, dtype: jnp.dtype, mesh: jax.sharding.Mesh) -> dict:
-    """Normal weights, each device's part made by itself: values of one block, in scattered order.
-
-    Drawing 64 billion would take longer than what is measured, and a GPU cannot tell.
-    """
-
-    @functools.cache
-    def drawing(shape: tuple[int, ...], dtype: jnp.dtype, placed: jax.sharding.Sharding):
-        def draw(block: jax.Array, seed: int, mean: float, spread: float) -> jax.Array:
-            index = jnp.uint32(seed)
-            for axis in range(len(shape)):
-                place = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-                index = (index ^ (index >> 15)) * jnp.uint32(0x9E3779B1) + place
-            index = (index ^ (index >> 13)) * jnp.uint32(0x85EBCA6B)
-            return (mean + spread * block[index >> (32 - BLOCK_BITS)]).astype(dtype)
-
-        return jax.jit(draw, out_shardings=placed)
-
-    block = jax.random.normal(jax.random.key(0), 2**BLOCK_BITS)
-    block = jax.device_put(block, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
-    leaves, tree = jax.tree.flatten_with_path(weight_shapes(config, dtype))
-    made = []
-    for seed, (path, leaf) in enumerate(leaves):
-        name = "/".join(key.key for key in path)
-        mean, spread = (1.0, 0.1) if path[-1].key == "scale" else (0.0, 0.02)
-        placed = sharding.weight_sharding(mesh, name, leaf.shape)
-        made.append(drawing(leaf.shape, leaf.dtype, placed)(block, seed, mean, spread))
-    return tree.unflatten(made)
-
-
 def meet(mesh: jax.sharding.Mesh) -> None:
     """Let the devices find each other: what a first collective does, and no later one."""
     each, all_of_it = (
@@ -172,7 +138,7 @@ def meet(mesh: jax.sharding.Mesh) -> None:
     jax.block_until_ready(jax.jit(jnp.copy, out_shardings=all_of_it)(numbers))
 
 
-def several(config: Config, request: T2VRequest, batch: int) -> T2VRequest:
+def several(config: Config, request: Request, batch: int) -> Request:
     """A request for one prompt -> for as many, each with noise of its own."""
     repeat = {
         name: np.repeat(value, batch, axis=0)
@@ -187,28 +153,21 @@ def run(config: Config, job: bench.Job, name: str, dtype: jnp.dtype) -> dict:
     """Every stage of a generation on one mesh, compiled and warm."""
     sizes = {} if name == "one" else parse_mesh(name)
     mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
-    batch, ways = sizes.get("data", 1), mesh.size
-    request = several(config, bench_inputs.random_request(config, job), batch)
-    found: dict = {"devices": mesh.size, "prompts": batch, "stages": {}}
+    request = several(config, bench.random_request(config, job), sizes.get("data", 1))
+
+    def sent(stage: stages.Stage, programs: list[jax.stages.Compiled]) -> dict:
+        [program] = programs
+        times = job.steps // block_length(job.steps) if stage.loop else 1
+        found = sent_bytes(program.as_text(), mesh.size)
+        return {"sent_bytes": {kind: times * size for kind, size in found.items()}}
+
     meet(mesh)
     with jax.set_mesh(mesh):
         params = jax.block_until_ready(random_params(config, dtype, mesh))
-
-        def stage(stage_name: str, program, *arguments, **options):
-            start = time.perf_counter()
-            compiled = program.lower(*arguments, **options).compile()
-            compiling = time.perf_counter() - start
-            result, ran = measure(compiled, *arguments, repeats=job.repeats)
-            sent = sent_bytes(compiled.as_text(), ways)
-            found["stages"][stage_name] = ran | {"compile_seconds": compiling, "sent_bytes": sent}
-            return result
-
-        conditions = stage("condition", encode_conditions, params["und"], request, config=config)
-        latents, _ = stage(
-            "denoise", sample_latents, params["gen"], conditions, request, config=config
-        )
-        options = {"config": config.video_vae, "chunk_size": job.decode_chunk_size}
-        stage("decode", decode_video, params["video_vae"], latents["video"], **options)
+        measure = Measure(params, config, repeats=job.repeats, inspect=sent)
+        values = stages.initial_values(request, decode_chunk_size=job.decode_chunk_size)
+        stages.walk(values, measure)
+    found = {"devices": mesh.size, "prompts": len(request.text_ids), "stages": measure.stages}
     found["stages"]["denoise"]["sent_bytes_on_paper"] = sent_on_paper(
         config, request, sizes, jnp.dtype(dtype).itemsize
     )
@@ -239,7 +198,7 @@ def main(arguments: list[str] | None = None) -> None:
         num_frames=dry.FRAMES if options.dry else options.num_frames, height=height, width=width,
         steps=options.steps, repeats=options.repeats,
     )  # fmt: skip
-    dtype = jnp.dtype(startup.default_dtype())
+    dtype = jnp.dtype(device.default_dtype())
     record = environment() | {"job": dataclasses.asdict(job), "dtype": str(dtype)}
     record |= {"model": "dry" if options.dry else options.model, "runs": {}}
     for name in options.meshes.split(";"):

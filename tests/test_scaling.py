@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cosmos3_jax.cli import bench
 from cosmos3_jax.config import Config
-from cosmos3_jax.runtime import random_inputs as bench_inputs
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +61,9 @@ def test_the_count_on_paper(scaling):
     """720p on two devices: each sends half of its tokens' queries, keys, values and what they
     become.
     """
-    job = bench_inputs.Job(steps=1, num_frames=189)
-    config = bench_inputs.silent(Config())
-    request = bench_inputs.random_request(config, job)
+    job = bench.Job(steps=1, num_frames=189)
+    config = Config().silent()
+    request = bench.random_request(config, job)
     tokens, heads = 48 * 23 * 40 // 2, 2 * 32 + 2 * 8
     expected = 36 * 2 * tokens * heads * 128 * 2 // 2
     found = scaling.sent_on_paper(config, request, {"seq": 2}, itemsize=2)
