@@ -19,13 +19,14 @@ from PIL import Image
 from rounding import check, relative_l2
 
 import cosmos3_jax
-from cosmos3_jax import Cosmos3, pipeline
+from cosmos3_jax import Cosmos3
+from cosmos3_jax.checkpoint import load as checkpoint_load
 from cosmos3_jax.cli import main as cli
 from cosmos3_jax.io import media
 from cosmos3_jax.parallel import device
-from cosmos3_jax.runtime import memory
-from cosmos3_jax.sampling import unipc
-from cosmos3_jax.sampling.generate import encode_conditions
+from cosmos3_jax.runtime import memory, programs
+from cosmos3_jax.runtime.job import Job
+from cosmos3_jax.sampling import stages, unipc
 
 # The smallest video with sound of the random checkpoint that has an odd latent height and width.
 RANDOM = ["--checkpoint", "random"]
@@ -41,7 +42,7 @@ STAGES = {"preprocess", "model_load", "denoise", "decode", "to_cpu", "encode", "
 # Runs one command in a process of its own and says what was imported.
 CHILD = """
 import json, sys
-from cosmos3_jax.cli import main
+from cosmos3_jax.cli.main import main
 status = main(sys.argv[2:])
 json.dump(sorted({name.partition(".")[0] for name in sys.modules}), open(sys.argv[1], "w"))
 sys.exit(status)
@@ -101,8 +102,8 @@ def unloaded(monkeypatch):
     def fail(*_, **__):
         pytest.fail("weights were loaded")
 
-    monkeypatch.setattr(Cosmos3, "from_pretrained", fail)
-    monkeypatch.setattr(pipeline.load, "load_params", fail)
+    monkeypatch.setattr(Cosmos3, "load", fail)
+    monkeypatch.setattr(checkpoint_load, "load_params", fail)
 
 
 def generate(out: Path, *arguments: str) -> dict:
@@ -180,7 +181,8 @@ def test_the_record_has_everything(made, record, model):
         "seed": 7, "noise": None, "num_inference_steps": 2,
         "guidance_scale": model.config.recipe.guidance_scale,
         "sigmas": unipc.sigmas("native", 2, model.config.recipe.flow_shift).tolist(),
-        "timesteps": [999, 908], "dtype": "float32", "resolved_system_prompt": None,
+        "timesteps": [999, 908], "steps_per_program": 2, "dtype": "float32",
+        "resolved_system_prompt": None,
         "prompt_tokens": request.text_mask.sum(),
         "negative_prompt_tokens": request.neg_text_mask.sum(),
         "sound_frames": request.sound_frames, "device": jax.devices()[0].device_kind,
@@ -354,11 +356,11 @@ def test_a_terminal_gets_a_progress_bar(tmp_path, monkeypatch, terminal):
     """The bar itself is tested in test_pipeline.py."""
     asked = []
 
-    def denoise(self, request, *, progress):
+    def run(self, request, *, progress, **_):
         asked.append(progress)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Cosmos3, "denoise", denoise)
+    monkeypatch.setattr(Cosmos3, "run", run)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     assert cli.main([*SMALL, "--out", str(tmp_path / "a.mp4")]) == 130
     assert asked == [terminal]
@@ -479,10 +481,10 @@ def test_what_the_parser_refuses(capsys, unloaded, arguments, message):
 
 
 def test_an_interrupt_is_no_traceback(tmp_path, monkeypatch, capsys):
-    def interrupt(*_):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Cosmos3, "from_pretrained", interrupt)
+    monkeypatch.setattr(Cosmos3, "load", interrupt)
     assert cli.main([*SMALL, "--out", str(tmp_path / "a.mp4")]) == 130
     assert capsys.readouterr().err == "cosmos3-jax: interrupted\n"
     assert not list(tmp_path.iterdir())
@@ -500,7 +502,7 @@ def test_info_says_what_is_there(capsys, monkeypatch, unloaded, silent_checkpoin
     for component in ("transformer", "vae", "sound_tokenizer"):
         assert number_after(text, component) > 10  # tensors
     assert "sound: yes" in text and "num_inference_steps=8" in text
-    assert "9 frames of 48x80 in float32" in text
+    assert "9 frames of 48x80 with sound in float32" in text
     stages = [number_after(text, stage) for stage in memory.STAGES.values()]
     assert number_after(text, "peak") == max(stages) > 0
     assert "GiB here" not in text  # a CPU has no limit
@@ -565,21 +567,19 @@ def test_memory_is_what_the_arrays_take(model):
 
     shape = dict(num_frames=9, height=48, width=80)
     request = model.prepare(PROMPT, sound=True, negative_prompt="blurry", **shape)
-    needed = memory.generation_bytes(
-        model.config, **shape, sound=True, dtype="float32", text_tokens=request.text_ids.shape[1]
-    )
+    needed = memory.generation_bytes(model.config, model.job(request))
     for part, arrays in leaves.items():
         assert needed[part] == sum(x.nbytes for x in arrays)
     assert needed["latents"] == request.noise.nbytes + request.sound_noise.nbytes
     assert needed["pixels"] == 3 * 9 * 48 * 80 * 4
-    conditions = jax.eval_shape(
-        functools.partial(encode_conditions, config=model.config), model.params["und"], request
-    )
+    encode = functools.partial(stages.encode_text, config=model.config)
+    conditions = jax.eval_shape(encode, model.params["und"], request)["conditions"]
     exact = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(conditions))
     masks = exact - needed["condition"]  # lengths and masks, and the unused clean latents' padding
     assert abs(masks) <= 0.01 * exact
-    alone = memory.generation_bytes(model.config, **shape, guidance=False, dtype="float32")
-    both = memory.generation_bytes(model.config, **shape, dtype="float32")
+    silent = Job(**shape, dtype="float32")
+    alone = memory.generation_bytes(model.config, silent.replace(guidance=False))
+    both = memory.generation_bytes(model.config, silent)
     assert 2 * alone["condition"] == both["condition"]
 
 
@@ -594,7 +594,7 @@ def test_what_does_not_fit_is_one_line_and_loads_nothing(tmp_path, capsys, monke
 def test_offload(tmp_path, monkeypatch, model, latents, option, limit):
     """With offload each part is read once, and the latents are the same."""
     read = []
-    original = pipeline.load.load_params
+    original = checkpoint_load.load_params
 
     def spy(components, dtype, parts=None, **options):
         read.append(parts)
@@ -604,10 +604,9 @@ def test_offload(tmp_path, monkeypatch, model, latents, option, limit):
         request = model.prepare(
             PROMPT, num_frames=9, height=48, width=80, sound=True, negative_prompt="blurry"
         )
-        sizes = memory.request_sizes(model.config, request)
-        needed = memory.generation_bytes(model.config, dtype="float32", **sizes)["peak"]
+        needed = memory.generation_bytes(model.config, model.job(request))["peak"]
         monkeypatch.setattr(device, "memory_limit", lambda: needed - 1)
-    monkeypatch.setattr(pipeline.load, "load_params", spy)
+    monkeypatch.setattr(checkpoint_load, "load_params", spy)
     arrays = tmp_path / "a.npz"
     noted = generate(
         tmp_path / "a.mp4", "--offload", option, "--seed", "7", "--save-latents", arrays
@@ -618,14 +617,15 @@ def test_offload(tmp_path, monkeypatch, model, latents, option, limit):
         assert read == [["und"], ["gen"], ["video_vae"], ["sound_vae"]]
     else:
         assert [sorted(parts) for parts in read] == [["gen", "sound_vae", "und", "video_vae"]]
-    assert_equal(load(arrays), latents)
+    assert_equal(load(arrays), replay(noted, model))  # whose weights stay
+    assert_same(load(arrays), latents)
 
 
 def test_an_exhausted_device_is_one_line(tmp_path, capsys, monkeypatch):
     def exhaust(*_, **__):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating\nmore")
 
-    monkeypatch.setattr(Cosmos3, "denoise", exhaust)
+    monkeypatch.setattr(programs.Run, "__call__", exhaust)
     assert cli.main([*SMALL, "--out", str(tmp_path / "a.mp4")]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "the device ran out of memory" in error
@@ -635,7 +635,7 @@ def test_compiled_programs_are_kept(made, tmp_path):
     """By the run in `made`; the folder that cannot be made costs the cache alone."""
     folder = Path(os.environ["XDG_CACHE_HOME"]) / "cosmos3_jax" / "xla"
     names = " ".join(path.name for path in folder.iterdir())
-    assert "sample_latents" in names and "decode_video" in names
+    assert "advance" in names and "decode_video" in names
     other = tmp_path / "other"
     arguments = [*SMALL, "--out", str(tmp_path / "a.mp4"), "--overwrite"]
     command = [sys.executable, "-m", "cosmos3_jax.cli", *arguments]
@@ -676,8 +676,10 @@ def test_what_jax_is_told_goes_before_our_cache_settings(tmp_path, given, expect
     assert not done.stderr and not (tmp_path / "gs:").exists()
 
 
-def test_a_terminals_programs_are_kept_too(tmp_path):
-    """The loop under a progress bar, as the command line runs it in a terminal."""
+def test_a_terminals_programs_are_kept_too(made, tmp_path):
+    """The loop under a progress bar, as the command line runs it in a terminal: the same program as
+    in `made`, which has no bar.
+    """
     arguments = [*SMALL, "--out", str(tmp_path / "a.mp4")]
     command = [sys.executable, "-m", "cosmos3_jax.cli", *arguments]
     environment = dict(os.environ, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "xla"))
@@ -695,8 +697,9 @@ def test_a_terminals_programs_are_kept_too(tmp_path):
                 said += chunk
     assert process.wait() == 0, said
     assert b"denoise" in said and b"2/2" in said
-    names = " ".join(path.name for path in (tmp_path / "xla").iterdir())
-    assert "sample_step" in names and "sample_latents" not in names
+    folders = (tmp_path / "xla", Path(os.environ["XDG_CACHE_HOME"]) / "cosmos3_jax" / "xla")
+    with_bar, without = ({path.name for path in x.glob("jit_advance-*")} for x in folders)
+    assert len(with_bar) >= 1 and with_bar == without
 
 
 def test_inputs_are_never_overwritten(tmp_path, capsys, unloaded):
