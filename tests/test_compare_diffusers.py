@@ -26,6 +26,7 @@ from cosmos3_jax.cli import main as cli
 from cosmos3_jax.config import Config
 from cosmos3_jax.models import transformer, video_vae
 from cosmos3_jax.parallel import device
+from cosmos3_jax.runtime import random_inputs
 
 SIZE = compare.TINY
 JOB = dataclasses.replace(compare.TINY_JOB, text_tokens=40)
@@ -34,7 +35,7 @@ JOB = dataclasses.replace(compare.TINY_JOB, text_tokens=40)
 @pytest.fixture(scope="module")
 def config():
     """The tiny sizes, less what would only make the compiler work longer."""
-    tiny = bench.silent(compare.tiny_config())
+    tiny = compare.tiny_config().silent()
     vae = dataclasses.replace(tiny.video_vae, num_res_blocks=1)
     return dataclasses.replace(tiny, video_vae=vae)
 
@@ -138,8 +139,8 @@ def test_the_command_that_makes_such_a_file(config, monkeypatch, tmp_path, size)
         return {"job": dataclasses.asdict(job), "stages": stages, "peak_gib": None}
 
     monkeypatch.setattr(bench, "run_bench", run_bench)
-    monkeypatch.setattr(bench, "random_params", lambda config, dtype: {})
-    monkeypatch.setattr(cli.bench_measure, "table", lambda name, result: name)
+    monkeypatch.setattr(random_inputs, "random_params", lambda config, dtype: {})
+    monkeypatch.setattr(bench, "table", lambda name, result: name)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     out = tmp_path / "ours.json"
     cli.main(["bench", *compare.bench_options(jobs).split(), "--out", str(out)])
@@ -228,7 +229,7 @@ def test_bfloat16_leaves_in_float32_what_a_checkpoint_does(config):
 
 
 def test_full_size_is_ours():
-    sizes, build = bench.silent(Config()), oracle_model.build_random
+    sizes, build = Config().silent(), oracle_model.build_random
     model = build(
         Cosmos3OmniTransformer, sizes.transformer, "meta", torch.bfloat16, sound_gen=False
     )

@@ -20,7 +20,7 @@ from safetensors import safe_open
 
 import cosmos3_jax
 from cosmos3_jax import Cosmos3
-from cosmos3_jax.checkpoint import frontend
+from cosmos3_jax.checkpoint import find
 from cosmos3_jax.cli import main as cli
 from cosmos3_jax.training.params import load_towers
 from examples.tiny import assemble, grammar, judge
@@ -82,17 +82,17 @@ def made(model, settings):
 
 
 def test_every_name_for_it_is_the_package_data(model, tmp_path, monkeypatch):
-    assert frontend.find_checkpoint("tiny") == FOLDER
+    assert find.find_checkpoint("tiny") == FOLDER
     assert cli.parser().parse_args(["generate"]).checkpoint == "tiny"
     towers, config = load_towers("tiny")
     assert config == model.config and towers.keys() == {"und", "gen"}
     monkeypatch.chdir(tmp_path)
     os.symlink(FOLDER, "tiny")  # a folder of that name comes first
-    assert frontend.find_checkpoint("tiny") == Path("tiny")
+    assert find.find_checkpoint("tiny") == Path("tiny")
 
 
 def test_an_installation_without_data_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(frontend.resources, "files", lambda package: tmp_path)
+    monkeypatch.setattr(find.resources, "files", lambda package: tmp_path)
     assert cli.main(["info"]) == 2
     said = capsys.readouterr().err
     assert "holds no checkpoint" in said and said.endswith("or take --checkpoint random\n")
