@@ -5,22 +5,27 @@ the reference is not. Each test asks for all mismatches: the mistake is named, a
 tensor is named with our leaf; a computation by its layer.
 """
 
-import dataclasses
-import json
-from pathlib import Path
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoint_files import CONVERTED, link_checkpoint, read_tensors, replace_file
-from safetensors.numpy import save
+from verify_mistakes import (
+    blamed,
+    exchange,
+    fold_over_the_first_axis,
+    spoil,
+    transpose_square,
+    turn,
+    verify,
+    with_other_statistics,
+    wrong_patch_order,
+)
 
 from convert.verify import autoencoders, cli, our_transformer, transformer_inputs
 from cosmos3_jax.checkpoint import rules, transformer_layout
 from cosmos3_jax.checkpoint.convert import convert_checkpoint
-from cosmos3_jax.config import VideoVAEConfig
 from cosmos3_jax.models import (
     attention,
     rope,
@@ -71,42 +76,6 @@ def new_programs(clean):
     our_transformer.run_layer.clear_cache()
     yield
     our_transformer.run_layer.clear_cache()
-
-
-def verify(tmp_path: Path, checkpoint: Path, component: str, *options: str) -> tuple[int, dict]:
-    """The exit status and the report."""
-    report = tmp_path / "report"
-    arguments = [checkpoint, "--component", component, "--dtype", "float32", "--report", report]
-    status = cli.main([str(argument) for argument in (*arguments, *options)])
-    return status, json.loads((report / "verify.json").read_text())
-
-
-def spoil(converted: Path, target: Path, component: str, change) -> Path:
-    """A copy of the converted checkpoint in which `change` has worked on a component's tensors."""
-    folder = link_checkpoint(converted, target) / component
-    tensors = read_tensors(folder)
-    change(tensors)
-    contiguous = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
-    [shard] = folder.glob(f"{CONVERTED}-*.safetensors")
-    replace_file(shard, save(contiguous, {"format": "pt"}))
-    return target
-
-
-def exchange(tensors: dict, one: str, other: str) -> None:
-    tensors[one], tensors[other] = tensors[other], tensors[one]
-
-
-def transpose_square(tensors: dict, key: str) -> None:
-    kernel = tensors[key]
-    square = kernel.reshape(kernel.shape[-1], -1)
-    assert square.shape[0] == square.shape[1]
-    tensors[key] = square.T.reshape(kernel.shape)
-
-
-def turn(kernel: np.ndarray) -> np.ndarray:
-    """The rows of a convolution for its columns."""
-    assert kernel.shape[1] == kernel.shape[2]
-    return kernel.swapaxes(1, 2)
 
 
 GATE_UP, OUT = "layers/mlp/gate_up/kernel", "layers/attention/out/kernel"
@@ -177,11 +146,6 @@ TENSORS = {
         "gen/time_embedder/linear_2/kernel", MOVED, ["time_embedder.linear_2.weight"],
     ),
 }  # fmt: skip
-
-
-def blamed(report: dict) -> list[str]:
-    """The operations of all places, in order."""
-    return [place["operation"] for place in report["places"]]
 
 
 @pytest.mark.parametrize("mistake", TENSORS)
@@ -354,13 +318,6 @@ def test_patches_in_the_wrong_order_are_named(public_checkpoint, tmp_path, monke
     assert status == 1 and blamed(report) == [MEDIA_INPUT]
 
 
-def fold_over_the_first_axis(direction, gain):
-    """As if the first axis were not the one that is kept."""
-    norm = np.sqrt(np.sum(np.square(direction.swapaxes(0, 1)), (1, *range(2, direction.ndim))))
-    shape = (1, -1) + (1,) * (direction.ndim - 2)
-    return gain * direction / norm.reshape(shape)
-
-
 def test_weight_norm_over_the_wrong_axis_is_named(public_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(rules, "fold_weight_norm", fold_over_the_first_axis)
     status, report = verify(tmp_path, public_checkpoint, "sound_vae")
@@ -388,25 +345,6 @@ def test_spoilt_convolution_kernels_are_named(public_checkpoint, converted, tmp_
     ]  # fmt: skip
     assert [place["hint"] for place in report["places"]] == [MOVED, MOVED]
     assert [row["passed"] for row in report["rows"]] == [False, True]  # decode, encode
-
-
-def wrong_patch_order(array, pattern, **sizes):
-    """Height before width within a pixel's patch, in both directions."""
-    return RIGHT_REARRANGE(array, pattern.replace("(C w h)", "(C h w)"), **sizes)
-
-
-RIGHT_REARRANGE = video_vae_modules.rearrange
-
-
-def with_other_statistics(monkeypatch, change):
-    """Our parser makes wrong statistics of the latents of the configuration."""
-    right = VideoVAEConfig.from_file.__func__
-
-    def wrong(kind, path):
-        config = right(kind, path)
-        return dataclasses.replace(config, latents_std=change(config.latents_std))
-
-    monkeypatch.setattr(VideoVAEConfig, "from_file", classmethod(wrong))
 
 
 HALVES = ["decode: the computation of the decoder", "encode: the computation of the encoder"]

@@ -40,7 +40,10 @@ class Target(NamedTuple):
 
 
 def transformer_target(name: str, config: TransformerConfig) -> Target | None:
-    """The place of a tensor of `transformer/`; None if generation does not read it."""
+    """The place of a tensor of `transformer/`; None if generation does not read it.
+
+    Raises ValueError on a name that no Cosmos3 checkpoint has.
+    """
     found = re.fullmatch(r"layers\.(\d+)\.(.+)\.weight", name)
     if found:
         return _layer_target(int(found[1]), found[2], config)
@@ -78,6 +81,8 @@ GEN = {
 
 
 def _layer_target(layer: int, module: str, config: TransformerConfig) -> Target | None:
+    if module not in UND | GEN:
+        raise ValueError(f"layers.{layer}.{module}.weight is unknown: is this Cosmos3?")
     tower = "und" if module in UND else "gen"
     role = (UND if tower == "und" else GEN)[module]
     heads, kv_heads, size = (
@@ -90,15 +95,12 @@ def _layer_target(layer: int, module: str, config: TransformerConfig) -> Target 
 
     if tower == "und" and layer == config.num_hidden_layers - 1:
         # The media tower reads only the keys and values of the last text layer.
+        kernel = "und/last_layer/kv/kernel"
         places = {
             "input_norm": Target("und/last_layer/input_norm/scale"),
             "attention/k_norm": Target("und/last_layer/k_norm/scale"),
-            "k": Target(
-                "und/last_layer/kv/kernel", None, (EVERYTHING, slice(0, kv_heads)), split_heads
-            ),
-            "v": Target(
-                "und/last_layer/kv/kernel", None, (EVERYTHING, slice(kv_heads, None)), split_heads
-            ),
+            "k": Target(kernel, None, (EVERYTHING, slice(0, kv_heads)), split_heads),
+            "v": Target(kernel, None, (EVERYTHING, slice(kv_heads, None)), split_heads),
         }
         return places.get(role)
 

@@ -114,60 +114,44 @@ def write(report: dict[str, Any], folder: Path) -> Path:
     return path
 
 
-def plot(report: dict[str, Any], folder: Path) -> list[Path]:
-    """Errors by layer, and of each step by itself, as PNG files.
+def plot(report: dict[str, Any], folder: Path) -> Path | None:
+    """The transformer's errors after each layer, as `layers.png`; None where it was not compared.
 
     Raises ImportError without matplotlib.
     """
+    layers = report["details"].get("transformer", {}).get("layers")
+    if not layers:
+        return None
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    paths = []
-    details = report["details"]
-    layers = details.get("transformer", {}).get("layers")
-    if layers:
-        figure, axes = pyplot.subplots(figsize=(8, 5))
-        for tower, name in (("und", "text tower"), ("gen", "media tower")):
-            for dtype in ("float32", "bfloat16"):
-                curve = [e for e in layers if (e["tower"], e["dtype"]) == (tower, dtype)]
-                if not curve:
-                    continue
-                x = [entry["layer"] for entry in curve]
-                axes.plot(x, [e["relative_l2"] for e in curve], ".-", label=f"{name}, {dtype}")
-                if dtype == "bfloat16":
-                    low = [entry["reference_error"] for entry in curve]
-                    axes.plot(x, low, "--", label=f"{name}, bfloat16, diffusers")
-        axes.set(yscale="log", xlabel="after layer", ylabel="relative L2 error")
-        axes.set(title="Transformer: error after each layer, against diffusers in float32")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.legend()
-        paths.append(_save(figure, folder / "layers.png"))
-    for name, found in details.items():
-        operations = found.get("operations")
-        if operations:
-            figure, axes = pyplot.subplots(figsize=(8, 4))
-            # What is equal to the last bit has no place on this axis.
-            axes.plot([max(error, 1e-9) for _, error in operations], ".", markersize=3)
-            axes.axhline(FLOAT32["operation"], color="red", linewidth=1)
-            title = f"{name}: each step on the reference's inputs, float32"
-            axes.set(yscale="log", xlabel="operation", ylabel="relative L2 error", title=title)
-            paths.append(_save(figure, folder / f"{name}_operations.png"))
-    pyplot.close("all")
-    return paths
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for tower, name in (("und", "text tower"), ("gen", "media tower")):
+        for dtype in ("float32", "bfloat16"):
+            curve = [e for e in layers if (e["tower"], e["dtype"]) == (tower, dtype)]
+            for key, style, whose in (
+                ("relative_l2", ".-", ""),
+                ("reference_error", "--", ", diffusers"),
+            ):
+                if curve and curve[0][key] is not None:
+                    x, y = [e["layer"] for e in curve], [e[key] for e in curve]
+                    axes.plot(x, y, style, label=f"{name}, {dtype}{whose}")
+    axes.set(yscale="log", xlabel="after layer", ylabel="relative L2 error")
+    axes.set(title="Transformer: error after each layer, against diffusers in float32")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(folder / "layers.png", dpi=120)
+    pyplot.close(figure)
+    return folder / "layers.png"
 
 
 def peak_memory_gib() -> float:
     """The most that this process has held of the host's memory."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def _save(figure, path: Path) -> Path:
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    return path
 
 
 def _versions() -> dict[str, str]:
