@@ -27,6 +27,7 @@ notebook: $(VENV)/.dev  ## execute notebooks/parity.ipynb from the top, in place
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

@@ -32,19 +32,25 @@ def main() -> None:
         install = ("-m", "pip", "install", "--quiet", "--constraint", constraints, wheel)
         run(python, *install, cwd=folder)
         run(command, "generate", "--sound", "--out", "demo.mp4", cwd=folder)
+        run(command, "convert", "tiny", "converted", cwd=folder)
         check_demo(folder / "demo.mp4")
         if made := [path.name for path in (folder / "cache" / "cosmos3_jax").glob("random-*")]:
             sys.exit(f"the demo made {made} in the cache; it should have used {TINY}")
 
 
 def check_data(wheel: Path) -> None:
-    """The wheel has every file of the checkpoint `tiny`, byte for byte, and no other."""
+    """The wheel has every file of the checkpoint `tiny`, byte for byte, and no other; and it
+    installs nothing but the package.
+    """
     source, inside = find_checkpoint(TINY), f"cosmos3_jax/data/{TINY}/"
     files = {path.relative_to(source).as_posix(): path for path in source.rglob("*")}
     files = {name: path.read_bytes() for name, path in files.items() if path.is_file()}
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if name.startswith(inside)]
         packed = {name.removeprefix(inside): archive.read(name) for name in names}
+        top = {name.split("/")[0] for name in archive.namelist()}
+    if strangers := {name for name in top if not name.startswith("cosmos3_jax")}:
+        sys.exit(f"{wheel} would install {', '.join(sorted(strangers))} into everybody's site-packages")
     print(f"{wheel.name}: {wheel.stat().st_size:,} bytes, {len(packed)} files of {TINY}")
     if packed != files:
         differ = {name for name in packed | files if packed.get(name) != files.get(name)}

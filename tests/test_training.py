@@ -87,13 +87,13 @@ def reference(batch: flow.Batch, noise: Latents, sigma: np.ndarray, model=None):
     """The same by the oracle. Its prompts are lists, so there is no padding to get wrong."""
     examples = []
     for i in range(len(batch.video)):
-        sounds = [None if x is None else x[i] for x in (batch.sound, noise.sound)]
+        sounds = [None if x is None else x[i] for x in (batch.sound, noise.get("sound"))]
         examples.append(
             dict(
                 ids=batch.text_ids[i][batch.text_mask[i]].tolist(),
                 video=batch.video[i],
                 sound=sounds[0],
-                noise=noise.video[i],
+                noise=noise["video"][i],
                 sound_noise=sounds[1],
                 sigma=sigma[i],
                 timestep=int(np.float32(sigma[i]) * np.float32(1000)),

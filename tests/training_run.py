@@ -70,7 +70,8 @@ def draw(batch: flow.Batch, seed: int = 1) -> tuple[Latents, np.ndarray]:
     random = np.random.RandomState(seed)
     sound = None if batch.sound is None else normal(random, *batch.sound.shape)
     sigma = random.uniform(0.1, 0.99, len(batch.video)).astype(np.float32)
-    return Latents(normal(random, *batch.video.shape), sound), sigma
+    noise = {"video": normal(random, *batch.video.shape)}
+    return noise | ({} if sound is None else {"sound": sound}), sigma
 
 
 def random_params() -> dict:
