@@ -153,6 +153,16 @@ class Outcome:
             self.mismatches.append(Mismatch(component, step, (), "", error, bar))
         return error
 
+    @contextlib.contextmanager
+    def naming(self, component: str, step: str) -> Iterator[None]:
+        """Shapes that do not fit in our computation are a mismatch of this step, and raised."""
+        try:
+            yield
+        except (TypeError, ValueError) as error:
+            step = f"{step}: {one_line(error)}"
+            self.mismatches.append(Mismatch(component, step, (), "", np.inf, 0.0))
+            raise
+
 
 @contextlib.contextmanager
 def keep_failures(outcome: Outcome, component: str) -> Iterator[None]:

@@ -79,7 +79,8 @@ def compare(
     params = ours.read_around(component)
     first_layers = FirstLayers(config, count, cases, params)
     params = {dtype: ours.cast(params, dtype) for dtype in {"float32", *dtypes}}
-    starts = [ours.start(params["float32"], config, "float32", case) for case in cases]
+    with outcome.naming("transformer", "what enters layers.0"):
+        starts = [ours.start(params["float32"], config, "float32", case) for case in cases]
     _check_start(outcome, config, cases, exact, starts, wrong)
     streams = {
         dtype: [ours.start(params[dtype], config, dtype, case) for case in cases]
@@ -95,7 +96,8 @@ def compare(
         before = [_as_ours(exact, c, stream) for c, stream in enumerate(starts)]
         exact.advance(layer)
         how = {"config": config, "last": last}
-        after = [ours.run_layer(tree, stream, dtype="float32", **how) for stream in before]
+        with outcome.naming("transformer", f"layers.{index}"):
+            after = [ours.run_layer(tree, stream, dtype="float32", **how) for stream in before]
         # A layer with other weights is not blamed for its computation.
         blame = not any(_is_of_layer(target, index, last) for target in wrong)
         worst = _check_layer(outcome, index, last, cases, exact, after, blame)
