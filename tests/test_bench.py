@@ -7,29 +7,17 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.extend.core import jaxprs_in_params
 
-from cosmos3_jax.cli import (
-    bench,
-    bench_inputs,
-    bench_measure,
-)
-from cosmos3_jax.cli import (
-    main as cli,
-)
-from cosmos3_jax.config import (
-    Config,
-    SoundVAEConfig,
-    TransformerConfig,
-    VideoVAEConfig,
-)
-from cosmos3_jax.models import sound_vae, transformer, video_vae
+from cosmos3_jax.cli import bench
+from cosmos3_jax.cli import main as cli
+from cosmos3_jax.config import Config, SoundVAEConfig, TransformerConfig, VideoVAEConfig
+from cosmos3_jax.models import transformer
 from cosmos3_jax.parallel import device
 from cosmos3_jax.pipeline import Cosmos3
-from cosmos3_jax.sampling.generate import encode_conditions, sample_latents
+from cosmos3_jax.runtime import random_inputs
+from cosmos3_jax.sampling import denoise, stages
 
 # Every number that enters the count of the arithmetic is another one.
 CONFIG = Config(
@@ -57,7 +45,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def params():
-    return bench.random_params(CONFIG, jnp.dtype(jnp.float32))
+    return random_inputs.random_params(CONFIG, jnp.dtype(jnp.float32))
 
 
 @pytest.fixture
@@ -67,8 +55,8 @@ def no_weights(monkeypatch):
     def fail(*_, **__):
         pytest.fail("weights were made or loaded")
 
-    monkeypatch.setattr(Cosmos3, "from_pretrained", fail)
-    monkeypatch.setattr(bench_inputs, "_random_leaf", fail)
+    monkeypatch.setattr(Cosmos3, "load", fail)
+    monkeypatch.setattr(random_inputs, "_scattering", fail)
 
 
 def product_flops(jaxpr) -> int:
@@ -95,10 +83,11 @@ def test_the_arithmetic_is_that_of_the_traced_loop(sound, negative):
     job = dataclasses.replace(JOB, sound=sound, text_tokens=128, negative_tokens=negative)
     request = bench.random_request(CONFIG, job)
     shapes = transformer.param_shapes(CONFIG.transformer)
-    encode = partial(encode_conditions, config=CONFIG)
-    conditions = jax.eval_shape(encode, shapes["und"], request)
-    sample = partial(sample_latents, config=CONFIG)
-    traced = product_flops(jax.make_jaxpr(sample)(shapes["gen"], conditions, request).jaxpr)
+    encode = partial(stages.encode_text, config=CONFIG)
+    begun = jax.eval_shape(encode, shapes["und"], request)
+    loop = partial(denoise.advance, config=CONFIG)
+    arguments = shapes["gen"], begun["conditions"], begun["state"], denoise.all_steps(request)
+    traced = product_flops(jax.make_jaxpr(loop)(*arguments).jaxpr)
 
     model, tokens = CONFIG.transformer, 2 * 2 * 3 + request.sound_frames
     heads = model.num_attention_heads * model.head_dim
@@ -107,131 +96,6 @@ def test_the_arithmetic_is_that_of_the_traced_loop(sound, negative):
     assert bench.denoise_flops(CONFIG, request) == traced - padding
     shorter = bench.random_request(CONFIG, dataclasses.replace(job, text_tokens=100))
     assert bench.denoise_flops(CONFIG, shorter) == traced - padding - 28 * a_key
-
-
-def test_random_weights_are_those_that_generation_reads(params):
-    expected = transformer.param_shapes(CONFIG.transformer)
-    expected["gen"] = jax.eval_shape(transformer.unstack_layers, expected["gen"])
-    expected["video_vae"] = {"decoder": video_vae.param_shapes(CONFIG.video_vae)["decoder"]}
-    expected["sound_vae"] = sound_vae.param_shapes(CONFIG.sound_vae, with_encoder=False)
-    assert jax.tree.structure(params) == jax.tree.structure(expected)
-    for (path, leaf), shape in zip(
-        jax.tree.leaves_with_path(params), jax.tree.leaves(expected), strict=True
-    ):
-        assert (leaf.shape, leaf.dtype) == (shape.shape, jnp.float32)
-        values = np.asarray(leaf).ravel()
-        mean, spread = (1, 0.1) if path[-1].key == "scale" else (0, 0.02)
-        # Five standard errors and more, of the mean and of the spread.
-        assert abs(values.mean() - mean) < 6 * spread / math.sqrt(values.size), path
-        assert abs(values.std() / spread - 1) < 5 / math.sqrt(values.size), path
-        assert np.unique(values).size > 0.9 * values.size, path
-    firsts = [float(leaf.ravel()[0]) for leaf in jax.tree.leaves(params)]
-    assert len(set(firsts)) == len(firsts)  # each leaf has a seed of its own
-
-
-def test_weights_without_sound_and_in_bfloat16():
-    shapes = bench_inputs.weight_shapes(bench.silent(CONFIG), jnp.dtype(jnp.bfloat16))
-    assert shapes.keys() == {"und", "gen", "video_vae"}
-    assert not any("sound" in name for name in shapes["gen"])
-    for path, leaf in jax.tree.leaves_with_path(shapes):
-        kept = any(key.key == "time_embedder" for key in path)
-        assert leaf.dtype == (jnp.float32 if kept else jnp.bfloat16)
-
-
-@pytest.mark.parametrize("shape", [(), (1001,), (5, 3, 100), (3, 2, 999, 1), (7, 1000), (2, 1100)])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_a_leaf_larger_than_a_lot_is_filled(monkeypatch, shape, dtype):
-    """Lots that do not divide the leaf, whole rows, single values."""
-    monkeypatch.setattr(bench_inputs, "DRAW_VALUES", 1000)
-    leaf = bench_inputs._random_leaf(3, "kernel", jax.ShapeDtypeStruct(shape, dtype))
-    assert (leaf.shape, leaf.dtype) == (shape, dtype)
-    values = np.asarray(leaf, np.float32).ravel()
-    assert (values != 0).all()
-    if values.size > 1:
-        assert abs(values.std() / 0.02 - 1) < 5 / math.sqrt(values.size)
-    if len(shape) > 1 and dtype == jnp.float32:  # no row repeats another
-        rows = np.asarray(leaf).reshape(shape[0], -1)
-        assert np.unique(rows[:, 0]).size == shape[0]
-
-
-def test_a_lot_is_written_in_place():
-    """Nothing as large as a leaf beside it: its peak would hide the generation's."""
-    leaf = jax.ShapeDtypeStruct((6, 512, 2, 1024), jnp.float32)
-    drawn = jax.ShapeDtypeStruct((2**16,), jnp.float32)
-    write = bench_inputs._write.lower(leaf, drawn, 5, rows=(3072, 2048), lot=32)
-    size = math.prod(leaf.shape) * 4
-    analysis = write.compile().memory_analysis()
-    assert analysis.alias_size_in_bytes == size
-    assert analysis.temp_size_in_bytes < size / 8
-
-
-def test_weights_that_cannot_fit_are_refused_before_they_are_made(monkeypatch, no_weights):
-    monkeypatch.setattr(bench_inputs.os, "sysconf", lambda _: 1024)
-    with pytest.raises(ValueError, match="the weights take .* GiB, cpu has 0.0 GiB: use a larger"):
-        bench.random_params(CONFIG, jnp.dtype(jnp.float32))
-
-
-def test_a_program_is_compiled_cold_and_then_read_from_the_cache(tmp_path):
-    """The caller's cache is neither read nor written, and is in use again afterwards."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    x = np.arange(4, dtype=np.float32)
-    try:
-        for name, value in zip(names, (str(tmp_path), 0), strict=True):
-            jax.config.update(name, value)
-        reset_cache()
-        for _ in range(2):  # cold both times
-            events = []
-
-            def listen(event, events=events, **_):
-                events.append(event)
-
-            jax.monitoring.register_event_listener(listen)
-            program, found = bench_measure.compile_cold_and_cached(lambda x: jnp.sin(x) @ x, x)
-            jax.monitoring.unregister_event_listener(listen)
-            assert events.count("/jax/compilation_cache/cache_misses") == 1
-            assert events[-1] == bench_measure.CACHE_HIT
-            assert found.keys() == {"compile_seconds", "compile_seconds_cached"}
-            assert all(seconds > 0 for seconds in found.values())
-            np.testing.assert_allclose(program(x), np.sin(x) @ x, rtol=1e-6)
-        assert not list(tmp_path.iterdir())
-        assert jax.config.jax_compilation_cache_dir == str(tmp_path)
-        jax.jit(lambda x: jnp.cos(x) @ x)(x).block_until_ready()
-        assert list(tmp_path.iterdir())
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        reset_cache()
-
-
-@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="every program is kept")
-def test_a_program_that_cannot_be_cached_says_so():
-    """JAX 0.10 keeps no program that calls back to the host."""
-
-    def calls_back(x):
-        return jax.pure_callback(np.sin, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
-
-    _, found = bench_measure.compile_cold_and_cached(calls_back, jnp.arange(3.0))
-    assert found["compile_seconds"] > 0 and found["compile_seconds_cached"] is None
-
-
-def test_measure_runs_as_often_as_it_says(monkeypatch):
-    runs = []
-    program = jax.jit(lambda x: x + 1).lower(1.0).compile()
-
-    class Counted:
-        memory_analysis = program.memory_analysis
-
-        def __call__(self, x):
-            runs.append(x)
-            return program(x)
-
-    result, found = bench_measure.measure(Counted(), 1.0, repeats=3)
-    assert (len(runs), len(found["samples"]), float(result)) == (1 + 3, 3, 2.0)
-    assert found["seconds"] == sorted(found["samples"])[1]
-    monkeypatch.setattr(bench_measure, "LONG_SECONDS", 0)  # any run is a long one
-    _, found = bench_measure.measure(Counted(), 1.0, repeats=3)
-    assert (len(runs), len(found["samples"])) == (4 + 1, 1)
 
 
 def test_every_stage_is_measured(params):
@@ -252,10 +116,9 @@ def test_every_stage_is_measured(params):
 def check_result(result: dict, job: bench.Job) -> None:
     assert result["job"] == dataclasses.asdict(job)
     stages = result["stages"]
-    names = ["condition", "denoise", "one step", "video decode"]
+    names = ["condition", "denoise", "video decode", "one step"]
     if job.sound:
-        names[3:3] = ["one step without sound"]
-        names.append("sound decode")
+        names[3:] = ["sound decode", "one step", "one step without sound"]
     assert list(stages) == names
     for name, stage in stages.items():
         if job.sound or name != "one step":
@@ -297,7 +160,7 @@ def test_the_command_line_end_to_end(tmp_path, capsys, monkeypatch):
     assert list(record["results"]) == ["48x80"]
     job = bench.Job(num_frames=5, height=48, width=80, steps=2, text_tokens=30, repeats=1)
     check_result(record["results"]["48x80"], job)
-    assert said == bench_measure.table("48x80", record["results"]["48x80"]) + "\n"
+    assert said == bench.table("48x80", record["results"]["48x80"]) + "\n"
     for stage in record["results"]["48x80"]["stages"]:
         assert f"\n  {stage} " in said
     assert (record["weights"], record["dtype"], record["backend"]) == ("random", "float32", "cpu")
@@ -320,14 +183,14 @@ def test_each_size_is_written_when_it_is_done(tmp_path, capsys, monkeypatch):
         done.append((config, params, job))
         return {"job": dataclasses.asdict(job)}
 
-    monkeypatch.setattr(bench, "random_params", lambda config, dtype: {"dtype": str(dtype)})
+    monkeypatch.setattr(random_inputs, "random_params", lambda config, dtype: {"dtype": str(dtype)})
     monkeypatch.setattr(bench, "run_bench", stop_at_the_second)
-    monkeypatch.setattr(bench_measure, "table", lambda name, result: name)
+    monkeypatch.setattr(bench, "table", lambda name, result: name)
     command = ["bench", "--size", "480p,256p", "--dtype", "bfloat16", "--out", str(out)]
     assert cli.main(command) == 130
     assert capsys.readouterr().out == "256p\n"
     job = bench.Job(height=192, width=320)
-    assert done == [(bench.silent(Config()), {"dtype": "bfloat16"}, job)]
+    assert done == [(Config().silent(), {"dtype": "bfloat16"}, job)]
     record = json.loads(out.read_text())
     assert record["results"] == {"256p": {"job": dataclasses.asdict(job)}}
     assert (record["weights"], record["dtype"]) == ("random nano", "bfloat16")
@@ -380,7 +243,7 @@ def test_a_checkpoint_and_random_weights_exclude_each_other(capsys, no_weights):
 
 
 def test_what_does_not_fit_is_refused_before_weights_are_made(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "random_params", lambda *_: pytest.fail("weights were made"))
+    monkeypatch.setattr(random_inputs, "random_params", lambda *_: pytest.fail("weights were made"))
     monkeypatch.setattr(device, "memory_limit", lambda: 20 * 2**30)
     sizes = ["--num-frames", "5", "--height", "64", "--width", "96", "--dtype", "bfloat16"]
     assert cli.main(["bench", *sizes]) == 2
@@ -393,4 +256,4 @@ def test_what_does_not_fit_is_refused_before_weights_are_made(monkeypatch, capsy
 def test_sound_is_refused_where_the_sizes_have_none():
     job = dataclasses.replace(JOB, sound=True)
     with pytest.raises(ValueError, match="sound is asked for, but these weights have none"):
-        bench.random_request(bench.silent(CONFIG), job)
+        bench.random_request(CONFIG.silent(), job)
