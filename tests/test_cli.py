@@ -676,10 +676,8 @@ def test_what_jax_is_told_goes_before_our_cache_settings(tmp_path, given, expect
     assert not done.stderr and not (tmp_path / "gs:").exists()
 
 
-def test_a_terminals_programs_are_kept_too(made, tmp_path):
-    """The loop under a progress bar, as the command line runs it in a terminal: the same program as
-    in `made`, which has no bar.
-    """
+def test_a_terminals_programs_are_kept_too(tmp_path):
+    """The loop under a progress bar, as the command line runs it in a terminal."""
     arguments = [*SMALL, "--out", str(tmp_path / "a.mp4")]
     command = [sys.executable, "-m", "cosmos3_jax.cli", *arguments]
     environment = dict(os.environ, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "xla"))
@@ -697,9 +695,8 @@ def test_a_terminals_programs_are_kept_too(made, tmp_path):
                 said += chunk
     assert process.wait() == 0, said
     assert b"denoise" in said and b"2/2" in said
-    folders = (tmp_path / "xla", Path(os.environ["XDG_CACHE_HOME"]) / "cosmos3_jax" / "xla")
-    with_bar, without = ({path.name for path in x.glob("jit_advance-*")} for x in folders)
-    assert len(with_bar) >= 1 and with_bar == without
+    names = [path.name for path in (tmp_path / "xla").iterdir()]
+    assert sum("advance" in name for name in names) == 1  # a block of two steps
 
 
 def test_inputs_are_never_overwritten(tmp_path, capsys, unloaded):
