@@ -28,6 +28,7 @@ from cosmos3_jax.config import TransformerConfig
 from cosmos3_jax.models import rope
 
 PADDING = 9.0  # what stands behind a prompt's tokens, and is not to be read
+AXES = ("time", "height", "width")
 SLOT = 1e-3  # a slot of a rotary table that is further off has another frequency or axis
 
 
@@ -174,26 +175,18 @@ def _check_start(outcome, config, cases, exact, starts, wrong: list[Target]) -> 
         ):
             pair = [_real_text(x, case) if text else np.asarray(x) for x in (mine, right)]
             outcome.check_step("transformer", f"layers.0, its {what}", *pair, bar, blame)
-        half = config.head_dim // 2  # both halves of a reference table are alike
-        for row, (_, _, rotary) in enumerate(exact.streams[number]):
-            tables = [_numpy(table)[:, :half] for table in rotary]
-            for which, mine, right in zip(
-                ("cos of text", "sin of text", "cos of media", "sin of media"),
-                (*ours_in.text_table, *ours_in.condition.rope), tables, strict=True,
-            ):  # fmt: skip
-                mine = np.asarray(mine[min(row, len(mine) - 1)])[: len(right)]
-                off = [j for j in range(half) if relative_l2(mine[:, j], right[:, j]) > SLOT]
-                slots = ", ".join(f"{j} ({'time height width'.split()[axes[j]]})" for j in off[:8])
-                where = f", slots off, with our axis: {slots}" if off else ""
-                step = f"rotary_emb: {which} positions{where}"
-                outcome.check_step("transformer", step, mine, right, bar)
-    _merge_repeated(outcome)
-
-
-def _merge_repeated(outcome: Outcome) -> None:
-    """Each step is named once, whichever inputs show it."""
-    once = {(m.operation, m.leaf): m for m in reversed(outcome.mismatches)}
-    outcome.mismatches[:] = reversed(once.values())
+        for which, mine, right in zip(
+            ("cos of text", "sin of text", "cos of media", "sin of media"),
+            (*ours_in.text_table, *ours_in.condition.rope),
+            (*theirs_in.text_table, *theirs_in.condition.rope), strict=True,
+        ):  # fmt: skip
+            off = [
+                f"{j} ({AXES[axis]})" for j, axis in enumerate(axes)
+                if relative_l2(mine[..., j], right[..., j]) > SLOT
+            ]  # fmt: skip
+            where = f", slots off, with our axis: {', '.join(off[:8])}" if off else ""
+            step = f"rotary_emb: {which} positions{where}"
+            outcome.check_step("transformer", step, mine, right, bar)
 
 
 def _check_layer(outcome, index, last, cases, exact, after, blame: bool) -> float:
@@ -208,7 +201,6 @@ def _check_layer(outcome, index, last, cases, exact, after, blame: bool) -> floa
         for tower, pair in pairs.items():
             step = f"layers.{index}, {tower}: its computation"
             worst = max(worst, outcome.check_step("transformer", step, *pair, bar, blame))
-    _merge_repeated(outcome)
     return worst
 
 
@@ -223,7 +215,6 @@ def _check_end(outcome, config, params, cases, exact, starts, wrong: list[Target
             step = f"velocity, {name}: final norm, projection, patches"
             pair = (np.asarray(values), np.stack(right))
             outcome.check_step("transformer", step, *pair, FLOAT32["operation"], blame)
-    _merge_repeated(outcome)
 
 
 def _curves(index: int, last: bool, cases, theirs, streams) -> list[dict]:
