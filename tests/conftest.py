@@ -10,6 +10,10 @@ import quick
 import torch
 from oracle import load_pipeline, save_pipeline
 
+from cosmos3_jax import Cosmos3
+from cosmos3_jax.checkpoint import load
+from cosmos3_jax.parallel import device
+
 # Most of the time of most tests goes into machine code that runs for milliseconds. These flags hold
 # here and in the processes that tests start; JAX reads them when it first needs a device.
 os.environ["XLA_FLAGS"] = f"{quick.FLAGS} {os.environ.get('XLA_FLAGS', '')}"
@@ -31,10 +35,10 @@ def pytest_collection_finish():
 # Two processes share the files out, one after the other: the longest first, so that neither is left
 # alone with one at the end.
 LONGEST = (
-    "test_cli", "test_pipeline", "test_sharding", "test_training_autoencoders", "test_notebook",
-    "test_verify_mutations", "test_verify", "test_video_vae", "test_training", "test_distributed",
-    "test_tiny_training", "test_generate", "test_conditioning", "test_readme", "test_bench",
-    "test_lora",
+    "test_cli", "test_cli_modes", "test_pipeline", "test_sharding", "test_training_autoencoders",
+    "test_notebook", "test_verify_mutations", "test_verify", "test_video_vae", "test_training",
+    "test_distributed", "test_tiny_training", "test_generate", "test_conditioning", "test_readme",
+    "test_bench", "test_lora",
 )  # fmt: skip
 
 
@@ -113,3 +117,28 @@ def silent_checkpoint(tmp_path_factory):
 def oracle(public_checkpoint):
     """(schedule, dtype) -> the oracle's pipeline on that checkpoint, loaded once."""
     return functools.cache(functools.partial(load_pipeline, public_checkpoint))
+
+
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory):
+    """The random checkpoint is written anew, not found in the home folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def no_compilation_cache(monkeypatch):
+    """Commands run in this process leave its settings alone; what they do is seen in others."""
+    monkeypatch.setattr(device, "use_compilation_cache", lambda *_: None)
+
+
+@pytest.fixture
+def unloaded(monkeypatch):
+    """Whoever asks for weights fails the test."""
+
+    def fail(*_, **__):
+        pytest.fail("weights were loaded")
+
+    monkeypatch.setattr(Cosmos3, "load", fail)
+    monkeypatch.setattr(load, "load_params", fail)

@@ -1,0 +1,118 @@
+"""The command line's `info`, and the memory that it tells."""
+
+import functools
+import re
+
+import jax
+import pytest
+from command_line import (
+    PROMPT,
+    SHAPE,
+)
+
+from cosmos3_jax import Cosmos3
+from cosmos3_jax.cli import main as cli
+from cosmos3_jax.parallel import device
+from cosmos3_jax.runtime import memory
+from cosmos3_jax.runtime.job import Job
+from cosmos3_jax.sampling import stages
+
+pytestmark = pytest.mark.usefixtures("own_cache", "no_compilation_cache")
+
+
+@pytest.fixture(scope="module")
+def model(own_cache):
+    return Cosmos3.from_pretrained("random", dtype="float32")
+
+
+def number_after(text: str, name: str) -> float:
+    [line] = [line for line in text.splitlines() if line.strip().startswith(name + " ")]
+    return float(line.strip().removeprefix(name).split()[0].replace(",", ""))
+
+
+def test_info_says_what_is_there(capsys, monkeypatch, unloaded, silent_checkpoint, model):
+    assert cli.main(["info", "--sound", "--dtype", "float32", *SHAPE]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("random: public layout\n")
+    for component in ("transformer", "vae", "sound_tokenizer"):
+        assert number_after(text, component) > 10  # tensors
+    assert "sound: yes" in text and "num_inference_steps=8" in text
+    assert "9 frames of 48x80 with sound in float32" in text
+    stages = [number_after(text, stage) for stage in memory.STAGES.values()]
+    assert number_after(text, "peak") == max(stages) > 0
+    assert "GiB here" not in text  # a CPU has no limit
+    monkeypatch.setattr(device, "memory_limit", lambda: 2**40)
+    assert cli.main(["info", "--sound", *SHAPE]) == 0
+    assert re.search(r"of 1024.000 GiB here +fits +fits\n", capsys.readouterr().out)
+    monkeypatch.setattr(device, "memory_limit", lambda: 2**20)
+    assert cli.main(["info", "--sound", *SHAPE]) == 0
+    assert re.search(r"of 0.001 GiB here +too large +too large\n", capsys.readouterr().out)
+
+    assert cli.main(["info", "--checkpoint", str(silent_checkpoint)]) == 0
+    text = capsys.readouterr().out
+    assert "sound: no" in text and "sound_tokenizer" not in text
+    # For a GPU, though there is none here: its kernels need no logits.
+    assert "189 frames of 720x1280 in bfloat16" in text and number_after(text, "logits") == 0
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--checkpoint", "nowhere"], "nowhere is not a folder"),
+        (["--checkpoint", "{silent}", "--sound"], "has no sound"),
+        (["--num-frames", "190"], "num_frames=190"),
+        (["--sound", "--fps", "nan"], "fps=nan"),
+        (["--fps", "0"], "fps=0"),
+    ],
+    ids=str,
+)
+def test_info_refuses_before_it_says_anything(capsys, silent_checkpoint, options, message):
+    given = [option.format(silent=silent_checkpoint) for option in options]
+    assert cli.main(["info", *given]) == 2
+    said = capsys.readouterr()
+    assert message in said.err and not said.out
+
+
+def test_info_downloads_no_weights(capsys, monkeypatch, silent_checkpoint):
+    """Of a checkpoint on the Hub: what a shape needs can be known before 30 GB are fetched."""
+    asked = []
+
+    def find(path_or_hub_id, weights=True):
+        asked.append(weights)
+        return silent_checkpoint
+
+    monkeypatch.setattr(cli, "find_checkpoint", find)
+    assert cli.main(["info", "--checkpoint", "owner/name"]) == 0
+    text = capsys.readouterr().out
+    assert asked == [False] and "weights not looked at" in text
+    assert number_after(text, "peak") > 0 and number_after(text, "text tower") > 0
+
+
+def test_memory_is_what_the_arrays_take(model):
+    """Weights, conditions, latents and pixels are exact: they are compared with the arrays."""
+    leaves = {part: jax.tree.leaves(tree) for part, tree in model.params.items()}
+    counts = memory.parameter_counts(model.config)
+    names = {
+        "und": "text tower",
+        "gen": "media tower",
+        "video_vae": "video VAE",
+        "sound_vae": "sound VAE",
+    }
+    assert counts == {names[part]: sum(x.size for x in arrays) for part, arrays in leaves.items()}
+
+    shape = dict(num_frames=9, height=48, width=80)
+    request = model.prepare(PROMPT, sound=True, negative_prompt="blurry", **shape)
+    needed = memory.generation_bytes(model.config, model.job(request))
+    for part, arrays in leaves.items():
+        assert needed[part] == sum(x.nbytes for x in arrays)
+    assert needed["latents"] == request.noise.nbytes + request.sound_noise.nbytes
+    assert needed["pixels"] == 3 * 9 * 48 * 80 * 4
+    encode = functools.partial(stages.encode_text, config=model.config)
+    conditions = jax.eval_shape(encode, model.params["und"], request)["conditions"]
+    exact = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(conditions))
+    masks = exact - needed["condition"]  # lengths and masks, and the unused clean latents' padding
+    assert abs(masks) <= 0.01 * exact
+    silent = Job(**shape, dtype="float32")
+    alone = memory.generation_bytes(model.config, silent.replace(guidance=False))
+    both = memory.generation_bytes(model.config, silent)
+    assert 2 * alone["condition"] == both["condition"]
