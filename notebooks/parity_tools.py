@@ -20,8 +20,8 @@ import transformers
 from diffusers import Cosmos3OmniPipeline, UniPCMultistepScheduler
 
 from convert.verify import reference
+from cosmos3_jax import Request
 from cosmos3_jax.checkpoint.load import load_config
-from cosmos3_jax.sampling.request import T2VRequest
 
 
 class RecordingScheduler(UniPCMultistepScheduler):
@@ -95,7 +95,7 @@ def run_pipeline(
     pipe: Cosmos3OmniPipeline,
     prompt: str,
     negative: str,
-    request: T2VRequest,
+    request: Request,
     *,
     decode: bool,
     **size,
