@@ -16,7 +16,7 @@ from convert.verify.compare import Mismatch, Outcome
 from convert.verify.names import Target
 from cosmos3_jax.checkpoint.load import Component
 
-# Weight norm folded by two libraries: a rounding or two of float32 each, of 6e-8. Rounded to bfloat16
+# Weight norm folded by two libraries: roundings of float32, of 6e-8 each. Rounded to bfloat16
 # afterwards, few values fall to the other side, each by 4e-3 of itself: one in 400 is the bar.
 FOLDED = {"float32": 5e-7, "bfloat16": 2e-4}
 BLOCK = 2**24  # values that are compared at a time
