@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from convert.verify.compare import relative_l2
 from cosmos3_jax.cli import bench
 from cosmos3_jax.config import Config
 from cosmos3_jax.io.media import write_text
@@ -23,11 +24,6 @@ from cosmos3_jax.parallel import device
 from cosmos3_jax.runtime.measure import Measure, environment
 from cosmos3_jax.runtime.random_inputs import random_params
 from cosmos3_jax.sampling import stages
-
-
-def relative_l2(ours: np.ndarray, reference: np.ndarray) -> float:
-    ours, reference = (np.asarray(x, np.float64) for x in (ours, reference))
-    return float(np.linalg.norm(ours - reference) / np.linalg.norm(reference))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -41,10 +37,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     config = dry.SILENT if options.dry else Config().silent()
     height, width = (dry.HEIGHT, dry.WIDTH) if options.dry else bench.SIZES[options.size]
+    frames = dry.FRAMES if options.dry else 189
     job = bench.Job(
-        num_frames=dry.FRAMES if options.dry else 189, height=height, width=width, steps=options.steps,
-        repeats=options.repeats,
-    )  # fmt: skip
+        num_frames=frames, height=height, width=width, steps=options.steps, repeats=options.repeats
+    )
     dtype = jnp.dtype(device.default_dtype())
     params = jax.block_until_ready(random_params(config, dtype))
     request = jax.device_put(bench.random_request(config, job))

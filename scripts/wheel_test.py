@@ -50,7 +50,9 @@ def check_data(wheel: Path) -> None:
         packed = {name.removeprefix(inside): archive.read(name) for name in names}
         top = {name.split("/")[0] for name in archive.namelist()}
     if strangers := {name for name in top if not name.startswith("cosmos3_jax")}:
-        sys.exit(f"{wheel} would install {', '.join(sorted(strangers))} into everybody's site-packages")
+        sys.exit(
+            f"{wheel} would install {', '.join(sorted(strangers))} into everybody's site-packages"
+        )
     print(f"{wheel.name}: {wheel.stat().st_size:,} bytes, {len(packed)} files of {TINY}")
     if packed != files:
         differ = {name for name in packed | files if packed.get(name) != files.get(name)}

@@ -19,11 +19,11 @@ from rounding import farthest, relative_l2, sensitivity
 
 from cosmos3_jax import Cosmos3, T2VRequest, generate
 from cosmos3_jax.checkpoint import random_checkpoint
-from cosmos3_jax.parallel import sharding
-from cosmos3_jax.models import transformer, video_vae
-from cosmos3_jax.sampling import unipc
 from cosmos3_jax.config import Config, TransformerConfig, VideoVAEConfig
+from cosmos3_jax.models import transformer, video_vae
+from cosmos3_jax.parallel import sharding
 from cosmos3_jax.parallel.mesh import Meshes, make_mesh, parse_mesh
+from cosmos3_jax.sampling import unipc
 
 MODEL = TransformerConfig(
     hidden_size=80, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4, head_dim=16,

@@ -15,8 +15,8 @@ import pytest
 import quick
 from rounding import relative_l2
 
-from cosmos3_jax.parallel import distributed
 from cosmos3_jax.io import media
+from cosmos3_jax.parallel import distributed
 from cosmos3_jax.parallel.distributed import (
     Processes,
     find_processes,
@@ -159,7 +159,7 @@ class Command:
         environment = os.environ | {"COSMOS3_JAX_HEARTBEAT_SECONDS": "10"} | environment
         self.process = subprocess.Popen(
             [
-                sys.executable, "-m", "cosmos3_jax.cli.main", "generate", "--checkpoint", checkpoint,
+                sys.executable, "-m", "cosmos3_jax.cli", "generate", "--checkpoint", checkpoint,
                 "--num-frames", "5", "--height", "48", "--width", "32", "--steps", "2",
                 "--no-compilation-cache", "--out", folder / "out.mp4",
                 "--save-latents", folder / "latents.npz", *options,

@@ -1,5 +1,5 @@
-"""The parity notebook runs from the top in a clean kernel, once, and is committed as such a run left
-it.
+"""The parity notebook runs from the top in a clean kernel, once, and is committed as such a run
+left it.
 
 Its cells assert their numbers themselves.
 """

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import rounding
 
+from cosmos3_jax.checkpoint import load, random_checkpoint
 from cosmos3_jax.parallel import mesh, sharding
-from cosmos3_jax.checkpoint import random_checkpoint
-from cosmos3_jax.checkpoint import load
 
 import mesh_cases  # isort: skip
 

@@ -37,7 +37,7 @@ from cosmos3_jax.training.step import (
     init_state,
     train_step,
 )
-from examples.tiny import data, evaluate, grammar, sheets
+from examples.tiny import data, evaluate, grammar, running, sheets
 from examples.tiny import judge as jd
 from examples.tiny import scenes as sc
 from examples.tiny.scenes import Scene
@@ -175,20 +175,11 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=12, help="test sentences")
     parser.add_argument("--eval-batch", type=int, default=4)
     parser.add_argument("--sheet-rows", type=int, default=3, help="sentences on the sheet")
-    for field in dataclasses.fields(Tuning)[1:]:
-        name = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(name, type=type(field.default), default=field.default)
+    running.add_options(parser, Tuning)
     args = parser.parse_args()
-    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(Tuning)}
-    tuning = Tuning(**values | {"new": tuple(args.new.split(","))})
+    tuning = running.chosen(Tuning, args, new=tuple(args.new.split(",")))
     args.out.mkdir(parents=True, exist_ok=True)
-
-    def log(values: dict) -> None:
-        line = json.dumps(values)
-        print(line, flush=True)
-        with (args.out / "log.jsonl").open("a") as file:
-            file.write(line + "\n")
-
+    log = partial(running.log_line, args.out / "log.jsonl")
     folder = find_checkpoint(args.checkpoint)
     config, tokenizer = open_folder(folder)
     log({"tuning": dataclasses.asdict(tuning)})

@@ -1,7 +1,7 @@
 """The tiny model's tokenizer: every word of the world is one token, any other text is its bytes.
 
 Files and behaviour follow Qwen's (NFC, pre-tokeniser, byte-level BPE), so that
-`transformers.Qwen2TokenizerFast` and `cosmos3_jax.io.prompt.Tokenizer` give the same ids. The merges
+`transformers.Qwen2TokenizerFast` and `cosmos3_jax.models.tokenizer` give the same ids. The merges
 spell each word from its beginning: all that they can join is the beginning of a known word.
 """
 

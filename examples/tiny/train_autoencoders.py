@@ -155,10 +155,7 @@ def train(run: Run, model: Autoencoder, out: Path) -> State:
             if not np.isfinite(values["loss"]):
                 raise FloatingPointError(f"the loss is {values['loss']} at step {step}: {values}")
             seconds = round(before + time.monotonic() - began, 2)
-            line = json.dumps({"step": step, "seconds": seconds} | values)
-            with (out / LOG_FILE).open("a") as file:
-                file.write(line + "\n")
-            print(line, flush=True)
+            running.log_line(out / LOG_FILE, {"step": step, "seconds": seconds} | values)
         if step % run.save_every == 0 or step == run.steps:
             save(out, run, state)
     return state

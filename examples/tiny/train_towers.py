@@ -42,7 +42,7 @@ from cosmos3_jax.training.step import (
     init_state,
     train_step,
 )
-from examples.tiny import assemble, data, model, optimizers
+from examples.tiny import assemble, data, model, optimizers, running
 from examples.tiny.pacing import Pacer
 from examples.tiny.watch import Watch
 
@@ -178,7 +178,7 @@ def train(
     about = {"base": data.digest(base), "asked": steps}
     record = _record(out, run, about)
     step = make_step(run, config, jax.tree.map(jnp.asarray, negatives))
-    log = partial(_log, out)
+    log = partial(running.log_line, out / LOG_FILE)
     text = int(np.asarray(bank.lengths[0, 0]))
     media = math.prod(bank.video.shape[1:4]) + bank.sound.shape[1]
     flops = run.batch * model.flops_per_example(config.transformer, media, text)
@@ -266,13 +266,6 @@ def _forget(out: Path, step: int) -> None:
     (out / LOG_FILE).write_text("".join(f"{line}\n" for line in kept))
 
 
-def _log(out: Path, values: dict) -> None:
-    line = json.dumps(values)
-    print(line, flush=True)
-    with (out / LOG_FILE).open("a") as file:
-        file.write(line + "\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the towers of the tiny Cosmos3.")
     parser.add_argument("--base", type=Path, required=True, help="of `assemble base`")
@@ -288,18 +281,14 @@ def main() -> None:
     parser.add_argument("--sentences", type=int, default=64, help="that an evaluation generates")
     parser.add_argument("--every", type=int, default=50)
     parser.add_argument("--save-every", type=int, default=1000)
-    for field in dataclasses.fields(Run):
-        name, kind = f"--{field.name.replace('_', '-')}", type(field.default)
-        if kind is bool:
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=field.default)
-        else:
-            parser.add_argument(name, type=kind, default=field.default)
+    running.add_options(parser, Run)
     args = parser.parse_args()
-    run = Run(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Run)})
+    run = running.chosen(Run, args)
     if args.minutes is None and args.steps is None:
         parser.error("give --minutes or --steps")
     args.out.mkdir(parents=True, exist_ok=True)
-    _log(args.out, {"device": str(jax.devices()[0].device_kind), "jax": jax.__version__})
+    log = partial(running.log_line, args.out / LOG_FILE)
+    log({"device": str(jax.devices()[0].device_kind), "jax": jax.__version__})
     pool = data.processes(args.workers) if args.workers else None
     try:
         vaes = data.load_vaes(args.base, run.dtype)
@@ -310,7 +299,6 @@ def main() -> None:
         )  # fmt: skip
         watch = None
         if args.sentences:
-            log = partial(_log, args.out)
             watch = Watch(args.base, vaes, args.sentences, pool, log, run.dtype)
             watch.warm_up()
         train(
