@@ -4,9 +4,9 @@ and our float32, each against diffusers in float32, on the same random weights a
 python benchmarks/gpu_numerics.py --out FILE.json [--parts rope,transformer,sound_vae,video_vae]
 
 Exits 1 if a bar is missed. The file is written at the start and after every row: `complete` in it
-says whether the run came to its end, `unfinished` which parts did not. `--tiny` is a dry run of
-every line, on any machine. The transformer has two layers, which is every kind of layer there is:
-the text tower's last one differs.
+says whether the run came to its end, `unfinished` which parts did not. `--dry` runs every line
+at tiny sizes, on any machine. The transformer has two layers, which is every kind of layer there
+is: the text tower's last one differs.
 """
 
 import os
@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import dry
 import jax
 import jax.numpy as jnp
 import numerics_models as models
@@ -35,7 +36,7 @@ from diffusers.pipelines.cosmos.pipeline_cosmos3_omni import get_3d_mrope_ids_va
 
 from cosmos3_jax import attention, rope, sound_vae, transformer, video_vae
 from cosmos3_jax.bench_measure import device_peak_gib, environment
-from cosmos3_jax.config import Config, SoundVAEConfig, TransformerConfig, VideoVAEConfig
+from cosmos3_jax.config import Config, TransformerConfig
 
 RATIO = 1.2  # our bfloat16 error over diffusers': what another order of roundings may cost
 # Two float32 implementations that sum in other orders: 1e-6 at the CPU tests' widths. Sums here are
@@ -75,14 +76,14 @@ NANO = Sizes(
     (3, 30, 52),
     197,
 )
-TINY = Sizes(
+DRY = Sizes(
     Config(
         TransformerConfig(
             hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
             head_dim=32, intermediate_size=128, vocab_size=64, rope_axes_dim=(6, 5, 5),
         ),
-        VideoVAEConfig(base_dim=8, decoder_base_dim=8),
-        SoundVAEConfig(dec_dim=8, enc_dim=8),
+        dry.CONFIG.video_vae,
+        dry.CONFIG.sound_vae,
     ),
     (Case((6, 5, 3), 20, False, 8), Case((6, 5, 3), 150, True, 8)),
     (3, 3, 5),
@@ -303,13 +304,13 @@ def run(sizes: Sizes, parts: list[str], out: Path) -> dict:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parts", default=",".join(PARTS))
-    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--dry", action="store_true", help="tiny sizes")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
     parts = options.parts.split(",")
     if unknown := set(parts) - PARTS.keys():
         parser.error(f"unknown parts {', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
-    result = run(TINY if options.tiny else NANO, parts, options.out)
+    result = run(DRY if options.dry else NANO, parts, options.out)
     print("\n".join(result["failures"]) or "every bar is met", result["seconds"])
     return 1 if result["failures"] else 0
 

@@ -1,11 +1,11 @@
 """What it costs to start from an image or a clip: whole generations with and without, in turns.
 
 python benchmarks/image_to_video.py CHECKPOINT --out FILE.json [--modes t2v,i2v] [--size 720p]
-    [--steps 35]
+    [--steps 35] [--dry]
 
 One process, one model, everything compiled beforehand by `Cosmos3.warmup`. Each mode runs once in
 the order given, so that a mode named twice is run twice; a whole loop at 720p is minutes long. The
-file is rewritten after every run.
+file is rewritten after every run. `--dry` takes tiny sizes, for a tiny checkpoint.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import statistics
 import time
 from pathlib import Path
 
+import dry
 import jax
 import numpy as np
 
@@ -21,6 +22,7 @@ from cosmos3_jax import Cosmos3, bench, device
 from cosmos3_jax.bench_measure import GIB, environment
 from cosmos3_jax.media import write_text
 from cosmos3_jax.programs import encode_given
+from cosmos3_jax.request import T2VRequest
 
 PROMPT = "A red sports car drives along a coastal road at sunset, the camera follows. " * 3
 NEGATIVE = "Blurry, shaky, overexposed, with compression blocks and a watermark. " * 3
@@ -37,25 +39,25 @@ def smooth_frames(count: int, height: int, width: int) -> np.ndarray:
     return np.uint8(127.5 + 127 * np.moveaxis(np.asarray(waves), 1, -1))
 
 
-def encoding(model: Cosmos3, clean_video: np.ndarray, latent_frames: int) -> dict:
+def encoding(model: Cosmos3, request: T2VRequest) -> dict:
     """The encoder alone, compiled and warm."""
-    arguments = model.params["video_vae"], jax.device_put(clean_video)
-    options = {"latent_frames": latent_frames, "config": model.config}
-    memory = encode_given.lower(*arguments, **options).compile().memory_analysis()
+    pixels = jax.device_put((request.clean_video, request.frame_mask))
+    arguments = model.params["video_vae"], *pixels
+    memory = encode_given.lower(*arguments, config=model.config).compile().memory_analysis()
     samples = []
     for _ in range(REPEATS + 1):
         start = time.perf_counter()
-        jax.block_until_ready(encode_given(*arguments, **options))
+        jax.block_until_ready(encode_given(*arguments, config=model.config))
         samples.append(time.perf_counter() - start)
     return {
-        "pixel_frames": clean_video.shape[2],
+        "pixel_frames": request.clean_video.shape[2],
         "seconds": statistics.median(samples[1:]),
         "samples": samples[1:],
         "temporary_gib": memory.temp_size_in_bytes / GIB,
     }
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint")
     parser.add_argument("--out", type=Path, required=True)
@@ -63,14 +65,16 @@ def main() -> None:
     parser.add_argument("--size", choices=bench.SIZES, default="720p")
     parser.add_argument("--num-frames", type=int, default=189)
     parser.add_argument("--steps", type=int, default=35)
-    options = parser.parse_args()
+    parser.add_argument("--dry", action="store_true", help="tiny sizes")
+    options = parser.parse_args(arguments)
     modes = options.modes.split(",")
-    height, width = bench.SIZES[options.size]
+    height, width = (dry.HEIGHT, dry.WIDTH) if options.dry else bench.SIZES[options.size]
     frames = smooth_frames(5, height, width)
     given = {"t2v": {}, "i2v": {"image": frames[0]}, "v2v": {"video": frames}}
     settings = {
         "negative_prompt": NEGATIVE, "height": height, "width": width,
-        "num_frames": options.num_frames, "num_inference_steps": options.steps, "fps": 24.0,
+        "num_frames": dry.FRAMES if options.dry else options.num_frames,
+        "num_inference_steps": options.steps, "fps": 24.0,
     }  # fmt: skip
     model = Cosmos3.from_pretrained(options.checkpoint, "bfloat16", offload=False)
     record = environment() | {
@@ -83,8 +87,7 @@ def main() -> None:
         record["warmup_seconds"][mode] = time.perf_counter() - start
         request = model.prepare(PROMPT, **settings, **given[mode])
         if request.clean_video is not None:
-            frames_of_latents = request.video_shape[0]
-            record["encoding"][mode] = encoding(model, request.clean_video, frames_of_latents)
+            record["encoding"][mode] = encoding(model, request)
     for mode in modes:
         start = time.perf_counter()
         request = model.prepare(PROMPT, **settings, **given[mode])

@@ -1,9 +1,10 @@
 """Time the full-size model's matrix products, attention and convolutions, each in several forms.
 
-python benchmarks/kernels.py [gemm] [attention] [conv] --out FILE.json
+python benchmarks/kernels.py [gemm] [attention] [conv] --out FILE.json [--dry]
 
 Without a name, all three. One form beside another tells what to choose before the model is changed.
-Attention needs a Hopper GPU, products and convolutions any with enough memory.
+Attention needs a Hopper GPU, products and convolutions any with enough memory. `--dry` takes tiny
+sizes; without a GPU attention is lowered for one, not run, and its rows have no time.
 """
 
 import argparse
@@ -13,25 +14,76 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 # Not `jax.nn.dot_product_attention`, which returns no log-sum-exps: `split` merges by them.
+from jax._src.cudnn import fused_attention_stablehlo
 from jax._src.cudnn.fused_attention_stablehlo import MaskType
 from jax._src.cudnn.fused_attention_stablehlo import dot_product_attention as cudnn_attention
 
 from cosmos3_jax.bench_measure import environment
+from cosmos3_jax.device import default_device
 from cosmos3_jax.flash_attention import flash_attention
 
-TOKENS = {"720p": 44160, "480p": 18720, "256p": 5760}  # 256p: both guidance branches as one batch
-GEMMS = {"qkv": (4096, 6144), "out": (4096, 4096), "gate_up": (4096, 24576), "down": (12288, 4096)}
-VIDEO = {"720p": (1, 44160), "480p": (1, 18720), "256p": (2, 2880)}  # batch, tokens
+CUDNN = 91000  # the version that a lowering without a GPU is for
+
+
+class Sizes(NamedTuple):
+    """What is measured.
+
+    Attributes:
+        tokens: of a product, by size of the video.
+        gemms: in and out channels of a layer's products.
+        video: batch and tokens of attention, by size of the video.
+        convs: frames, rows, columns, in and out channels of the decoder's convolutions.
+        picture: the same of a convolution of single pictures.
+    """
+
+    tokens: dict[str, int]
+    gemms: dict[str, tuple[int, int]]
+    video: dict[str, tuple[int, int]]
+    convs: tuple[tuple[int, int, int, int, int], ...]
+    picture: tuple[int, int, int, int, int]
+
+
+NANO = Sizes(
+    tokens={"720p": 44160, "480p": 18720, "256p": 5760},  # 256p: both branches as one batch
+    gemms={
+        "qkv": (4096, 6144),
+        "out": (4096, 4096),
+        "gate_up": (4096, 24576),
+        "down": (12288, 4096),
+    },
+    video={"720p": (1, 44160), "480p": (1, 18720), "256p": (2, 2880)},
+    convs=(
+        (2, 90, 160, 1024, 1024),
+        (4, 180, 320, 1024, 512),
+        (4, 180, 320, 512, 512),
+        (4, 360, 640, 512, 256),
+        (4, 360, 640, 256, 256),
+    ),
+    picture=(4, 360, 640, 512, 512),
+)
+DRY = Sizes(
+    tokens={"dry": 6},
+    gemms={"qkv": (8, 12)},
+    video={"dry": (2, 256)},
+    convs=((2, 3, 4, 8, 4),),
+    picture=(2, 3, 4, 8, 8),
+)
 
 
 def random(shape: tuple[int, ...], seed: int = 0) -> Array:
     return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+
+
+def on_gpu() -> bool:
+    return default_device().platform == "gpu"
 
 
 def seconds(function: Callable, *arguments, repeats: int = 5, inner: int = 4) -> float:
@@ -49,15 +101,27 @@ def seconds(function: Callable, *arguments, repeats: int = 5, inner: int = 4) ->
     return statistics.median(samples)
 
 
-def row(name: str, duration: float, flops: float) -> dict:
+def attention_seconds(function: Callable, *arguments) -> float | None:
+    """The same of a form that needs a GPU. Without one it is lowered alone: None."""
+    if on_gpu():
+        return seconds(function, *arguments, repeats=3, inner=2)
+    with mock.patch.object(fused_attention_stablehlo, "check_cudnn_version", lambda: CUDNN):
+        jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
+    return None
+
+
+def row(name: str, duration: float | None, flops: float) -> dict:
+    if duration is None:
+        print(f"{name:60} lowered", flush=True)
+        return {"name": name, "ms": None, "tflops": None}
     print(f"{name:60} {duration * 1e3:9.3f} ms {flops / duration / 1e12:8.1f} TFLOP/s", flush=True)
     return {"name": name, "ms": duration * 1e3, "tflops": flops / duration / 1e12}
 
 
-def gemm() -> Iterator[dict]:
+def gemm(sizes: Sizes) -> Iterator[dict]:
     """Products of a layer, with the weight stored [in, out] and [out, in]."""
-    for size, tokens in TOKENS.items():
-        for name, (k, n) in GEMMS.items():
+    for size, tokens in sizes.tokens.items():
+        for name, (k, n) in sizes.gemms.items():
             x = random((tokens, k))
             layouts = {"kn": ("sk,kn->sn", (k, n)), "nk": ("sk,nk->sn", (n, k))}
             for layout, (equation, shape) in layouts.items():
@@ -91,9 +155,11 @@ def split(q: Array, k: Array, v: Array, large: int, length: int) -> Array:
     return (a + weight * (b - a)).astype(q.dtype)
 
 
-def attention() -> Iterator[dict]:
+def attention(sizes: Sizes) -> Iterator[dict]:
     """Video over video and text keys: with a mask, without, split, and by our kernel."""
-    for size, (batch, tokens) in VIDEO.items():
+    # What is lowered alone needs no values.
+    draw = random if on_gpu() else lambda *x: jax.eval_shape(lambda: random(*x))
+    for size, (batch, tokens) in sizes.video.items():
         # Queries, keys, and what the form is told: how many keys are real, how many are the first.
         cases = {
             "video only, aligned": (tokens, tokens, {}),
@@ -113,15 +179,14 @@ def attention() -> Iterator[dict]:
             ),
         }  # fmt: skip
         for name, (queries, keys, told) in cases.items():
-            q = random((batch, queries, 32, 128))
-            k, v = random((batch, keys, 8, 128), 1), random((batch, keys, 8, 128), 2)
+            q = draw((batch, queries, 32, 128))
+            k, v = draw((batch, keys, 8, 128), 1), draw((batch, keys, 8, 128), 2)
             flops = 4 * batch * queries * keys * 32 * 128
             form = partial(split if "large" in told else attend, **told)
-            duration = seconds(form, q, k, v, repeats=3, inner=2)
-            yield row(f"attention {size} {name}", duration, flops)
+            yield row(f"attention {size} {name}", attention_seconds(form, q, k, v), flops)
             if "large" not in told:
                 real = jnp.full((batch,), told.get("length", keys), jnp.int32)
-                duration = seconds(flash_attention, q, k, v, real, repeats=3, inner=2)
+                duration = attention_seconds(flash_attention, q, k, v, real)
                 yield row(f"attention {size} {name}, our kernel", duration, flops)
 
 
@@ -153,16 +218,9 @@ def conv_summed(x: Array, w: Array) -> Array:
     return sum(conv2d(x[:, i : i + frames], w[i]) for i in range(3))
 
 
-def conv() -> Iterator[dict]:
+def conv(sizes: Sizes) -> Iterator[dict]:
     """The 720p decoder's convolutions, one and two latent frames at a time."""
-    shapes = [
-        (2, 90, 160, 1024, 1024),
-        (4, 180, 320, 1024, 512),
-        (4, 180, 320, 512, 512),
-        (4, 360, 640, 512, 256),
-        (4, 360, 640, 256, 256),
-    ]
-    for frames, height, width, channels, features in shapes:
+    for frames, height, width, channels, features in sizes.convs:
         for chunk in (1, 2):
             t = frames * chunk
             x = random((1, t + 2, height, width, channels))
@@ -171,26 +229,30 @@ def conv() -> Iterator[dict]:
             for form in (conv3d, conv_folded, conv_summed):
                 name = f"conv {t}x{height}x{width} {channels}->{features} {form.__name__}"
                 yield row(name, seconds(form, x, w, repeats=3), flops)
-    x, w = random((1, 4, 360, 640, 512)), random((3, 3, 512, 512), 1) * (9 * 512) ** -0.5
-    flops = 2 * 9 * 512 * 512 * 4 * 360 * 640
-    yield row("conv2d 4x360x640 512->512", seconds(conv2d, x, w), flops)
+    frames, height, width, channels, features = sizes.picture
+    x = random((1, frames, height, width, channels))
+    w = random((3, 3, channels, features), 1) * (9 * channels) ** -0.5
+    flops = 2 * 9 * channels * features * frames * height * width
+    name = f"conv2d {frames}x{height}x{width} {channels}->{features}"
+    yield row(name, seconds(conv2d, x, w), flops)
 
 
 KINDS = {"gemm": gemm, "attention": attention, "conv": conv}
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kinds", nargs="*", metavar="kind", help=f"of {', '.join(KINDS)}")
     parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
+    parser.add_argument("--dry", action="store_true", help="tiny sizes")
+    options = parser.parse_args(arguments)
     kinds = options.kinds or list(KINDS)
     if unknown := set(kinds) - KINDS.keys():
         parser.error(f"unknown kinds {', '.join(sorted(unknown))}: choose from {', '.join(KINDS)}")
     result = environment() | {"complete": False}
     for kind in kinds:
         start, result[kind] = time.perf_counter(), []
-        for found in KINDS[kind]():
+        for found in KINDS[kind](DRY if options.dry else NANO):
             result[kind].append(found)
             options.out.write_text(json.dumps(result, indent=2) + "\n")
         print(f"{kind}: {time.perf_counter() - start:.0f} s in all", flush=True)

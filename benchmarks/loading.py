@@ -1,9 +1,10 @@
 """How fast a checkpoint reaches the device, part by part, and beside what the machine can do.
 
-python benchmarks/loading.py FOLDER --out FILE.json
+python benchmarks/loading.py FOLDER --out FILE.json [--dry]
 
 The files are read once before, so that they come from memory if there is enough of it: what is
 timed is our own work and the link to the device, not the disk. (A cold disk is slower than both.)
+`--dry` is for a tiny folder: it sends little over the link.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from cosmos3_jax.weights import Weights
 
 GIB = 2**30
 LINK_BYTES = GIB
+DRY_LINK_BYTES = 2**20
 READ_BYTES = 2**24
 
 
@@ -36,29 +38,30 @@ def read_all(folder: Path) -> dict[str, float]:
     return rate(size, time.perf_counter() - start)
 
 
-def link() -> dict[str, float]:
+def link(size: int) -> dict[str, float]:
     """The rate of one large array from ordinary host memory to the device, after one to warm up."""
-    values = np.ones(LINK_BYTES, np.uint8)
+    values = np.ones(size, np.uint8)
     for _ in range(2):
         start = time.perf_counter()
         jax.device_put(values).block_until_ready()
         seconds = time.perf_counter() - start
-    return rate(LINK_BYTES, seconds)
+    return rate(size, seconds)
 
 
 def rate(size: int, seconds: float) -> dict[str, float]:
     return {"gib": size / GIB, "seconds": seconds, "gib_per_second": size / GIB / seconds}
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="a checkpoint")
     parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
+    parser.add_argument("--dry", action="store_true", help="little over the link")
+    options = parser.parse_args(arguments)
     found = {"first read": read_all(options.folder), "second read": read_all(options.folder)}
     config, _ = load_frontend(options.folder, load_sound=None)
     components = load.open_components(options.folder, config)
-    found["link"] = link()
+    found["link"] = link(DRY_LINK_BYTES if options.dry else LINK_BYTES)
     weights = Weights.of_checkpoint(components, jnp.dtype("bfloat16"), offload=True)
     for part in weights.parts:
         start = time.perf_counter()

@@ -18,11 +18,12 @@ import time
 from functools import partial
 from pathlib import Path
 
+import dry
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from scaling import DRY, NANO
+from scaling import NANO
 
 from cosmos3_jax import bench, bench_inputs, lora, startup, transformer
 from cosmos3_jax.bench_measure import GIB, device_peak_gib, environment
@@ -187,7 +188,7 @@ def take_steps(
     return state, losses, samples
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--size", choices=bench.SIZES, default="480p")
@@ -197,10 +198,10 @@ def main() -> None:
     parser.add_argument("--apart", action="store_true", help="layers one by one, not in a scan")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--dry", action="store_true", help="tiny sizes")
-    options = parser.parse_args()
-    height, width = (48, 64) if options.dry else bench.SIZES[options.size]
-    config = DRY if options.dry else NANO
-    frames = 5 if options.dry else options.num_frames
+    options = parser.parse_args(arguments)
+    height, width = (dry.HEIGHT, dry.WIDTH) if options.dry else bench.SIZES[options.size]
+    config = dry.SILENT if options.dry else NANO
+    frames = dry.FRAMES if options.dry else options.num_frames
     job = bench.Job(num_frames=frames, height=height, width=width, negative_tokens=0, steps=1)
     dtype = jnp.dtype("float32" if options.dry else startup.default_dtype())
     settings = {k: v for k, v in vars(options).items() if k != "out"}

@@ -1,10 +1,11 @@
 """Write a checkpoint of Nano's sizes with random weights, in the converted layout: 29 GiB of it.
 
-python benchmarks/random_checkpoint.py FOLDER
+python benchmarks/random_checkpoint.py FOLDER [--dry]
 
 For what needs files rather than arrays: loading, `--offload`, the whole command line. The tokenizer
 is that of `random`. Weights repeat a block of normal values: a GPU cannot tell, and to draw
 16 billion would take minutes. It needs no GPU.
+`--dry` writes tiny sizes, for the dry runs of `loading.py` and `image_to_video.py`.
 """
 
 import argparse
@@ -12,16 +13,16 @@ import dataclasses
 import json
 import math
 import multiprocessing
-import shutil
 import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import dry
 import ml_dtypes
 import numpy as np
 
-from cosmos3_jax import random_checkpoint, sound_vae, transformer, video_vae
+from cosmos3_jax import sound_vae, transformer, video_vae
 from cosmos3_jax.checkpoint.files import plan_shards, shard_name, write_index, write_shard
 from cosmos3_jax.checkpoint.load import CONVERTED_STEM, TOKENIZER_FOLDER, converted_layout
 from cosmos3_jax.checkpoint.rules import Layout, leaf_shapes
@@ -29,16 +30,19 @@ from cosmos3_jax.checkpoint.sound_vae_layout import sound_vae_layout
 from cosmos3_jax.checkpoint.transformer_layout import transformer_layout
 from cosmos3_jax.checkpoint.video_vae_layout import video_vae_layout
 from cosmos3_jax.config import Config
+from cosmos3_jax.tiny_tokenizer import write_tokenizer
 
 WRITERS = 8
 BLOCK = np.random.RandomState(0).standard_normal(2**22 + 1).astype(np.float32)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    folder, start = parser.parse_args().folder, time.perf_counter()
-    size = write_random_checkpoint(folder, Config())
+    parser.add_argument("--dry", action="store_true", help="tiny sizes")
+    options, start = parser.parse_args(arguments), time.perf_counter()
+    folder = options.folder
+    size = write_random_checkpoint(folder, dry.CONFIG if options.dry else Config())
     seconds = time.perf_counter() - start
     print(f"wrote {size / 2**30:.1f} GiB to {folder} in {seconds:.0f} s")
 
@@ -46,26 +50,28 @@ def main() -> None:
 def write_random_checkpoint(folder: Path, config: Config) -> int:
     """Write configurations, tokenizer and weights; the bytes of the weights."""
     towers, vae, sound = config.transformer, config.video_vae, config.sound_vae
-    size = 0
-    for name, values, layout, shapes in (
-        ("transformer", towers, transformer_layout(towers), transformer.param_shapes(towers)),
-        ("vae", vae, video_vae_layout(vae), video_vae.param_shapes(vae)),
-        (
-            "sound_tokenizer",
-            sound,
-            sound_vae_layout(sound, True),
-            sound_vae.param_shapes(sound, True),
+    parts = {
+        "transformer": (towers, transformer_layout(towers), transformer.param_shapes(towers)),
+        "vae": (vae, video_vae_layout(vae), video_vae.param_shapes(vae)),
+        "sound_tokenizer": (
+            sound, sound_vae_layout(sound, True), sound_vae.param_shapes(sound, True),
         ),
-    ):
-        (folder / name).mkdir(parents=True)
-        text = json.dumps(dataclasses.asdict(values), indent=2)
-        (folder / name / "config.json").write_text(text + "\n")
-        size += _write_component(folder / name, layout, leaf_shapes(shapes))
-    shutil.copytree(random_checkpoint.cached() / TOKENIZER_FOLDER, folder / TOKENIZER_FOLDER)
+    }  # fmt: skip
+    size = 0
+    # Not forked: JAX has threads by now.
+    with ProcessPoolExecutor(WRITERS, multiprocessing.get_context("spawn")) as pool:
+        for name, (values, layout, shapes) in parts.items():
+            (folder / name).mkdir(parents=True)
+            text = json.dumps(dataclasses.asdict(values), indent=2)
+            (folder / name / "config.json").write_text(text + "\n")
+            size += _write_component(pool, folder / name, layout, leaf_shapes(shapes))
+    write_tokenizer(folder / TOKENIZER_FOLDER)
     return size
 
 
-def _write_component(folder: Path, public: Layout, leaves: dict[str, tuple[int, ...]]) -> int:
+def _write_component(
+    pool: ProcessPoolExecutor, folder: Path, public: Layout, leaves: dict[str, tuple[int, ...]]
+) -> int:
     shapes = {
         rule.keys[0]: leaves[rule.leaf][len(rule.index) :]
         for rule in converted_layout(public, leaves).rules
@@ -77,10 +83,7 @@ def _write_component(folder: Path, public: Layout, leaves: dict[str, tuple[int, 
     sizes = {key: math.prod(shape) * dtypes[key].itemsize for key, shape in shapes.items()}
     shards = plan_shards(sizes)
     names = [shard_name(CONVERTED_STEM, i, len(shards)) for i in range(len(shards))]
-    # Not forked: JAX has threads by now.
-    with ProcessPoolExecutor(WRITERS, multiprocessing.get_context("spawn")) as pool:
-        write = partial(_write, folder, shapes, dtypes)
-        list(pool.map(write, names, shards))
+    list(pool.map(partial(_write, folder, shapes, dtypes), names, shards))
     index = folder / f"{CONVERTED_STEM}.safetensors.index.json"
     write_index(index, zip(names, shards, strict=True), sum(sizes.values()))
     return sum(sizes.values())

@@ -18,28 +18,20 @@ import re
 import time
 from pathlib import Path
 
+import dry
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from cosmos3_jax import bench, bench_inputs, sharding, startup, transformer
 from cosmos3_jax.bench_measure import GIB, environment, measure
-from cosmos3_jax.config import Config, TransformerConfig, VideoVAEConfig
+from cosmos3_jax.config import Config
 from cosmos3_jax.generate import is_one_batch
 from cosmos3_jax.media import write_text
 from cosmos3_jax.mesh import make_mesh, parse_mesh
 from cosmos3_jax.programs import decode_video, encode_conditions, sample_latents
 from cosmos3_jax.request import T2VRequest, initial_noise
 
-DRY = Config(
-    transformer=TransformerConfig(
-        hidden_size=128, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4,
-        head_dim=32, intermediate_size=256, vocab_size=512, rope_axes_dim=(6, 5, 5),
-        sound_gen=False,
-    ),
-    video_vae=VideoVAEConfig(base_dim=8, decoder_base_dim=8, num_res_blocks=1),
-    sound_vae=None,
-)  # fmt: skip
 NANO = bench_inputs.silent(Config())
 SUPER = dataclasses.replace(
     NANO,
@@ -53,6 +45,7 @@ BLOCK_BITS = 22  # 4 million random weights, which all are taken from
 ITEM_BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "u8": 1}
 KINDS = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
+weight_shapes = functools.cache(bench_inputs.weight_shapes)  # the same on every mesh
 CALLED = re.compile(r"(body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 
 
@@ -155,7 +148,7 @@ def random_params(config: Config, dtype: jnp.dtype, mesh: jax.sharding.Mesh) -> 
 
     block = jax.random.normal(jax.random.key(0), 2**BLOCK_BITS)
     block = jax.device_put(block, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
-    leaves, tree = jax.tree.flatten_with_path(bench_inputs.weight_shapes(config, dtype))
+    leaves, tree = jax.tree.flatten_with_path(weight_shapes(config, dtype))
     made = []
     for seed, (path, leaf) in enumerate(leaves):
         name = "/".join(key.key for key in path)
@@ -223,7 +216,7 @@ def run(config: Config, job: bench.Job, name: str, dtype: jnp.dtype) -> dict:
     return found
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--size", choices=bench.SIZES, default="720p")
@@ -235,11 +228,11 @@ def main() -> None:
     )
     parser.add_argument("--model", choices=MODELS, default="nano")
     parser.add_argument("--dry", action="store_true", help="tiny sizes")
-    options = parser.parse_args()
-    height, width = (48, 64) if options.dry else bench.SIZES[options.size]
-    config = DRY if options.dry else MODELS[options.model]
+    options = parser.parse_args(arguments)
+    height, width = (dry.HEIGHT, dry.WIDTH) if options.dry else bench.SIZES[options.size]
+    config = dry.SILENT if options.dry else MODELS[options.model]
     job = bench.Job(
-        num_frames=5 if options.dry else options.num_frames, height=height, width=width,
+        num_frames=dry.FRAMES if options.dry else options.num_frames, height=height, width=width,
         steps=options.steps, repeats=options.repeats,
     )  # fmt: skip
     dtype = jnp.dtype(startup.default_dtype())

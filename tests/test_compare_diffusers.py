@@ -1,4 +1,7 @@
-"""The comparison with diffusers: both sides do the same work, on weights that are all there."""
+"""The comparison with diffusers: its arithmetic, and weights that are all there.
+
+That both sides do the same work is in `test_benchmarks.py`.
+"""
 
 import dataclasses
 import json
@@ -21,7 +24,7 @@ from cosmos3_jax import bench, cli, device, random_checkpoint, transformer, vide
 from cosmos3_jax.config import Config  # noqa: E402
 
 SIZE = compare.TINY
-JOB = dataclasses.replace(compare.TINY_JOB, text_tokens=41, negative_tokens=37)
+JOB = dataclasses.replace(compare.TINY_JOB, text_tokens=40)
 
 
 @pytest.fixture(scope="module")
@@ -37,54 +40,6 @@ def pipeline(config):
     return oracle_model.build_pipeline(config, "float32", JOB)
 
 
-@pytest.fixture(scope="module")
-def report(config):
-    """Both sides in this process, every step of the job."""
-    report = compare_report.new_report({SIZE: JOB}, {})
-    jax.config.update("jax_disable_most_optimizations", True)  # half the time to compile
-    try:
-        for run in (compare.run_ours, compare.run_diffusers):
-            for event in run(config, {SIZE: JOB}, "float32", compiled=False):
-                compare_report.merge(report, event)
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
-    return report
-
-
-def numbers(value):
-    if isinstance(value, dict):
-        return [n for entry in value.values() for n in numbers(entry)]
-    if isinstance(value, list):
-        return [n for entry in value for n in numbers(entry)]
-    return [value] if isinstance(value, (int, float)) and not isinstance(value, bool) else []
-
-
-def test_both_sides_do_the_same_work_and_say_how_long(report):
-    entry = json.loads(json.dumps(report))["sizes"][SIZE]
-    eager = entry["diffusers"]["eager"]
-    assert not report["failed"]
-    assert entry["ours"]["work"] == eager["work"] == {
-        "text_tokens": 41, "negative_tokens": 37, "video_tokens": 3 * 2 * 3, "video": [9, 64, 96],
-        "passes_per_step": 2,
-    }  # fmt: skip
-    for side in (entry["ours"], eager):
-        assert side["steps_timed"] == JOB.steps and side["passes"] == 2 * JOB.steps
-    assert entry["total_formed_by"] == {
-        "ours": "condition + one loop of all 2 steps + decode",
-        "diffusers": "all 2 steps of one call + decode",
-    }
-    assert entry["ratios"]["same_work"] and entry["ratios"]["compared_with"] == "eager"
-    assert entry["variants_run"] == ["eager"]
-    assert len(eager["step_samples"]) == JOB.steps
-    assert entry["ours"]["finite"] and eager["finite"]
-    found = numbers([entry["ours"], eager, entry["ratios"]])
-    assert len(found) > 20 and all(0 < value < math.inf for value in found)
-    assert eager["attention_seconds"][eager["backend"]] > 0
-    lines = compare_report.table(report).splitlines()
-    assert any("compared with" in line for line in lines)
-    assert f"{SIZE} compiled: not run" in lines and f"{SIZE} eager: not run" not in lines
-
-
 @pytest.fixture
 def bench_file():
     """What `cosmos3-jax bench` writes of the tiny job."""
@@ -98,9 +53,9 @@ def bench_file():
     }  # fmt: skip
 
 
-def test_our_side_from_a_file(report, bench_file, tmp_path, monkeypatch):
+def test_our_side_from_a_file(pipeline, bench_file, tmp_path, monkeypatch):
     """`--only diffusers --ours FILE`: whole jobs measured before, their side now."""
-    eager = report["sizes"][SIZE]["diffusers"]["eager"]
+    eager = oracle_model.measure_job(pipeline, JOB, JOB.steps)
     device = {"device": "another chip"}
     ours, out = tmp_path / "ours.json", tmp_path / "out.json"
     ours.write_text(json.dumps(bench_file))
@@ -110,19 +65,32 @@ def test_our_side_from_a_file(report, bench_file, tmp_path, monkeypatch):
         yield {"size": SIZE, "side": "eager", "found": eager}
 
     monkeypatch.setattr(compare, "in_child", in_child)
-    command = ["--tiny", "--only", "diffusers", "--ours", str(ours), "--out", str(out)]
+    command = ["--dry", "--only", "diffusers", "--ours", str(ours), "--out", str(out)]
     written = compare.main(command)
     found = written["sizes"][SIZE]
     assert written == json.loads(out.read_text())
     seconds = 0.1 + 1.0 + 0.1  # condition, both steps, decode
     assert found["ours"]["total_seconds"] == pytest.approx(seconds)
-    assert found["ratios"]["eager"]["ratio"] == pytest.approx(eager["total_seconds"] / seconds)
+    assert found["ratios"]["eager"]["ratio"] == pytest.approx(
+        compare_report.summed(eager, JOB.steps)["total_seconds"] / seconds
+    )
     different, lengths = written["failed"]
     assert "ours on cpu, diffusers on another chip" in different
-    assert lengths == f"{SIZE}: the two sides did not do the same work"  # 41 tokens there, 40 here
+    assert lengths == f"{SIZE}: the two sides did not do the same work"  # 40 tokens there, 41 here
     assert lengths in compare_report.table(written)
     device["device"] = "cpu"
     assert compare.main(command)["failed"] == [lengths]
+
+
+def test_a_side_in_a_process_of_its_own(bench_file, config, tmp_path):
+    """Its events come one by one; that it failed after the first is an event too."""
+    path = tmp_path / "ours.json"
+    bench_file["results"][SIZE]["job"]["steps"] = 3
+    path.write_text(json.dumps(bench_file))
+    jobs = {SIZE: compare.TINY_JOB}
+    first, second = compare.in_child(compare.read_ours, path, config, jobs)
+    assert first["side"] == "ours" and first["environment"]["dtype"] == "bfloat16"
+    assert second == {"failed": "read_ours ended with exit code 1"}
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_a_run_that_is_cut_off_shows(script, tmp_path, monkeypatch):
     monkeypatch.setattr(script.models, "save_checkpoint", lambda folder, config: None)
     monkeypatch.setitem(script.PARTS, "rope", lambda sizes, folder: iter([row]))
     monkeypatch.setitem(script.PARTS, "video_vae", cut_off)
-    command = ["--tiny", "--out", str(out), "--parts", "rope,video_vae"]
+    command = ["--dry", "--out", str(out), "--parts", "rope,video_vae"]
     with pytest.raises(KeyboardInterrupt):
         script.main(command)
     found = json.loads(out.read_text())
@@ -117,7 +117,7 @@ def test_a_run_that_is_cut_off_shows(script, tmp_path, monkeypatch):
 
 def test_a_run_to_the_end_is_complete(script, tmp_path, monkeypatch):
     out = tmp_path / "out.json"
-    command = ["--tiny", "--out", str(out), "--parts", "rope"]
+    command = ["--dry", "--out", str(out), "--parts", "rope"]
     assert script.main(command) == 0
     found = json.loads(out.read_text())
     assert found["complete"] is True and found["parts"] == ["rope"] and not found["unfinished"]

@@ -1,6 +1,9 @@
-"""The count of bytes between devices that the benchmark of scaling reads in a compiled program."""
+"""The count of bytes between devices that the benchmark of scaling reads in a compiled program.
 
-import importlib.util
+That paper and program agree at tiny sizes is in `test_benchmarks.py`.
+"""
+
+import importlib
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +15,9 @@ from cosmos3_jax.config import Config
 
 @pytest.fixture(scope="module")
 def scaling():
-    path = Path(__file__).parents[1] / "benchmarks" / "scaling.py"
-    spec = importlib.util.spec_from_file_location("scaling", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+        yield importlib.import_module("scaling")
 
 
 GROUPS = {

@@ -1,0 +1,25 @@
+"""The sizes of a dry run: few layers, so that a benchmark's own lines run in seconds.
+
+`--dry` of a benchmark takes them in place of Nano's, through the same functions. Its figures mean
+nothing.
+"""
+
+from cosmos3_jax.bench_inputs import silent
+from cosmos3_jax.config import Config, SoundVAEConfig, TransformerConfig, VideoVAEConfig
+
+FRAMES, HEIGHT, WIDTH = 5, 16, 24  # pixels of a video
+CONFIG = Config(
+    TransformerConfig(
+        hidden_size=128, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4,
+        head_dim=32, intermediate_size=256, vocab_size=512, rope_axes_dim=(6, 5, 5),
+    ),
+    VideoVAEConfig(
+        base_dim=8, decoder_base_dim=8, num_res_blocks=1, dim_mult=(1, 1),
+        temperal_downsample=(True,), scale_factor_spatial=4, scale_factor_temporal=2,
+    ),
+    SoundVAEConfig(
+        dec_dim=8, enc_dim=8, enc_num_blocks=1, enc_c_mults=(1, 2), enc_strides=(5, 24),
+        dec_c_mults=(1, 2), dec_strides=(40, 48),
+    ),
+)  # fmt: skip
+SILENT = silent(CONFIG)

@@ -1,0 +1,220 @@
+"""Every script in `benchmarks/` runs dry: its own lines, tiny sizes, on a CPU.
+
+A script that calls what is no longer there, or is not called that way, fails here by its name. So
+does one without an entry in `RUNS`: give it `--dry`, and a function that says what it must write.
+"""
+
+import ast
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from cosmos3_jax.checkpoint import load
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+FILES = {path.stem: path.read_text("utf-8") for path in sorted(BENCHMARKS.glob("*.py"))}
+SCRIPTS = [name for name, text in FILES.items() if "__main__" in text]
+MESHES = ("one", "cfg=2,seq=2", "data=2,fsdp=2")
+STEPS = 12
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*TF32:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning"),
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def path():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        yield
+
+
+@pytest.fixture
+def report(tmp_path):
+    """(script, *arguments) -> what it writes in a dry run in this process."""
+
+    def run(name: str, *arguments: str) -> dict:
+        out = tmp_path / f"{name}.json"
+        command = [*arguments, "--dry", "--out", str(out)]
+        returned = importlib.import_module(name).main(command)
+        assert not returned or isinstance(returned, dict)  # the exit status is 0
+        return json.loads(out.read_text("utf-8"))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """What `random_checkpoint.py` writes, for those that read one."""
+    folder = tmp_path_factory.mktemp("random") / "checkpoint"
+    importlib.import_module("random_checkpoint").main([str(folder), "--dry"])
+    return folder
+
+
+def numbers(value) -> list[float]:
+    if isinstance(value, dict | list):
+        inner = value.values() if isinstance(value, dict) else value
+        return [n for entry in inner for n in numbers(entry)]
+    return [value] if isinstance(value, int | float) and not isinstance(value, bool) else []
+
+
+def positive(*values) -> bool:
+    found = numbers(list(values))
+    return bool(found) and all(0 < value < math.inf for value in found)
+
+
+def compare_diffusers(report, request):
+    """Both sides in this process: what starts them elsewhere is in `test_compare_diffusers.py`."""
+    monkeypatch = request.getfixturevalue("monkeypatch")
+    compare, summary = (importlib.import_module(f"compare_{x}") for x in ("diffusers", "report"))
+    monkeypatch.setenv("JAX_PLATFORMS", os.environ.get("JAX_PLATFORMS", ""))  # it sets that
+    monkeypatch.setattr(compare, "in_child", lambda run, *arguments: run(*arguments))
+    jax.config.update("jax_disable_most_optimizations", True)  # half the time to compile
+    try:
+        found = report("compare_diffusers", "--skip-compiled")
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+    assert not found["failed"] and found["environment"].keys() == {"ours", "diffusers"}
+    entry, job = found["sizes"][compare.TINY], compare.TINY_JOB
+    eager = entry["diffusers"]["eager"]
+    assert entry["ours"]["work"] == eager["work"] == {
+        "text_tokens": 41, "negative_tokens": 37, "video_tokens": 3 * 2 * 3, "video": [9, 64, 96],
+        "passes_per_step": 2,
+    }  # fmt: skip
+    for side in (entry["ours"], eager):
+        assert side["steps_timed"] == job.steps and side["passes"] == 2 * job.steps
+        assert side["finite"]
+    assert entry["total_formed_by"] == {
+        "ours": "condition + one loop of all 2 steps + decode",
+        "diffusers": "all 2 steps of one call + decode",
+    }
+    assert entry["ratios"]["same_work"] and entry["ratios"]["compared_with"] == "eager"
+    assert entry["variants_run"] == ["eager"] and len(eager["step_samples"]) == job.steps
+    assert positive(entry["ours"], eager, entry["ratios"])
+    assert eager["attention_seconds"][eager["backend"]] > 0
+    lines = summary.table(found).splitlines()
+    assert any("compared with" in line for line in lines)
+    assert f"{compare.TINY} compiled: not run" in lines
+    assert f"{compare.TINY} eager: not run" not in lines
+
+
+def gpu_numerics(report, request):
+    found = report("gpu_numerics")
+    assert found["complete"] and not found["unfinished"] and not found["failures"]
+    parts = [row["part"] for row in found["rows"]]
+    rows = {"rope": 4, "transformer": 3, "sound_tokenizer": 2, "vae": 2}
+    assert {part: parts.count(part) for part in parts} == rows
+    assert positive([row["ratio"] for row in found["rows"]], found["seconds"])
+
+
+def image_to_video(report, request):
+    folder, modes = request.getfixturevalue("checkpoint"), ["t2v", "i2v", "v2v"]
+    found = report("image_to_video", str(folder), "--steps", "2", "--modes", ",".join(modes))
+    assert [run.pop("mode") for run in found["runs"]] == modes
+    assert found["job"]["num_frames"] == 5 and found["job"]["num_inference_steps"] == 2
+    assert {mode: one["pixel_frames"] for mode, one in found["encoding"].items()} == {
+        "i2v": 1, "v2v": 3,
+    }  # fmt: skip
+    assert list(found["warmup_seconds"]) == modes
+    assert all(positive(run["seconds"], run["denoise"], run["decode"]) for run in found["runs"])
+    assert positive(found["encoding"], found["warmup_seconds"])
+
+
+def kernels(report, request):
+    found = report("kernels")
+    assert found["complete"]
+    gemm, attention, conv = (found[kind] for kind in ("gemm", "attention", "conv"))
+    assert [len(rows) for rows in (gemm, attention, conv)] == [2, 9 + 5, 2 * 3 + 1]
+    assert positive(gemm, conv)
+    if jax.default_backend() == "cpu":  # lowered for a GPU
+        assert {row["ms"] for row in attention} == {None}
+
+
+def loading(report, request):
+    found = report("loading", str(request.getfixturevalue("checkpoint")))
+    parts = ("gen", "und", "video_vae", "sound_vae")
+    assert found["rates"].keys() == {"first read", "second read", "link", "all", *parts}
+    assert found["peak_gib"].keys() == {"one part at a time", "all"} and positive(found["rates"])
+    size = sum(found["rates"][part]["gib"] for part in parts)
+    assert found["rates"]["all"]["gib"] == pytest.approx(size)
+
+
+def lora(report, request):
+    found = report("lora", "--repeats", "1")
+    assert found["model"] == "dry" and found["job"]["num_frames"] == 5
+    assert found["video_tokens"] == 3 * 2 * 3 and found["text_tokens"] == 300
+    assert len(found["samples"]) == 1 and len(found["losses"]) == 3 + 1
+    named = ("samples", "losses", "tflop", "product_tflops_per_second", "frozen_gib")
+    assert positive([found[name] for name in named])
+
+
+def random_checkpoint(report, request):
+    folder = request.getfixturevalue("checkpoint")
+    config = load.load_config(folder)
+    assert config == importlib.import_module("dry").CONFIG
+    assert len(load.open_components(folder, config)) == 3  # every tensor is there, in its shape
+
+
+def scaling(report, request):
+    """What the programs send is what paper says, on devices that are simulated."""
+    out = request.getfixturevalue("tmp_path") / "scaling.json"
+    command = [
+        sys.executable, str(BENCHMARKS / "scaling.py"), "--dry", "--steps", str(STEPS),
+        "--repeats", "1", "--meshes", ";".join(MESHES), "--out", str(out),
+    ]  # fmt: skip
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    found = json.loads(out.read_text("utf-8"))
+    assert found["model"] == "dry" and tuple(found["runs"]) == MESHES
+    for mesh, run in found["runs"].items():
+        assert positive(run["seconds"], run["weights_gib"], run["speed_up"] if mesh != "one" else 1)
+        assert run["stages"].keys() == {"condition", "denoise", "decode"}
+        denoise = run["stages"]["denoise"]
+        sent, paper = denoise["sent_bytes"], denoise["sent_bytes_on_paper"]
+        assert sent.pop("all-to-all") == paper["all-to-all"], mesh
+        # The final latents are gathered once more; small weights are not divided, nor gathered.
+        assert abs(sent.pop("all-gather") - paper["all-gather"]) <= paper["all-gather"] / STEPS
+        assert not any(sent.values()), mesh
+    runs = found["runs"]
+    assert runs["data=2,fsdp=2"]["prompts"] == 2 and runs["cfg=2,seq=2"]["devices"] == 4
+    whole, divided = runs["one"]["weights_gib"], runs["data=2,fsdp=2"]["weights_gib"]
+    assert divided < 0.6 * whole
+    for mesh, kinds in {"one": 0, "cfg=2,seq=2": 2, "data=2,fsdp=2": 2}.items():
+        paper = runs[mesh]["stages"]["denoise"]["sent_bytes_on_paper"]
+        assert len([size for size in paper.values() if size]) == kinds
+
+
+RUNS = {
+    run.__name__: run
+    for run in (
+        compare_diffusers, gpu_numerics, image_to_video, kernels, loading, lora,
+        random_checkpoint, scaling,
+    )
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_dry_run(name, report, request):
+    if name not in RUNS:
+        pytest.fail(f"benchmarks/{name}.py has no dry run: give it --dry, and RUNS a function")
+    RUNS[name](report, request)
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name not in SCRIPTS])
+def test_any_other_file_belongs_to_a_script(name):
+    def imported(text: str) -> set[str]:
+        nodes = list(ast.walk(ast.parse(text)))
+        plain = [alias.name for x in nodes if isinstance(x, ast.Import) for alias in x.names]
+        return {*plain, *(x.module for x in nodes if isinstance(x, ast.ImportFrom))}
+
+    assert any(name in imported(FILES[script]) for script in SCRIPTS)
