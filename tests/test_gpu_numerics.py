@@ -1,8 +1,7 @@
 """`benchmarks/gpu_numerics.py`: a run that is cut off shows, on any machine. With -m gpu, a few of
 its sizes: bfloat16 beside diffusers', float32, rotary tables.
 
-The transformer is at full width, since that is where every run spends its time; the autoencoders
-are at a quarter, which compiles in seconds.
+At a quarter of Nano's width, which compiles in seconds; the script itself takes the whole.
 """
 
 import dataclasses
@@ -34,20 +33,25 @@ def script():
 
 
 @pytest.fixture(scope="module")
-def numerics(script):
-    if jax.default_backend() != "gpu" or not torch.cuda.is_available():
-        pytest.skip("no GPU for both JAX and torch")
+def numerics(script, dry):
+    assert dry or torch.cuda.is_available(), "torch sees no GPU, and its result is the oracle"
     return script
 
 
 @pytest.fixture(scope="module")
-def sizes(numerics):
+def sizes(numerics, dry):
+    if dry:
+        return numerics.DRY
     config = numerics.NANO.config
     config = dataclasses.replace(
         config,
+        transformer=dataclasses.replace(
+            config.transformer, hidden_size=1024, num_attention_heads=8, num_key_value_heads=2,
+            intermediate_size=3072,
+        ),
         video_vae=dataclasses.replace(config.video_vae, base_dim=40, decoder_base_dim=64),
         sound_vae=dataclasses.replace(config.sound_vae, enc_dim=48, dec_dim=80),
-    )
+    )  # fmt: skip
     cases = (numerics.Case((5, 45, 80), 1500, True, 4), numerics.Case((48, 12, 20), 300, False, 2))
     return numerics.NANO._replace(config=config, cases=cases, video=(2, 9, 15), sound=50)
 
@@ -61,11 +65,17 @@ def folder(numerics, sizes, tmp_path_factory):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("part", ["rope", "transformer", "sound_vae", "video_vae"])
-def test_rounding_is_no_worse_than_diffusers(numerics, sizes, folder, part):
-    """The bars and their reasons stand in the script; they hold as they are at these sizes too."""
+def test_rounding_is_no_worse_than_diffusers(numerics, sizes, folder, part, dry):
+    """The bars and their reasons stand in the script; they hold as they are at these sizes too.
+
+    With --dry, errors of a few hundred values scatter, and only their size is looked at.
+    """
     rows = list(numerics.PARTS[part](sizes, folder))
     assert rows
-    assert [failure for row in rows for failure in numerics.failures(row)] == []
+    if dry:
+        assert all(0.3 < row["ratio"] < 3 for row in rows)
+    else:
+        assert [failure for row in rows for failure in numerics.failures(row)] == []
 
 
 @pytest.mark.gpu
