@@ -85,7 +85,7 @@ DRY = Sizes(
         dry.CONFIG.video_vae,
         dry.CONFIG.sound_vae,
     ),
-    (Case((6, 5, 3), 20, False, 8), Case((6, 5, 3), 150, True, 8)),
+    (Case((6, 5, 3), 150, True, 8),),
     (3, 3, 5),
     6,
 )  # fmt: skip
