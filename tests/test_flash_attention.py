@@ -11,12 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rounding import check, farthest
 
 from cosmos3_jax import attention as attention_module
 from cosmos3_jax import bench, bench_inputs, flash_attention
 from cosmos3_jax.attention import attention
 from cosmos3_jax.config import Config
 from cosmos3_jax.generate import encode_conditions, sample_latents
+
+TOLERANCE = 5e-6  # relative L2 distance of gradients; the test that uses it measures what it is of
 
 
 def arrays(queries, keys, dtype=jnp.bfloat16, head_dim=128):
@@ -100,7 +103,9 @@ def test_padding_makes_no_keys(monkeypatch, media, taken):
 
 
 @pytest.mark.parametrize("queries, causal", [(5, False), (6, False), (5, True), (6, True)])
-def test_gradients_ask_the_library_for_even_numbers_of_tokens(monkeypatch, queries, causal):
+def test_gradients_ask_the_library_for_even_numbers_of_tokens(
+    monkeypatch, record_property, queries, causal
+):
     """What stands for cuDNN here is XLA's; the padding changes no gradient."""
     seen, library = [], attention_module._xla_attention
 
@@ -122,8 +127,8 @@ def test_gradients_ask_the_library_for_even_numbers_of_tokens(monkeypatch, queri
     ours = gradients(query, key, value)
     assert seen[-1] == (queries + queries % 2, (keys + (0 if causal else 4) + 1) // 2 * 2)
     monkeypatch.undo()
-    for found, expected in zip(ours, gradients(query, key, value), strict=True):
-        np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert farthest(ours, gradients(query, key, value)) <= TOLERANCE
+    check(record_property, TOLERANCE, gradients, query, key, value)
 
 
 LOWER_A_LOOP = """
