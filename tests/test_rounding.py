@@ -33,13 +33,11 @@ def test_sensitivity_is_that_of_the_function():
 
 def test_a_tolerance_below_five_times_the_sensitivity_is_refused():
     rows = []
-    check = lambda tolerance: rounding.check(
-        lambda *row: rows.append(row),
-        tolerance,
-        np.negative,
-        np.full(100, 1.5, np.float32),
-        name="-",
-    )
+    values = np.full(100, 1.5, np.float32)
+
+    def check(tolerance):
+        rounding.check(lambda *row: rows.append(row), tolerance, np.negative, values, name="-")
+
     unit = 2.0**-23 / 1.5
     check(6 * unit)
     assert rows == [("sensitivity", ("-", pytest.approx(unit), 6 * unit))]
