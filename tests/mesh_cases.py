@@ -184,19 +184,12 @@ def whole_model() -> dict:
             for mesh in ("data=1", "cfg=2,seq=2,fsdp=2")
         )
 
-    def alone(params):
-        moved = Cosmos3(one.config, params, one.tokenizer, one.meshes)
-        return moved.generate("A red ball.", seed=1, **settings)
-
-    params = jax.tree.map(np.asarray, one.params)  # as `nudged` has them: one program for both
-    expected, moved = alone(params), sensitivity(alone, params)
+    expected = one.generate("A red ball.", seed=1, **settings)
     many.warmup(**settings)
     compiled.clear()
     ours = many.generate("A red ball.", seed=1, **settings)
     errors = [relative_l2(ours[name], expected[name]) for name in expected]
-    return {
-        "compiled_after_warmup": len(compiled), "error": max(errors), "sensitivity": moved,
-    }  # fmt: skip
+    return {"compiled_after_warmup": len(compiled), "error": max(errors)}
 
 
 def default_meshes() -> list:
