@@ -18,7 +18,7 @@ from checkpoint_files import assert_same_tree
 from diffusers import AutoencoderKLWan, Cosmos3AVAEAudioTokenizer, Cosmos3OmniPipeline
 from oracle import VIDEO_VAE, perturb, run_oracle
 from PIL import Image
-from rounding import relative_l2
+from rounding import check, relative_l2
 from transformers import AutoTokenizer, Qwen2TokenizerFast
 
 from cosmos3_jax import Cosmos3, lora_files, sound_vae, video_vae
@@ -336,18 +336,45 @@ def perturbed(base):
     return assemble.write_trained(base.parent / "trained", noisy, base, "Not at all.")
 
 
-def test_diffusers_makes_the_same_clip(perturbed):
-    """As it comes: its scheduler, its schedule and no system prompt are what the recipe says.
+# Relative L2 distance of latents, pixels and samples from diffusers'; and the share of 8-bit values
+# that rounding may move by one step. That share is how far a value moves on average, in steps.
+TOLERANCE, SHARE = 1e-5, 1e-3
 
-    Measured 3e-7 in latents and 4e-7 in pixels, of float32 rounding.
-    """
+
+@pytest.fixture(scope="module")
+def ours(perturbed):
+    return Cosmos3.from_pretrained(perturbed, "float32")
+
+
+@pytest.fixture(scope="module")
+def request_for_two(ours):
+    _, sentence = grammar.held_out_sentences(1)[0]
+    return ours.prepare([sentence] * 2, sound=True, prompt_style="diffusers", system_prompt="")
+
+
+def test_tolerance(record_property, ours, request_for_two):
+    def make(params, request):
+        moved = Cosmos3(ours.config, params, ours.tokenizer)
+        latents, _ = moved.denoise(request)
+        media = moved.decode(latents)
+        return [latents, media["video"], media["sound"]]
+
+    def share(moved, expected):
+        return 255 * np.abs(np.asarray(moved[1]) - expected[1]).mean()
+
+    inputs = ours.params, request_for_two
+    check(record_property, TOLERANCE, make, *inputs)
+    check(record_property, SHARE, make, *inputs, name="8 bits", distance=share)
+
+
+def test_diffusers_makes_the_same_clip(ours, request_for_two, perturbed):
+    """As it comes: its scheduler, its schedule and no system prompt are what the recipe says."""
     pipe = Cosmos3OmniPipeline.from_pretrained(
         perturbed, enable_safety_checker=False, torch_dtype=torch.float32
     )
     pipe.set_progress_bar_config(disable=True)
-    ours = Cosmos3.from_pretrained(perturbed, "float32")
     _, sentence = grammar.held_out_sentences(1)[0]
-    request = ours.prepare([sentence] * 2, sound=True, prompt_style="diffusers", system_prompt="")
+    request = request_for_two
     latents, _ = ours.denoise(request)
     result = ours.decode(latents)
     one = jax.tree.map(lambda x: x[:1] if np.ndim(x) > 1 and len(x) == 2 else x, request)
@@ -356,8 +383,8 @@ def test_diffusers_makes_the_same_clip(perturbed):
     reference = run_oracle(pipe, one, sentence, None, **settings)
     for name in ("video", "sound"):
         assert np.std(reference.media[name]) > 1e-3
-        assert relative_l2(latents[name][:1], reference.latents[name]) <= 1e-5, name
-        assert relative_l2(result[name][:1], reference.media[name]) <= 1e-5, name
+        assert relative_l2(latents[name][:1], reference.latents[name]) <= TOLERANCE, name
+        assert relative_l2(result[name][:1], reference.media[name]) <= TOLERANCE, name
 
 
 def test_the_notice_and_the_limits(perturbed, tmp_path, monkeypatch):
@@ -389,7 +416,12 @@ def test_the_size_of_the_real_one(parts, tmp_path):
 # ---------------------------------------------------------------- the table
 
 
-def test_evaluate(perturbed, tmp_path, monkeypatch, capsys):
+def share_that_differs(clip: evaluate.Clip, other: evaluate.Clip, steps: int = 0) -> float:
+    """The share of 8-bit values that are more than `steps` apart."""
+    return np.mean(np.abs(clip.video.astype(int) - other.video.astype(int)) > steps)
+
+
+def test_evaluate(ours, perturbed, tmp_path, monkeypatch, capsys):
     """Two clips, judged; each has noise of its own, whatever the batch."""
     arguments = f"--checkpoint {perturbed} --out {tmp_path} --count 2 --batch 2 --dtype float32"
     arguments += f" --workers 0 --clips 1 --beside same={perturbed}"
@@ -400,26 +432,26 @@ def test_evaluate(perturbed, tmp_path, monkeypatch, capsys):
     assert report["table"] == report["beside"]["same"]
     assert capsys.readouterr().out == (tmp_path / "table.md").read_text()
     assert (tmp_path / "sheet.png").is_file() and (tmp_path / "clips" / "0000.mp4").is_file()
-    ours = Cosmos3.from_pretrained(perturbed, "float32")
     texts = [text for _, text in grammar.held_out_sentences(3)]
     together = list(evaluate.generate(ours, texts, batch=2))
     assert len(together) == 3
     [alone] = evaluate.generate(ours, texts[1:2], batch=2, seed=evaluate.SEED + 1)
-    np.testing.assert_array_equal(alone.video, together[1].video)
-    assert (together[0].video != together[1].video).any()
+    assert share_that_differs(alone, together[1]) <= SHARE
+    assert share_that_differs(alone, together[1], 1) == 0
+    assert share_that_differs(*together[:2], 1) > 100 * SHARE
 
 
-def test_tuning_is_not_done_on_the_test(perturbed, monkeypatch):
+def test_tuning_is_not_done_on_the_test(ours, monkeypatch):
     tried = []
 
-    def judged(ours, test, batch, pool, **settings):
+    def judged(model, test, batch, pool, **settings):
         assert not any(grammar.held_out(grammar.combination(scene)) for scene, _ in test)
         tried.append(settings)
         rows = [jd.Row("pitch", 1, 2, settings["flow_shift"], 0, 1, 0, 0, 0.9)]
         return rows, []
 
     monkeypatch.setattr(evaluate, "evaluate", judged)
-    found = evaluate.tune(Cosmos3.from_pretrained(perturbed, "float32"), 3, 1, None)
+    found = evaluate.tune(ours, 3, 1, None)
     assert len(found) == len(tried) == 9
     assert found[0]["settings"]["flow_shift"] == max(evaluate.SHIFTS)
     assert tried[-1]["flow_shift"] == max(evaluate.SHIFTS)
@@ -477,7 +509,7 @@ def test_fine_tuning(perturbed, vaes, tmp_path):
         )
         for lora in (None, path)
     )
-    assert (before.video != after.video).any()
+    assert share_that_differs(before, after) > 100 * SHARE  # measured 300
 
 
 def test_curves_of_the_logs_that_are_there(tmp_path):

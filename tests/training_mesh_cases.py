@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from mesh_cases import COLLECTIVE, MODEL, collectives, random_params
-from rounding import relative_l2
+from rounding import SEEDS, nudged, relative_l2
 from training_run import compiled
 
 from cosmos3_jax import lora, sharding
@@ -86,29 +86,40 @@ def step_of(with_lora: bool, microbatches: int):
     return compiled(step, donate_argnums=0)
 
 
-def train(with_lora: bool, microbatches: int, mesh=None) -> tuple[TrainState, list, str]:
-    """The state after some steps, their metrics, and the program. It is compiled once: a state
-    that came out lying otherwise than it went in would be refused.
+def train(with_lora: bool, microbatches: int, mesh=None, change=lambda inputs: inputs):
+    """The state after some steps, what they did, their metrics, and the program.
+
+    It is compiled once: a state that came out lying otherwise than it went in would be refused.
+    `change` is made to weights and batch.
     """
-    learns, frozen = start(with_lora)
-    batch = make_batch()
+    learns, frozen, batch = change((*start(with_lora), make_batch()))
+    before = learns
     if mesh is not None:
         frozen = sharding.place_params(frozen, mesh)
         batch = placement.place_batch(batch, mesh)
         learns = learns if with_lora else sharding.place_params(learns, mesh)
     init = compiled(partial(init_state, optimizer=OPTIMIZER, ema=True))
     state = init(learns, key=jax.random.key(7))
-    step = step_of(with_lora, microbatches).lower(state, frozen, batch).compile()
+    step = compiled_step(with_lora, microbatches, mesh, state, frozen, batch)
     metrics = []
     for _ in range(STEPS):
         state, found = step(state, frozen, batch)
         metrics.append({name: float(value) for name, value in found.items()})
-    return state, metrics, step.as_text()
+    return state, moved(state, before), metrics, step.as_text()
 
 
-def moved(state: TrainState, with_lora: bool) -> dict:
+PROGRAMS = {}
+
+
+def compiled_step(with_lora: bool, microbatches: int, mesh, *arguments):
+    key = with_lora, microbatches, mesh
+    if key not in PROGRAMS:
+        PROGRAMS[key] = step_of(with_lora, microbatches).lower(*arguments).compile()
+    return PROGRAMS[key]
+
+
+def moved(state: TrainState, before) -> dict:
     """What a run has done: by how far weights and averages moved, and the optimizer's state."""
-    before, _ = start(with_lora)
 
     def change(tree) -> dict:
         return jax.tree.map(lambda new, old: np.asarray(new) - np.asarray(old), tree, before)
@@ -121,6 +132,17 @@ def moved(state: TrainState, with_lora: bool) -> dict:
 def largest(ours, expected) -> float:
     errors = jax.tree.map(lambda a, b: relative_l2(a, b) if b.any() else 0.0, ours, expected)
     return max(jax.tree.leaves(errors))
+
+
+def sensitivity(with_lora: bool, done: dict, metrics: list) -> dict:
+    """How far each part of a run's result moves if every input moves by one unit."""
+    found = []
+    for seed in SEEDS:
+        change = functools.partial(nudged, seed=seed)
+        _, other, others, _ = train(with_lora, 1, change=change)
+        parts = {part: largest(other[part], done[part]) for part in done}
+        found.append(parts | {"metrics": largest(*jax.tree.map(np.float64, (others, metrics)))})
+    return {part: max(x[part] for x in found) for part in found[0]}
 
 
 def grouped(text: str) -> list[dict]:
@@ -183,15 +205,17 @@ def _numbers(x: jax.Array) -> jax.Array:
 
 
 def main(folder: Path) -> dict:
-    results, alone = {}, {}
+    results, alone = {"sensitivity": {}}, {}
     for name, (mesh_name, microbatches, with_lora) in CASES.items():
         if with_lora not in alone:
-            alone[with_lora] = train(with_lora, 1)
-        expected, expected_metrics, _ = alone[with_lora]
+            _, done, metrics, _ = train(with_lora, 1)
+            alone[with_lora] = done, metrics
+            kind = "LoRA" if with_lora else "all weights"
+            results["sensitivity"][kind] = sensitivity(with_lora, done, metrics)
+        theirs, expected_metrics = alone[with_lora]
         mesh = make_mesh(parse_mesh(mesh_name))
         with jax.set_mesh(mesh):
-            state, metrics, text = train(with_lora, microbatches, mesh)
-        ours, theirs = moved(state, with_lora), moved(expected, with_lora)
+            state, ours, metrics, text = train(with_lora, microbatches, mesh)
         results[name] = {
             "errors": {part: largest(ours[part], theirs[part]) for part in theirs},
             "metrics": metrics,
