@@ -1,9 +1,13 @@
-"""The sizes of a dry run: few layers, so that a benchmark's own lines run in seconds.
+"""The sizes that a benchmark takes: those asked for, or those of a dry run.
 
-`--dry` of a benchmark takes them in place of Nano's, through the same functions. Its figures mean
-nothing.
+A dry run has few layers, so that a benchmark's own lines run in seconds. `--dry` takes its sizes in
+place of Nano's, through the same functions. Its figures mean nothing.
 """
 
+import argparse
+from pathlib import Path
+
+from cosmos3_jax.cli.bench import SIZES
 from cosmos3_jax.config import (
     Config,
     SoundVAEConfig,
@@ -27,3 +31,19 @@ CONFIG = Config(
     ),
 )  # fmt: skip
 SILENT = CONFIG.silent()
+
+
+def add_options(parser: argparse.ArgumentParser, size: str) -> None:
+    """`--out`, and the options that `video_size` reads; `size` is the default."""
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--size", choices=SIZES, default=size)
+    parser.add_argument("--num-frames", type=int, default=189)
+    parser.add_argument("--dry", action="store_true", help="tiny sizes")
+
+
+def video_size(options: argparse.Namespace) -> dict[str, int]:
+    """`num_frames`, `height` and `width` in pixels."""
+    if options.dry:
+        return {"num_frames": FRAMES, "height": HEIGHT, "width": WIDTH}
+    height, width = SIZES[options.size]
+    return {"num_frames": options.num_frames, "height": height, "width": width}

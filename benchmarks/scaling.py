@@ -181,23 +181,16 @@ def run(config: Config, job: bench.Job, name: str, dtype: jnp.dtype) -> dict:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--size", choices=bench.SIZES, default="720p")
-    parser.add_argument("--num-frames", type=int, default=189)
+    dry.add_options(parser, "720p")
     parser.add_argument("--steps", type=int, default=35)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
         "--meshes", default="one;cfg=2;cfg=2,seq=2;seq=4;data=4", help="%(default)s"
     )
     parser.add_argument("--model", choices=MODELS, default="nano")
-    parser.add_argument("--dry", action="store_true", help="tiny sizes")
     options = parser.parse_args(arguments)
-    height, width = (dry.HEIGHT, dry.WIDTH) if options.dry else bench.SIZES[options.size]
     config = dry.SILENT if options.dry else MODELS[options.model]
-    job = bench.Job(
-        num_frames=dry.FRAMES if options.dry else options.num_frames, height=height, width=width,
-        steps=options.steps, repeats=options.repeats,
-    )  # fmt: skip
+    job = bench.Job(**dry.video_size(options), steps=options.steps, repeats=options.repeats)
     dtype = jnp.dtype(device.default_dtype())
     record = environment() | {"job": dataclasses.asdict(job), "dtype": str(dtype)}
     record |= {"model": "dry" if options.dry else options.model, "runs": {}}

@@ -2,7 +2,7 @@
 
 Byte-level BPE without merges, so the id of an ordinary token is its UTF-8 byte; then the special
 tokens of Qwen's vocabulary that generation meets. Files and behaviour (NFC, pre-tokeniser) follow
-Qwen's, so `transformers.AutoTokenizer`, `Qwen2TokenizerFast` and `cosmos3_jax.io.prompt.Tokenizer`
+Qwen's, so `transformers.AutoTokenizer`, `Qwen2TokenizerFast` and `models.tokenizer`
 give the same ids.
 """
 

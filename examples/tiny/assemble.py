@@ -35,7 +35,7 @@ from cosmos3_jax.config import (
     TransformerConfig,
     VideoVAEConfig,
 )
-from cosmos3_jax.io.prompt import Tokenizer
+from cosmos3_jax.models.tokenizer import Tokenizer
 from examples.tiny import grammar, model
 from examples.tiny import tokenizer as tiny_tokenizer
 
