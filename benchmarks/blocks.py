@@ -9,7 +9,6 @@ scan. The file is written after every length. `--dry` takes tiny sizes, on any m
 import argparse
 import dataclasses
 import json
-from pathlib import Path
 
 import dry
 import jax
@@ -28,19 +27,14 @@ from cosmos3_jax.sampling import stages
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--size", choices=bench.SIZES, default="256p")
+    dry.add_options(parser, "256p")
     parser.add_argument("--steps", type=int, default=35)
     parser.add_argument("--lengths", default="1,5,35", help="%(default)s")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--dry", action="store_true", help="tiny sizes")
     options = parser.parse_args(arguments)
     config = dry.SILENT if options.dry else Config().silent()
-    height, width = (dry.HEIGHT, dry.WIDTH) if options.dry else bench.SIZES[options.size]
     frames = dry.FRAMES if options.dry else 189
-    job = bench.Job(
-        num_frames=frames, height=height, width=width, steps=options.steps, repeats=options.repeats
-    )
+    job = bench.Job(**dry.video_size(options), steps=options.steps, repeats=options.repeats)
     dtype = jnp.dtype(device.default_dtype())
     params = jax.block_until_ready(random_params(config, dtype))
     request = jax.device_put(bench.random_request(config, job))

@@ -13,14 +13,12 @@ import json
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import dry
 import jax
 import numpy as np
 
 from cosmos3_jax import Cosmos3, Request
-from cosmos3_jax.cli import bench
 from cosmos3_jax.io.media import write_text
 from cosmos3_jax.parallel import device
 from cosmos3_jax.runtime.measure import GIB, Measure, environment
@@ -67,27 +65,18 @@ def timed_run(model: Cosmos3, prepare: Callable[[], Request]) -> dict:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint")
-    parser.add_argument("--out", type=Path, required=True)
+    dry.add_options(parser, "720p")
     parser.add_argument("--modes", default="t2v,i2v,v2v", help="t2v, i2v, v2v (%(default)s)")
-    parser.add_argument("--size", choices=bench.SIZES, default="720p")
-    parser.add_argument("--num-frames", type=int, default=189)
     parser.add_argument("--steps", type=int, default=35)
-    parser.add_argument("--dry", action="store_true", help="tiny sizes")
     options = parser.parse_args(arguments)
     modes = options.modes.split(",")
-    height, width = (dry.HEIGHT, dry.WIDTH) if options.dry else bench.SIZES[options.size]
-    frames = smooth_frames(5, height, width)
+    size = dry.video_size(options)
+    frames = smooth_frames(5, size["height"], size["width"])
     given = {"t2v": {}, "i2v": {"image": frames[0]}, "v2v": {"video": frames}}
-    settings = {
-        "negative_prompt": NEGATIVE, "height": height, "width": width,
-        "num_frames": dry.FRAMES if options.dry else options.num_frames,
-        "num_inference_steps": options.steps, "fps": 24.0,
-    }  # fmt: skip
+    job = {**size, "num_inference_steps": options.steps, "fps": 24.0}
+    settings = {"negative_prompt": NEGATIVE, **job}
     model = Cosmos3.from_pretrained(options.checkpoint, "bfloat16", offload=False)
-    record = environment() | {
-        "job": {k: v for k, v in settings.items() if k != "negative_prompt"},
-        "encoding": {}, "warmup_seconds": {}, "runs": [],
-    }  # fmt: skip
+    record = environment() | {"job": job, "encoding": {}, "warmup_seconds": {}, "runs": []}
     for mode in dict.fromkeys(modes):
         start = time.perf_counter()
         model.warmup(PROMPT, **settings, **given[mode])

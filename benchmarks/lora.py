@@ -16,7 +16,6 @@ import math
 import statistics
 import time
 from functools import partial
-from pathlib import Path
 
 import dry
 import jax
@@ -199,19 +198,14 @@ def take_steps(
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--size", choices=bench.SIZES, default="480p")
-    parser.add_argument("--num-frames", type=int, default=189)
+    dry.add_options(parser, "480p")
     parser.add_argument("--batch", type=int, default=1, help="examples of a step")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--apart", action="store_true", help="layers one by one, not in a scan")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--dry", action="store_true", help="tiny sizes")
     options = parser.parse_args(arguments)
-    height, width = (dry.HEIGHT, dry.WIDTH) if options.dry else bench.SIZES[options.size]
     config = dry.SILENT if options.dry else NANO
-    frames = dry.FRAMES if options.dry else options.num_frames
-    job = bench.Job(num_frames=frames, height=height, width=width, negative_tokens=0, steps=1)
+    job = bench.Job(**dry.video_size(options), negative_tokens=0, steps=1)
     dtype = jnp.dtype("float32" if options.dry else device.default_dtype())
     settings = {k: v for k, v in vars(options).items() if k != "out"}
     record = environment() | {"options": settings, "job": dataclasses.asdict(job)}

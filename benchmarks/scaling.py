@@ -14,7 +14,6 @@ import dataclasses
 import json
 import math
 import re
-from pathlib import Path
 
 import dry
 import jax

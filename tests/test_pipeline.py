@@ -16,7 +16,8 @@ from cosmos3_jax.sampling import unipc
 # Relative L2 distance of latents, pixels and waveforms from the oracle's, and from those of another
 # program. It is float32 rounding that guidance 6 amplifies: `test_tolerance`.
 TOLERANCE = 1e-5
-
+# Its first steps are long, and amplify more: one unit moves its latents by a fifth of the above.
+OF_KARRAS = 2e-5
 
 # What a mistake does to the latents, at the very least; measured from 4e-4 (another schedule) to 1.
 MISTAKE = 20 * TOLERANCE
@@ -38,13 +39,17 @@ def test_tolerance(record_property, model, schedule):
         return [latents, media["video"], media["sound"]]
 
     request = prepare(model, schedule=schedule, sound=True)
-    check(record_property, TOLERANCE, denoise_and_decode, model.params, request)
+    check(record_property, tolerance_of(schedule), denoise_and_decode, model.params, request)
 
 
-def assert_latents_agree(ours, reference):
+def tolerance_of(schedule: str) -> float:
+    return OF_KARRAS if schedule == "karras" else TOLERANCE
+
+
+def assert_latents_agree(ours, reference, tolerance=TOLERANCE):
     assert ours.keys() == reference.latents.keys()
     for name, latents in reference.latents.items():
-        assert relative_l2(ours[name], latents) <= TOLERANCE, name
+        assert relative_l2(ours[name], latents) <= tolerance, name
 
 
 @pytest.mark.parametrize("sound", [False, True], ids=["T2V", "T2AV"])
@@ -53,14 +58,14 @@ def test_agrees_with_the_oracle(model, oracle, schedule, sound):
     request = prepare(model, schedule=schedule, sound=sound)
     assert all(size % 2 for size in request.video_shape)
     latents, _ = model.denoise(request)
-    reference = run_oracle(oracle(schedule), request)
-    assert_latents_agree(latents, reference)
+    reference, tolerance = run_oracle(oracle(schedule), request), tolerance_of(schedule)
+    assert_latents_agree(latents, reference, tolerance)
 
     result = model.decode(latents)
     video, expected = np.asarray(result["video"]), reference.media["video"]
     assert expected.min() >= 0 and expected.max() <= 1
     assert ((expected > 0) & (expected < 1)).mean() > 0.9  # not a comparison of clamped values
-    assert relative_l2(video, expected) <= TOLERANCE
+    assert relative_l2(video, expected) <= tolerance
     # The oracle's own rounding to uint8. Allowed: at most 0.1 % of the values off, by one. A float
     # that is off by 1e-6 crosses a boundary between two of 255 steps in 255e-6 of all cases.
     difference = np.abs(media.to_uint8(video).astype(int) - np.rint(expected * 255).astype(int))
@@ -68,7 +73,7 @@ def test_agrees_with_the_oracle(model, oracle, schedule, sound):
     assert (difference > 0).mean() <= 1e-3
     if sound:
         assert result["sample_rate"] == 48000
-        assert relative_l2(result["sound"], reference.media["sound"]) <= TOLERANCE
+        assert relative_l2(result["sound"], reference.media["sound"]) <= tolerance
         assert np.abs(reference.media["sound"]).max() < 0.9  # not clamped either
     else:
         assert result.keys() == {"video"}
