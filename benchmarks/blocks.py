@@ -33,7 +33,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args(arguments)
     config = dry.SILENT if options.dry else Config().silent()
-    frames = dry.FRAMES if options.dry else 189
     job = bench.Job(**dry.video_size(options), steps=options.steps, repeats=options.repeats)
     dtype = jnp.dtype(device.default_dtype())
     params = jax.block_until_ready(random_params(config, dtype))

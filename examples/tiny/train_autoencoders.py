@@ -27,7 +27,7 @@ import optax
 from flax import serialization
 
 from cosmos3_jax.training import autoencoders as ae
-from examples.tiny import autoencoder_check, grammar, optimizers, world
+from examples.tiny import autoencoder_check, grammar, optimizers, running, world
 from examples.tiny.autoencoder_models import (
     AUTOENCODERS,
     Autoencoder,
