@@ -52,9 +52,9 @@ from cosmos3_jax.training.step import TrainOptions, init_state, train_step
 TOLERANCE = 1e-5
 KERNELS = 1e-6
 LATENTS = 1e-5
-# Of a velocity with the adapter merged from one with it applied. What the two differ in is the sum
-# of a kernel and its adapter; all that follows is the same, so it is closer than TOLERANCE.
-MERGED = 1e-6
+# Of a velocity with the adapter merged from one with it applied: they differ in the rounding of the
+# sum of a kernel and its adapter. Measured, 8.5e-7; one unit in the last place moves it by 6.1e-7.
+MERGED = 6e-6
 TIMESTEP = 700
 
 

@@ -26,8 +26,8 @@ from cosmos3_jax import Cosmos3
 from cosmos3_jax.checkpoint import lora_files
 from cosmos3_jax.config import TransformerConfig
 from cosmos3_jax.io.prepare import prepare_request
-from cosmos3_jax.models.tokenizer import Tokenizer
 from cosmos3_jax.models import sound_vae, video_vae
+from cosmos3_jax.models.tokenizer import Tokenizer
 from cosmos3_jax.models.transformer import param_shapes
 from cosmos3_jax.training.params import load_towers
 from examples.tiny import (
