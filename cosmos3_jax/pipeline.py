@@ -145,6 +145,8 @@ class Cosmos3:
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is not supported; choose bfloat16 or float32")
+        if self._name is None:
+            raise ValueError("this model was made from parameters; there is no checkpoint to load")
         if isinstance(mesh, Meshes):
             self.meshes, offload = mesh, bool(offload)
         else:
@@ -355,7 +357,12 @@ class Cosmos3:
 
         The caller may stop early; the model can be used as before. The last step's latents are
         those of `denoise`, but for the rounding of a program that makes one step.
+
+        Raises:
+            ValueError, OutOfDeviceMemory: as `generate`, at the first step.
         """
+        job = self.job(request, output="latents")
+        memory_limits.check_fits(self.config, device.memory_limit(), job)
         mesh = self._mesh_of(request)
         values = stages.initial_values(request, output="latents")
         sigmas = values["steps"].solver.sigma

@@ -158,3 +158,16 @@ def test_fresh_noise_reaches_the_latents(model, request_):
     for name in plain:  # after the last step: the clean latents and half of the noise
         expected = plain[name] + 0.5 * denoise.channels_first({name: noise[name][-1]})[name]
         assert relative_l2(moved[name], expected) <= TOLERANCE
+
+
+def test_steps_and_load_are_refused_where_they_cannot_be(public_checkpoint, model, request_):
+    opened = Cosmos3.open(public_checkpoint)
+    assert opened.prepare("A cat", num_frames=5, height=32, width=48).video_shape == (2, 2, 3)
+    with pytest.raises(ValueError, match="without weights: call load"):
+        next(opened.steps(request_))
+    with pytest.raises(ValueError, match="no checkpoint to load"):
+        Cosmos3(model.config, model.params, model.tokenizer).load()
+    loaded = opened.load("float32")
+    assert loaded is opened and loaded.weights.resident
+    step = next(loaded.steps(request_))
+    assert relative_l2(step.clean["video"], next(model.steps(request_)).clean["video"]) <= TOLERANCE
