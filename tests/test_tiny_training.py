@@ -15,7 +15,6 @@ import pytest
 import quick
 import torch
 from checkpoint_files import assert_same_tree
-from cosmos3_jax.checkpoint.frontend import load_frontend
 from diffusers import AutoencoderKLWan, Cosmos3AVAEAudioTokenizer, Cosmos3OmniPipeline
 from oracle import VIDEO_VAE, perturb, run_oracle
 from PIL import Image
@@ -24,6 +23,7 @@ from transformers import AutoTokenizer, Qwen2TokenizerFast
 
 from cosmos3_jax import Cosmos3
 from cosmos3_jax.checkpoint import lora_files
+from cosmos3_jax.checkpoint.find import open_folder
 from cosmos3_jax.config import TransformerConfig
 from cosmos3_jax.io.prepare import prepare_request
 from cosmos3_jax.models import sound_vae, video_vae
@@ -90,7 +90,7 @@ def base(parts):
 
 @pytest.fixture(scope="module")
 def frontend(base):
-    return load_frontend(base)
+    return open_folder(base)
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +239,7 @@ def test_a_killed_run_continues_to_the_same_numbers(trained, tmp_path, monkeypat
     log = read_log(tmp_path / "whole")
     assert [line["step"] for line in log] == [2, 4, 6]
     assert log[-1]["loss"] < log[0]["loss"]  # it learns: here from 2.1 to 1.0
-    taken, step = [], compiled_step(RUN, load_frontend(base)[0])
+    taken, step = [], compiled_step(RUN, open_folder(base)[0])
 
     def dies(*arguments):
         taken.append(1)
@@ -487,7 +487,7 @@ def test_new_words():
 
 def test_fine_tuning(perturbed, vaes, tmp_path):
     """The adapter learns, is read again, and changes what is made."""
-    config, tokenizer = load_frontend(perturbed)
+    config, tokenizer = open_folder(perturbed)
     tuning = finetune_lora.Tuning(("orange",), steps=4, batch=4, rank=2, clips=4)
     bank = finetune_lora.clips(tuning, perturbed, config, vaes)
     negatives = data.negative_ids(tokenizer, config.recipe)
