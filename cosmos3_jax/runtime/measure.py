@@ -129,8 +129,8 @@ class Measure:
 
     Attributes:
         stages: of each stage, by name: `seconds` (the median), `samples`, `temporary_gib`,
-            `output_gib`, `compile_seconds` and `compile_seconds_cached`; with `programs`, its
-            compiled programs' text.
+            `output_gib`, `compile_seconds` and `compile_seconds_cached`, and what
+            `inspect` notes.
     """
 
     def __init__(
