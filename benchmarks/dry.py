@@ -8,12 +8,7 @@ import argparse
 from pathlib import Path
 
 from cosmos3_jax.cli.bench import SIZES
-from cosmos3_jax.config import (
-    Config,
-    SoundVAEConfig,
-    TransformerConfig,
-    VideoVAEConfig,
-)
+from cosmos3_jax.config import Config, SoundVAEConfig, TransformerConfig, VideoVAEConfig
 
 FRAMES, HEIGHT, WIDTH = 5, 16, 24  # pixels of a video
 CONFIG = Config(

@@ -35,13 +35,7 @@ from diffusers.models.transformers import transformer_cosmos3
 from diffusers.pipelines.cosmos.pipeline_cosmos3_omni import get_3d_mrope_ids_vae_tokens
 
 from cosmos3_jax.config import Config, TransformerConfig
-from cosmos3_jax.models import (
-    attention,
-    rope,
-    sound_vae,
-    transformer,
-    video_vae,
-)
+from cosmos3_jax.models import attention, rope, sound_vae, transformer, video_vae
 from cosmos3_jax.runtime.measure import device_peak_gib, environment
 
 RATIO = 1.2  # our bfloat16 error over diffusers': what another order of roundings may cost

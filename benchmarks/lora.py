@@ -34,12 +34,7 @@ from cosmos3_jax.runtime.measure import GIB, device_peak_gib, environment
 from cosmos3_jax.runtime.random_inputs import random_params
 from cosmos3_jax.sampling.request import Request
 from cosmos3_jax.training.flow import Batch, NoiseLevels
-from cosmos3_jax.training.step import (
-    TrainOptions,
-    TrainState,
-    init_state,
-    make_train_step,
-)
+from cosmos3_jax.training.step import TrainOptions, TrainState, init_state, make_train_step
 
 WARM_UP = 3  # steps: B is zero in the first, and a zero costs less power
 PRODUCT = 8192  # rows and columns of the products whose rate is the chip's

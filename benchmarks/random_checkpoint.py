@@ -22,12 +22,7 @@ import dry
 import ml_dtypes
 import numpy as np
 
-from cosmos3_jax.checkpoint.files import (
-    plan_shards,
-    shard_name,
-    write_index,
-    write_shard,
-)
+from cosmos3_jax.checkpoint.files import plan_shards, shard_name, write_index, write_shard
 from cosmos3_jax.checkpoint.load import CONVERTED_STEM, TOKENIZER_FOLDER, converted_layout
 from cosmos3_jax.checkpoint.rules import Layout, leaf_shapes
 from cosmos3_jax.checkpoint.sound_vae_layout import sound_vae_layout

@@ -8,12 +8,7 @@ from rounding import relative_l2
 
 from cosmos3_jax.config import TransformerConfig, VideoVAEConfig
 from cosmos3_jax.models import attention as attention_module
-from cosmos3_jax.models import (
-    flash_attention,
-    rope,
-    transformer,
-    video_vae,
-)
+from cosmos3_jax.models import flash_attention, rope, transformer, video_vae
 from cosmos3_jax.models.attention import attention
 
 pytestmark = pytest.mark.gpu

@@ -21,12 +21,7 @@ from cosmos3_jax.io import media
 from cosmos3_jax.io.prompt import PROMPT_STYLES
 from cosmos3_jax.parallel import device, distributed
 from cosmos3_jax.pipeline import Cosmos3
-from cosmos3_jax.runtime import (
-    measure,
-    memory,
-    memory_limits,
-    random_inputs,
-)
+from cosmos3_jax.runtime import measure, memory, memory_limits, random_inputs
 from cosmos3_jax.runtime.job import Job
 from cosmos3_jax.sampling import unipc
 

@@ -17,12 +17,7 @@ from jax.typing import ArrayLike
 from PIL import Image
 
 from cosmos3_jax.config import Config
-from cosmos3_jax.io.media_read import (
-    ImageSource,
-    VideoSource,
-    read_image,
-    read_video,
-)
+from cosmos3_jax.io.media_read import ImageSource, VideoSource, read_image, read_video
 
 CONDITION_FRAMES = (0, 1)  # of a clip, as in the model's training: five pixel frames
 

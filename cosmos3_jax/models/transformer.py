@@ -20,21 +20,9 @@ from jax import Array
 from cosmos3_jax.config import TransformerConfig
 from cosmos3_jax.models import rope
 from cosmos3_jax.models.attention import attention, keeps_attention
-from cosmos3_jax.models.layers import (
-    RMSNorm,
-    SwiGLU,
-    TimestepEmbedding,
-    dense,
-    traced_once,
-)
+from cosmos3_jax.models.layers import RMSNorm, SwiGLU, TimestepEmbedding, dense, traced_once
 from cosmos3_jax.parallel import sharding
-from cosmos3_jax.parallel.sharding import (
-    BRANCHES,
-    HEADS,
-    PROMPTS,
-    TOKENS,
-    constrain,
-)
+from cosmos3_jax.parallel.sharding import BRANCHES, HEADS, PROMPTS, TOKENS, constrain
 
 # Arrays of all modalities: normalised latents, or anything of their shape (noise, velocity, a
 # prediction of the clean latents). `video` is [B, t, h, w, C], `sound`, where there is any,

@@ -14,13 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from cosmos3_jax.parallel.sharding import (
-    PROMPTS,
-    ROWS,
-    constrain,
-    spec,
-    ways,
-)
+from cosmos3_jax.parallel.sharding import PROMPTS, ROWS, constrain, spec, ways
 
 # How many rows of latents there are, and how many with those added so that they divide evenly.
 _rows: contextvars.ContextVar[tuple[int, int]] = contextvars.ContextVar("rows", default=(1, 1))

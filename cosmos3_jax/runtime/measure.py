@@ -19,11 +19,7 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 import cosmos3_jax
 from cosmos3_jax.config import Config
 from cosmos3_jax.parallel.device import default_device, memory_peak
-from cosmos3_jax.runtime.programs import (
-    calls,
-    distinct_calls,
-    shapes_of,
-)
+from cosmos3_jax.runtime.programs import calls, distinct_calls, shapes_of
 from cosmos3_jax.sampling.stages import Stage, Values
 
 LONG_SECONDS = 30  # a run that is not repeated

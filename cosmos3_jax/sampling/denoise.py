@@ -17,12 +17,7 @@ from flax import struct
 from jax import Array
 
 from cosmos3_jax.config import Config
-from cosmos3_jax.models.transformer import (
-    Condition,
-    Latents,
-    encode_condition,
-    velocity,
-)
+from cosmos3_jax.models.transformer import Condition, Latents, encode_condition, velocity
 from cosmos3_jax.parallel import sharding
 from cosmos3_jax.sampling import unipc
 from cosmos3_jax.sampling.request import Request, draw_noise

@@ -7,13 +7,7 @@ changing them compiles nothing.
 
 from cosmos3_jax.config import Config
 from cosmos3_jax.sampling.request import Request, check_request
-from cosmos3_jax.sampling.stages import (
-    Stage,
-    Values,
-    initial_values,
-    result_of,
-    walk,
-)
+from cosmos3_jax.sampling.stages import Stage, Values, initial_values, result_of, walk
 
 
 def generate(

@@ -29,12 +29,7 @@ from cosmos3_jax.checkpoint.load import (
 )
 from cosmos3_jax.checkpoint.rules import Rule
 from cosmos3_jax.checkpoint.transformer_layout import transformer_layout
-from cosmos3_jax.config import (
-    Recipe,
-    SoundVAEConfig,
-    TransformerConfig,
-    VideoVAEConfig,
-)
+from cosmos3_jax.config import Recipe, SoundVAEConfig, TransformerConfig, VideoVAEConfig
 from cosmos3_jax.models.tokenizer import Tokenizer
 from examples.tiny import grammar, model
 from examples.tiny import tokenizer as tiny_tokenizer

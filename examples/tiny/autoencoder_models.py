@@ -17,12 +17,7 @@ from jax import Array
 
 from cosmos3_jax.checkpoint.files import TensorFiles, write_shard
 from cosmos3_jax.checkpoint.load import PUBLIC_STEM
-from cosmos3_jax.checkpoint.rules import (
-    Layout,
-    check,
-    leaf_shapes,
-    split_weight_norm,
-)
+from cosmos3_jax.checkpoint.rules import Layout, check, leaf_shapes, split_weight_norm
 from cosmos3_jax.checkpoint.sound_vae_layout import sound_vae_layout
 from cosmos3_jax.checkpoint.video_vae_layout import video_vae_layout
 from cosmos3_jax.config import SoundVAEConfig, VideoVAEConfig

@@ -29,12 +29,7 @@ from cosmos3_jax.checkpoint import load
 from cosmos3_jax.checkpoint.find import open_folder
 from cosmos3_jax.checkpoint.load import TOKENIZER_FOLDER
 from cosmos3_jax.config import Config, Recipe
-from cosmos3_jax.io.prompt import (
-    Tokenizer,
-    encode_prompts,
-    pad_token_ids,
-    resolve_prompts,
-)
+from cosmos3_jax.io.prompt import Tokenizer, encode_prompts, pad_token_ids, resolve_prompts
 from cosmos3_jax.models import sound_vae, video_vae
 from cosmos3_jax.training.flow import Batch
 from examples.tiny import grammar, model, world

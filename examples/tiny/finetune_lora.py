@@ -31,12 +31,7 @@ from cosmos3_jax.config import Config
 from cosmos3_jax.io import media
 from cosmos3_jax.training.flow import LossWeights, NoiseLevels
 from cosmos3_jax.training.params import load_towers
-from cosmos3_jax.training.step import (
-    TrainOptions,
-    TrainState,
-    init_state,
-    train_step,
-)
+from cosmos3_jax.training.step import TrainOptions, TrainState, init_state, train_step
 from examples.tiny import data, evaluate, grammar, running, sheets
 from examples.tiny import judge as jd
 from examples.tiny import scenes as sc

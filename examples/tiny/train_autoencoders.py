@@ -28,12 +28,7 @@ from flax import serialization
 
 from cosmos3_jax.training import autoencoders as ae
 from examples.tiny import autoencoder_check, grammar, optimizers, running, world
-from examples.tiny.autoencoder_models import (
-    AUTOENCODERS,
-    Autoencoder,
-    read_public,
-    write_public,
-)
+from examples.tiny.autoencoder_models import AUTOENCODERS, Autoencoder, read_public, write_public
 
 ADAM_SHARE = 1 / 3  # of the learning rate, for biases, scales and snakes
 STATE_FILE, LOG_FILE, REPORT_FILE = "state.msgpack", "log.jsonl", "report.json"

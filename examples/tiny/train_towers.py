@@ -36,12 +36,7 @@ from cosmos3_jax.models.transformer import unstack_layers
 from cosmos3_jax.training.checkpoints import Checkpoints
 from cosmos3_jax.training.flow import LossWeights, NoiseLevels
 from cosmos3_jax.training.params import join_params, load_towers
-from cosmos3_jax.training.step import (
-    TrainOptions,
-    TrainState,
-    init_state,
-    train_step,
-)
+from cosmos3_jax.training.step import TrainOptions, TrainState, init_state, train_step
 from examples.tiny import assemble, data, model, optimizers, running
 from examples.tiny.pacing import Pacer
 from examples.tiny.watch import Watch
