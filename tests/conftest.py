@@ -35,10 +35,11 @@ def pytest_collection_finish():
 # Two processes share the files out, one after the other: the longest first, so that neither is left
 # alone with one at the end.
 LONGEST = (
-    "test_cli", "test_cli_modes", "test_pipeline", "test_sharding", "test_training_autoencoders",
-    "test_notebook", "test_verify_mutations", "test_verify", "test_video_vae", "test_training",
-    "test_distributed", "test_tiny_training", "test_generate", "test_conditioning", "test_readme",
-    "test_bench", "test_lora",
+    "test_gpu_dry", "test_sharding", "test_verify_mutations", "test_training", "test_benchmarks",
+    "test_training_autoencoders", "test_pipeline", "test_pipeline_run", "test_verify",
+    "test_notebook", "test_video_vae", "test_distributed", "test_cli", "test_tiny_training",
+    "test_generate", "test_conditioning", "test_tiny_checkpoint", "test_lora", "test_readme",
+    "test_steps", "test_architecture", "test_bench", "test_measure",
 )  # fmt: skip
 
 
