@@ -73,7 +73,8 @@ def check(record_property, tolerance: float, function, *inputs, name="", distanc
         name: of the row, beside the test's own.
     """
     found = float(sensitivity(function, *inputs, distance=distance))
-    record_property("sensitivity", (name, found, float(tolerance)))  # xdist sends plain numbers alone
+    # Plain numbers: workers of xdist can send no others.
+    record_property("sensitivity", (name, found, float(tolerance)))
     assert 0 < MARGIN * found <= tolerance, (
         f"one unit in the last place moves the result by {found:.1e}; a tolerance of at least "
         f"{MARGIN * found:.1e} is needed, and this one is {tolerance:.1e}"
