@@ -19,7 +19,8 @@ test: $(VENV)/.dev  ## every test that needs no GPU
 		--no-loadscope-reorder
 
 gpu-check:  ## the tests that need one CUDA GPU or two, whichever are there; says what was not run
-	$(PYTHON) -m pytest -q -m gpu --numprocesses 6 --dist worksteal --durations 10 -rs tests/test_gpu*.py
+	$(PYTHON) -m pytest -q -m gpu --numprocesses 6 --dist worksteal --durations 10 -rs --no-fold-skipped --need-gpu \
+		tests/test_gpu*.py
 
 notebook: $(VENV)/.dev  ## execute notebooks/parity.ipynb from the top, in place
 	$(BIN)/python scripts/run_notebook.py notebooks/parity.ipynb

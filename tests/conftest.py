@@ -54,9 +54,19 @@ def pytest_addoption(parser):
         action="store_true",
         help="print what tolerances stand on",
     )
+    parser.addoption("--need-gpu", action="store_true", help="fail if no test passed")
     parser.addoption(
         "--dry", action="store_true", help="run GPU tests on the CPU: the same code, tiny sizes"
     )
+
+
+def pytest_sessionfinish(session, exitstatus):
+    """With --need-gpu a run in which no test passed has failed: no GPU was seen."""
+    if session.config.getoption("--need-gpu") and not hasattr(session.config, "workerinput"):
+        reports = session.config.pluginmanager.get_plugin("terminalreporter")
+        if exitstatus == 0 and not reports.stats.get("passed"):
+            reports.write_line("no GPU test ran: JAX sees no GPU")
+            session.exitstatus = 1
 
 
 @pytest.fixture(scope="session")
@@ -68,7 +78,7 @@ def dry(pytestconfig) -> bool:
 def pytest_runtest_setup(item):
     """A test marked `gpu(count)` runs on machines with as many GPUs, and is named on others.
 
-    With two GPUs or more, tests of one are left out: they cost as much there as on one.
+    With two GPUs or more, tests of one are left out: the machine with one GPU runs them.
     """
     marker = item.get_closest_marker("gpu")
     if marker is None or item.config.getoption("--dry"):

@@ -110,7 +110,7 @@ def test_tasks_of_each_machine(text, tasks):
         ((4, 3), None, None, None),  # a machine without NVIDIA's driver
         # CUDA counts anew what is visible.
         ((2, 1), "4,5,6,7", 8, [2, 3]),
-        ((2, 1), "GPU-8932f937,GPU-1a9a5565", 8, [1]),
+        ((2, 1), "GPU-00000000,GPU-11111111", 8, [1]),
         ((4, 3), "0", 8, None),  # the launcher gave each its own
     ],
 )
@@ -152,8 +152,7 @@ class Command:
         folder.mkdir()
         self.folder = folder
         if isinstance(devices, int):
-            flags = f"--xla_force_host_platform_device_count={devices} {quick.FLAGS}"
-            environment = {"XLA_FLAGS": flags}
+            environment = {"XLA_FLAGS": quick.simulated(devices)}
         else:
             environment = {"CUDA_VISIBLE_DEVICES": devices}
         environment = os.environ | {"COSMOS3_JAX_HEARTBEAT_SECONDS": "10"} | environment

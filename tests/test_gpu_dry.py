@@ -16,16 +16,12 @@ FILES = sorted(path.name for path in TESTS.glob("test_gpu_*.py")) + ["test_gpu.p
 FILES.remove(Path(__file__).name)
 
 
-# test_distributed.py runs the same check on simulated devices.
-OTHERS = "not two_processes"
-
-
 @pytest.mark.parametrize("file", FILES)
 def test_gpu_tests_run_dry(file):
-    flags = f"--xla_force_host_platform_device_count=2 {quick.FLAGS}"
     ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--dry", "-k", OTHERS, file],
-        cwd=TESTS, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True,
+        [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--dry", file],
+        cwd=TESTS, env=os.environ | {"XLA_FLAGS": quick.simulated(2)},
+        capture_output=True, text=True,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stdout + ran.stderr
     summary = ran.stdout.strip().splitlines()[-1]

@@ -16,7 +16,7 @@ from cosmos3_jax.sampling import unipc
 # Relative L2 distance of latents, pixels and waveforms from the oracle's, and from those of another
 # program. It is float32 rounding that guidance 6 amplifies: `test_tolerance`.
 TOLERANCE = 1e-5
-# Its first steps are long, and amplify more: one unit moves its latents by a fifth of the above.
+# Karras takes long first steps: one unit in the last place moves its latents by 2e-6.
 OF_KARRAS = 2e-5
 
 # What a mistake does to the latents, at the very least; measured from 4e-4 (another schedule) to 1.
@@ -66,11 +66,11 @@ def test_agrees_with_the_oracle(model, oracle, schedule, sound):
     assert expected.min() >= 0 and expected.max() <= 1
     assert ((expected > 0) & (expected < 1)).mean() > 0.9  # not a comparison of clamped values
     assert relative_l2(video, expected) <= tolerance
-    # The oracle's own rounding to uint8. Allowed: at most 0.1 % of the values off, by one. A float
-    # that is off by 1e-6 crosses a boundary between two of 255 steps in 255e-6 of all cases.
+    # The oracle's own rounding to uint8, off by one at most. A float that is off by d crosses a
+    # boundary between two of 255 steps with probability 255 d: at the tolerance, 0.3% of all.
     difference = np.abs(media.to_uint8(video).astype(int) - np.rint(expected * 255).astype(int))
     assert difference.max() <= 1
-    assert (difference > 0).mean() <= 1e-3
+    assert (difference > 0).mean() <= 5e-3
     if sound:
         assert result["sample_rate"] == 48000
         assert relative_l2(result["sound"], reference.media["sound"]) <= tolerance

@@ -21,6 +21,15 @@ def test_every_value_moves_by_one_unit(dtype):
     assert moved["ids"] is tree["ids"] and moved["mask"] is tree["mask"]
 
 
+def test_nan_is_far():
+    """In whichever array, so that no bar is met."""
+    ones, nan = np.ones(3), np.full(3, np.nan)
+    for ours in ({"a": ones, "b": nan}, {"a": nan, "b": ones}):
+        assert not rounding.farthest(ours, {"a": ones, "b": ones}) <= 1
+    with pytest.raises(AssertionError):
+        rounding.check(lambda *_: None, 1.0, lambda x: x * np.nan, np.ones(3, np.float32))
+
+
 def test_sensitivity_is_that_of_the_function():
     """A difference of near numbers moves by what their last place is of it."""
     near = np.linspace(1, 1.9, 1000, dtype=np.float32), np.linspace(1, 1.9, 1000, dtype=np.float32)

@@ -18,7 +18,7 @@ import torch
 from diffusers import Cosmos3OmniTransformer
 from diffusers.models.normalization import RMSNorm as OracleRMSNorm
 from oracle import TRANSFORMER, oracle_velocity, pack, perturb, tree_from_state_dict
-from rounding import check, relative_l2
+from rounding import check, farthest, relative_l2
 
 from cosmos3_jax.checkpoint import rules
 from cosmos3_jax.checkpoint.transformer_layout import transformer_layout
@@ -159,7 +159,7 @@ def ours(model: Model, *examples: Example, **options) -> dict:
 def error(found: dict, reference: dict) -> float:
     """The larger of the relative L2 errors of video and sound."""
     assert found.keys() == reference.keys()
-    return max(relative_l2(found[name], reference[name]) for name in reference)
+    return farthest(found, reference)
 
 
 @pytest.mark.parametrize("name", MODELS)

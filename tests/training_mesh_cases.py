@@ -137,7 +137,7 @@ def moved(state: TrainState, before) -> dict:
 
 def largest(ours, expected) -> float:
     errors = jax.tree.map(lambda a, b: relative_l2(a, b) if b.any() else 0.0, ours, expected)
-    return max(jax.tree.leaves(errors))
+    return float(np.max(jax.tree.leaves(errors)))
 
 
 def sensitivity(with_lora: bool, done: dict, metrics: list) -> dict:
@@ -148,7 +148,7 @@ def sensitivity(with_lora: bool, done: dict, metrics: list) -> dict:
         _, other, others, _ = train(with_lora, 1, change=change)
         parts = {part: largest(other[part], done[part]) for part in done}
         found.append(parts | {"metrics": largest(*jax.tree.map(np.float64, (others, metrics)))})
-    return {part: max(x[part] for x in found) for part in found[0]}
+    return {part: float(np.max([x[part] for x in found])) for part in found[0]}
 
 
 def grouped(text: str) -> list[dict]:
