@@ -147,15 +147,19 @@ def checkpoint(tmp_path_factory):
 class Command:
     """`cosmos3-jax generate` in a process of its own, with simulated devices or on GPUs."""
 
-    def __init__(self, folder: Path, checkpoint: Path, devices: int | str, *options: str):
-        """`devices`: how many to simulate, or the numbers of GPUs, "0,1"."""
+    def __init__(
+        self, folder: Path, checkpoint: Path, devices: int | str, *options: str, heartbeat: int = 60
+    ):
+        """`devices`: how many to simulate, or the numbers of GPUs, "0,1". `heartbeat`: seconds of
+        silence after which a process is given up; a living one may be silent on a busy machine.
+        """
         folder.mkdir()
         self.folder = folder
         if isinstance(devices, int):
             environment = {"XLA_FLAGS": quick.simulated(devices)}
         else:
             environment = {"CUDA_VISIBLE_DEVICES": devices}
-        environment = os.environ | {"COSMOS3_JAX_HEARTBEAT_SECONDS": "10"} | environment
+        environment = os.environ | {"COSMOS3_JAX_HEARTBEAT_SECONDS": str(heartbeat)} | environment
         self.process = subprocess.Popen(
             [
                 sys.executable, "-m", "cosmos3_jax.cli", "generate", "--checkpoint", checkpoint,
@@ -178,8 +182,8 @@ def run_command(tmp_path, checkpoint):
     """Start commands; whatever happens, they end with the test."""
     started = []
 
-    def run(name: str, devices: int | str, *options: str) -> Command:
-        started.append(Command(tmp_path / name, checkpoint, devices, *options))
+    def run(name: str, devices: int | str, *options: str, **settings) -> Command:
+        started.append(Command(tmp_path / name, checkpoint, devices, *options, **settings))
         return started[-1]
 
     yield run
@@ -188,14 +192,14 @@ def run_command(tmp_path, checkpoint):
         command.process.wait()
 
 
-def run_two(run_command, *options: str, each: tuple = ((), ()), devices=(4, 4)) -> list[Command]:
+def run_two(run_command, *options: str, each: tuple = ((), ()), devices=(4, 4), **settings):
     """Two processes, by default of four devices each; with the same options, and `each` its own."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     together = ("--coordinator", f"localhost:{port}", "--processes", "2", *options)
     return [
-        run_command(str(i), devices[i], *together, "--process-id", str(i), *each[i])
+        run_command(str(i), devices[i], *together, "--process-id", str(i), *each[i], **settings)
         for i in range(2)
     ]
 
@@ -232,7 +236,7 @@ def test_processes_that_were_told_different_things_say_so(run_command):
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_who_waits_for_a_dead_process_fails(run_command, victim):
-    two = run_two(run_command, "--mesh", "cfg=2,seq=4")
+    two = run_two(run_command, "--mesh", "cfg=2,seq=4", heartbeat=10)
     other = two[1 - victim]
     deadline = time.monotonic() + 120
     while not all("is connected" in command.log() for command in two):  # their devices have met
