@@ -283,7 +283,7 @@ class Cosmos3:
         mesh = self._mesh_of(request)
         trajectory: list[dict] = []
         total = request.num_inference_steps
-        length = steps_per_program or self.steps_per_program(request, return_trajectory)
+        length = self.steps_per_program(request, steps_per_program, return_trajectory)
         with (
             memory_limits.exhaustion_explained(self.config, device.memory_limit(), job),
             ambient(mesh),
@@ -344,7 +344,7 @@ class Cosmos3:
         job = self.job(request, output, return_trajectory, decode_chunk_size)
         memory_limits.check_fits(self.config, device.memory_limit(), job)
         with ambient(self._mesh_of(request)):
-            length = steps_per_program or self.steps_per_program(request, return_trajectory)
+            length = self.steps_per_program(request, steps_per_program, return_trajectory)
             compile_stage = programs.Compile(self._loaded().structs, self.config, length)
             values = stages.walk(programs.structs_of(values), compile_stage)
             if return_trajectory:
@@ -439,9 +439,19 @@ class Cosmos3:
         _check_axes("waveform", waveform, "[B, channels, samples]", channels)
         return self._autoencode("sound_vae", stages.encode_sound, waveform)
 
-    def steps_per_program(self, request: Request, return_trajectory: bool = False) -> int:
-        """Denoising steps of one call to the device, where nobody says how many."""
-        return 1 if return_trajectory else programs.block_length(request.num_inference_steps)
+    def steps_per_program(
+        self, request: Request, asked: int | None = None, return_trajectory: bool = False
+    ) -> int:
+        """Denoising steps of one call to the device: as many as are asked for, or see `generate`.
+
+        Raises ValueError on less than one, and on more than one with a trajectory.
+        """
+        chosen = 1 if return_trajectory else programs.block_length(request.num_inference_steps)
+        length = chosen if asked is None else asked
+        if length < 1 or (return_trajectory and length > 1):
+            most = "1, since a trajectory has every step" if return_trajectory else "1 or more"
+            raise ValueError(f"steps_per_program={length} must be {most}")
+        return length
 
     def job(
         self,

@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-from oracle import prepare
+from oracle import SETTINGS, prepare
 from rounding import check, farthest, relative_l2
 
 from cosmos3_jax import Cosmos3, generate
@@ -171,3 +171,17 @@ def test_steps_and_load_are_refused_where_they_cannot_be(public_checkpoint, mode
     assert loaded is opened and loaded.weights.resident
     step = next(loaded.steps(request_))
     assert relative_l2(step.clean["video"], next(model.steps(request_)).clean["video"]) <= TOLERANCE
+
+
+def test_steps_per_program_has_limits(model, request_):
+    for method in (model.run, model.generate, model.warmup):
+        with pytest.raises(ValueError, match="steps_per_program=0 must be 1 or more"):
+            method(
+                request_ if method == model.run else "A cat",
+                steps_per_program=0,
+                **({} if method == model.run else SETTINGS),
+            )
+    with pytest.raises(ValueError, match="=5 must be 1, since a trajectory has every step"):
+        model.run(request_, return_trajectory=True, steps_per_program=5)
+    assert model.steps_per_program(request_) == 5
+    assert model.steps_per_program(request_, 2) == 2

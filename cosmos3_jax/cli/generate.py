@@ -66,6 +66,7 @@ def run_generate(options: argparse.Namespace) -> int:
             kind = "one frame is an image: .png or .jpg" if one_frame else "a video is an .mp4"
             raise ValueError(f"--out {out}: {kind}; name such a file, or change --num-frames")
         media.frame_rate(float(request.fps))  # raises on a rate that no mp4 can have
+        model.steps_per_program(request, options.steps_per_program)  # raises on less than one
     device.use_compilation_cache(not options.no_compilation_cache)
     job = _place(options, model, request)
     _check_alike(options, request, job)
@@ -240,7 +241,7 @@ def _record(
         "num_inference_steps": request.num_inference_steps,
         "guidance_scale": float(request.guidance_scale),
         "sigmas": prepared.sigmas.tolist(),
-        "steps_per_program": options.steps_per_program or model.steps_per_program(request),
+        "steps_per_program": model.steps_per_program(request, options.steps_per_program),
         "timesteps": [*map(int, request.sampler.timestep)],
         "dtype": model.dtype,
         "offload": not model.weights.resident,
