@@ -19,9 +19,8 @@ from cosmos3_jax.parallel import device
 from cosmos3_jax.runtime import memory, programs
 from cosmos3_jax.runtime.memory_limits import OutOfDeviceMemory
 
-# Relative L2 distance of latents, pixels and waveforms from the oracle's, and from those of another
-# program. It is float32 rounding that guidance 6 amplifies: `test_tolerance`.
-TOLERANCE = 1e-5
+# What a mistake does to the latents, at the very least; see test_pipeline.py.
+MISTAKE = 2e-4
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +158,7 @@ def test_all_parameters_of_an_offloaded_model(public_checkpoint, model):
     request = prepare(model, num_inference_steps=1)
     right, _ = offloaded.denoise(request)
     offloaded.params = params | {"gen": jax.tree.map(jnp.zeros_like, params["gen"])}
-    assert relative_l2(offloaded.denoise(request)[0]["video"], right["video"]) > 20 * TOLERANCE
+    assert relative_l2(offloaded.denoise(request)[0]["video"], right["video"]) > MISTAKE
 
 
 def test_a_part_leaves_the_device_after_an_error_too(public_checkpoint, monkeypatch):

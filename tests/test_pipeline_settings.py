@@ -14,7 +14,7 @@ from cosmos3_jax.runtime import programs
 from cosmos3_jax.sampling import unipc
 
 # Relative L2 distance of latents, pixels and waveforms from the oracle's, and from those of another
-# program. It is float32 rounding that guidance 6 amplifies: `test_tolerance`.
+# program. It is float32 rounding that guidance 6 amplifies: test_pipeline.py measures it.
 TOLERANCE = 1e-5
 
 
