@@ -5,10 +5,12 @@ import gc
 import os
 
 import jax
+import mesh_cases
 import pytest
 import quick
 import torch
 from oracle import load_pipeline, save_pipeline
+from several_processes import Command
 
 from cosmos3_jax import Cosmos3
 from cosmos3_jax.checkpoint import load
@@ -36,8 +38,8 @@ def pytest_collection_finish():
 # alone with one at the end.
 LONGEST = (
     "test_gpu_dry", "test_sharding", "test_verify_mutations", "test_training", "test_benchmarks",
-    "test_training_autoencoders", "test_pipeline", "test_pipeline_run", "test_verify",
-    "test_notebook", "test_video_vae", "test_distributed", "test_cli", "test_tiny_training",
+    "test_autoencoders", "test_pipeline", "test_pipeline_run", "test_verify",
+    "test_notebook", "test_video_vae", "test_distributed", "test_main", "test_tiny_training",
     "test_generate", "test_conditioning", "test_tiny_checkpoint", "test_lora", "test_readme",
     "test_steps", "test_architecture", "test_bench", "test_measure",
 )  # fmt: skip
@@ -136,6 +138,30 @@ def own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="module")
+def divisible_checkpoint(tmp_path_factory):
+    """A checkpoint whose heads and widths several devices can share."""
+    folder = tmp_path_factory.mktemp("four") / "heads"
+    mesh_cases.write_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture
+def run_command(tmp_path, divisible_checkpoint):
+    """Start commands; whatever happens, they end with the test."""
+    started = []
+
+    def run(name: str, devices: int | str, *options: str, **settings) -> Command:
+        command = Command(tmp_path / name, divisible_checkpoint, devices, *options, **settings)
+        started.append(command)
+        return command
+
+    yield run
+    for command in started:
+        command.process.kill()
+        command.process.wait()
 
 
 @pytest.fixture

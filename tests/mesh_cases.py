@@ -1,4 +1,4 @@
-"""What `test_sharding.py` asks of eight simulated devices, run in a process that has them.
+"""What `parallel/test_sharding.py` asks of eight simulated devices, run in a process that has them.
 
 It prints one JSON object: the result of each case, by its name. Axes as in `sampling.denoise`.
 """

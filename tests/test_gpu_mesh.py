@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import mesh_cases
 import numpy as np
 import pytest
-import test_distributed
 from rounding import farthest
-from test_distributed import checkpoint, run_command  # noqa: F401
+from several_processes import check_two_make_the_video_of_one
 
 from cosmos3_jax import generate
 from cosmos3_jax.config import Config
@@ -32,7 +31,7 @@ DRY = {
     "cfg=2": (1, 0, (2, 4, 4)), "seq=2": (1, 5, (2, 5, 6)), "fsdp=2": (1, 5, (2, 4, 4)),
     "data=2": (2, 0, (2, 4, 4)),
 }  # fmt: skip
-# Other orders of summation. tests/test_sharding.py has the same programs on simulated devices.
+# Other orders of summation. `parallel/test_sharding.py` has the same programs on simulated devices.
 FLOAT32 = 1e-5
 
 
@@ -87,7 +86,7 @@ def test_two_devices_decode_and_encode_what_one_does(way, mesh, dry):
     agree(function, params, inputs.astype(np.float32), mesh)
 
 
-def test_two_processes_make_the_video_of_one(run_command, dry):  # noqa: F811
+def test_two_processes_make_the_video_of_one(run_command, dry):
     """By the command line, each process with a GPU of its own; NCCL joins them."""
     devices = (1, 1, 1) if dry else ("0", "1", "0")
-    test_distributed.check_two_make_the_video_of_one(run_command, "fsdp=2", devices)
+    check_two_make_the_video_of_one(run_command, "fsdp=2", devices)

@@ -416,9 +416,9 @@ def test_the_benchmark_counts_what_a_step_computes(monkeypatch):
     On a CPU the backward pass has the logits that it computed again; on a GPU it computes them
     once more. Not counted on paper: zeros between the adapters of one kernel, half a per cent.
     """
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     spec = importlib.util.spec_from_file_location(
-        "lora_benchmark", Path(__file__).parents[1] / "benchmarks" / "lora.py"
+        "lora_benchmark", Path(__file__).parents[2] / "benchmarks" / "lora.py"
     )
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)

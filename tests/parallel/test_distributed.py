@@ -1,21 +1,12 @@
 """Several processes: how they find each other, that they make one video, and what a death does."""
 
-import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
-import mesh_cases
-import numpy as np
 import pytest
-import quick
-from rounding import relative_l2
+from several_processes import check_two_make_the_video_of_one, run_two
 
-from cosmos3_jax.io import media
 from cosmos3_jax.parallel import distributed
 from cosmos3_jax.parallel.distributed import (
     Processes,
@@ -25,10 +16,6 @@ from cosmos3_jax.parallel.distributed import (
     tasks_per_node,
 )
 
-ROOT = Path(__file__).parents[1]
-# Relative L2 distance of latents of two steps in float32. Measured: one unit in the last place of
-# the weights moves those of this model on one device by 9.5e-7.
-SAME = 1e-5
 SRUN = {
     "SLURM_JOB_ID": "70001", "SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "11",
     "SLURM_LOCALID": "3", "SLURM_NODEID": "1", "SLURM_STEP_TASKS_PER_NODE": "12,4",
@@ -135,91 +122,6 @@ def test_an_address_where_processes_cannot_meet_is_said(monkeypatch):
             distributed.start(Processes(address, 2, 0))
     with pytest.raises(ValueError, match=f"nobody listens at {address}"):
         distributed.start(Processes(address, 2, 1))
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("four") / "heads"
-    mesh_cases.write_checkpoint(folder)
-    return folder
-
-
-class Command:
-    """`cosmos3-jax generate` in a process of its own, with simulated devices or on GPUs."""
-
-    def __init__(
-        self, folder: Path, checkpoint: Path, devices: int | str, *options: str, heartbeat: int = 60
-    ):
-        """`devices`: how many to simulate, or the numbers of GPUs, "0,1". `heartbeat`: seconds of
-        silence after which a process is given up; a living one may be silent on a busy machine.
-        """
-        folder.mkdir()
-        self.folder = folder
-        if isinstance(devices, int):
-            environment = {"XLA_FLAGS": quick.simulated(devices)}
-        else:
-            environment = {"CUDA_VISIBLE_DEVICES": devices}
-        environment = os.environ | {"COSMOS3_JAX_HEARTBEAT_SECONDS": str(heartbeat)} | environment
-        self.process = subprocess.Popen(
-            [
-                sys.executable, "-m", "cosmos3_jax.cli", "generate", "--checkpoint", checkpoint,
-                "--num-frames", "5", "--height", "48", "--width", "32", "--steps", "2",
-                "--no-compilation-cache", "--out", folder / "out.mp4",
-                "--save-latents", folder / "latents.npz", *options,
-            ],
-            cwd=ROOT, env=environment, stdout=(folder / "log").open("w"), stderr=subprocess.STDOUT,
-        )  # fmt: skip
-
-    def log(self) -> str:
-        return (self.folder / "log").read_text()
-
-    def wait(self, seconds: float = 240) -> int:
-        return self.process.wait(seconds)
-
-
-@pytest.fixture
-def run_command(tmp_path, checkpoint):
-    """Start commands; whatever happens, they end with the test."""
-    started = []
-
-    def run(name: str, devices: int | str, *options: str, **settings) -> Command:
-        started.append(Command(tmp_path / name, checkpoint, devices, *options, **settings))
-        return started[-1]
-
-    yield run
-    for command in started:
-        command.process.kill()
-        command.process.wait()
-
-
-def run_two(run_command, *options: str, each: tuple = ((), ()), devices=(4, 4), **settings):
-    """Two processes, by default of four devices each; with the same options, and `each` its own."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    together = ("--coordinator", f"localhost:{port}", "--processes", "2", *options)
-    return [
-        run_command(str(i), devices[i], *together, "--process-id", str(i), *each[i], **settings)
-        for i in range(2)
-    ]
-
-
-def check_two_make_the_video_of_one(run_command, mesh: str, devices: tuple) -> None:
-    """`devices` of the two processes, and of the one; the mesh divides weights by `fsdp=2`."""
-    settings = ("--dtype", "float32", "--mesh")
-    two = run_two(run_command, *settings, mesh, devices=devices[:2])
-    assert [command.wait() for command in two] == [0, 0], two[0].log() + two[1].log()
-    one = run_command("one", devices[2], *settings, "data=1")
-    assert one.wait() == 0, one.log()
-    written = [sorted(path.name for path in command.folder.iterdir()) for command in two]
-    assert written == [["latents.npz", "log", "out.json", "out.mp4"], ["log"]]
-    record = json.loads((two[0].folder / "out.json").read_text())
-    assert record["processes"] == 2 and record["mesh"]["fsdp"] == 2
-    ours, expected = (np.load(x.folder / "latents.npz")["video"] for x in (two[0], one))
-    assert relative_l2(ours, expected) <= SAME
-    pixels = [media.read_video(x.folder / "out.mp4")[0] for x in (two[0], one)]
-    # The encoder's choices turn on roundings; another video is 10 steps of 255 away and more.
-    assert pixels[0].shape[0] == 5 and np.abs(pixels[0].astype(int) - pixels[1]).mean() < 0.5
 
 
 def test_two_processes_make_the_video_of_one(run_command):

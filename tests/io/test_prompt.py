@@ -492,7 +492,7 @@ def test_no_torch(tiny_folder):
         "assert prompt.encode_prompts(tokenizer, resolved)\n"
         "print(sorted({'torch', 'diffusers', 'transformers'} & sys.modules.keys()))"
     )
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True
     )

@@ -160,7 +160,7 @@ def lowered_loop(monkeypatch) -> str:
 
 def test_two_processes_lower_the_same_program():
     """Or the second would not find it in the compilation cache."""
-    root, said = Path(__file__).parents[1], []
+    root, said = Path(__file__).parents[2], []
     for seed in ("1", "2"):  # of Python's hashes, and so of the order of sets
         ran = subprocess.run(
             [sys.executable, "-c", LOWER_A_LOOP],

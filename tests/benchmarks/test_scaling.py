@@ -16,7 +16,7 @@ from cosmos3_jax.config import Config
 @pytest.fixture(scope="module")
 def scaling():
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+        patch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
         yield importlib.import_module("scaling")
 
 

@@ -292,7 +292,7 @@ def test_taking_a_tree_apart():
 @pytest.fixture(scope="module")
 def on_meshes(tmp_path_factory):
     """Of every case, from one process that has eight devices."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     flags = {"XLA_FLAGS": mesh_cases.XLA_FLAGS, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
     program = [sys.executable, "tests/training_mesh_cases.py", str(tmp_path_factory.mktemp("mesh"))]
     ran = subprocess.run(program, cwd=root, env=os.environ | flags, capture_output=True, text=True)
@@ -415,8 +415,8 @@ def is_divided(x) -> bool:
 
 def test_a_killed_run_continues_to_the_same_numbers(tmp_path):
     """A process is killed while it saves its third state or a later one; then another goes on."""
-    program = [sys.executable, str(Path(__file__).with_name("training_run.py"))]
-    paths = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    program = [sys.executable, str(Path(__file__).parents[1] / "training_run.py")]
+    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "JAX_PLATFORMS": "cpu"}
     reference = run(tmp_path / "whole", 6)
     folder, lines = tmp_path / "killed", []

@@ -24,7 +24,7 @@ from cosmos3_jax.io import media
 from cosmos3_jax.runtime.programs import block_length
 from examples.tiny import grammar, world
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 FILES = {path.stem: path.read_text("utf-8") for path in sorted(BENCHMARKS.glob("*.py"))}
 SCRIPTS = [name for name, text in FILES.items() if "__main__" in text]
 MESHES = ("one", "cfg=2,seq=2", "data=2,fsdp=2")

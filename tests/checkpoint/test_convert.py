@@ -27,7 +27,7 @@ from cosmos3_jax.checkpoint.rules import CheckpointError
 from cosmos3_jax.cli import main as cli
 from cosmos3_jax.models.transformer import unstack_layers
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SHARD_BYTES = 200_000  # several shards for each component of the small checkpoints
 
 

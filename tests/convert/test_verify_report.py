@@ -189,7 +189,7 @@ def test_what_json_cannot_hold_becomes_text(tmp_path, capsys):
 
 def test_the_readmes_table_is_the_reports():
     """Made by the script, not by hand."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     made = json.loads((root / "benchmarks/results/verify_tiny.json").read_text("utf-8"))
     assert made["passed"] and made["checkpoint"] == "tiny" and not made["unfinished"]
     assert {row["component"] for row in made["rows"]} == set(cli.COMPONENTS)
@@ -199,7 +199,7 @@ def test_the_readmes_table_is_the_reports():
 
 def test_the_plot_of_a_report(tmp_path):
     """Errors by layer, a picture that opens."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     made = json.loads((root / "benchmarks/results/verify_tiny.json").read_text("utf-8"))
     with Image.open(report.plot(made, tmp_path)) as image:
         assert min(image.size) > 200 and len(image.getcolors(2**24)) > 10

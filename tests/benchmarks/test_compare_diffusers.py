@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, Cosmos3OmniTransformer
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 import compare_diffusers as compare  # noqa: E402
 import compare_report  # noqa: E402

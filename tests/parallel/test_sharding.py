@@ -17,7 +17,7 @@ from cosmos3_jax.parallel import mesh, sharding
 
 import mesh_cases  # isort: skip
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # Relative L2 distance of two programs for the same arithmetic, as in test_generate.py.
 # `test_tolerance` has what mesh_cases.py measured.
 SAME = 1.5e-5
