@@ -23,7 +23,7 @@ MOVED = {
     "names": "checkpoint.names", "tiny_tokenizer": "checkpoint.tiny_tokenizer",
     "prompt": "io.prompt", "prepare": "io.prepare", "conditioning": "io.conditioning",
     "media_read": "io.media_read", "media": "io.media", "programs": "runtime.programs",
-    "memory": "runtime.memory", "memory_limits": "runtime.memory_limits",
+    "memory": "runtime.memory", "memory_limits": "runtime.memory",
     "weights": "runtime.weights", "cli_generate": "cli.generate", "bench": "cli.bench",
     "bench_measure": "runtime.measure", "bench_inputs": "runtime.random_inputs",
     "training.export": "checkpoint.export",

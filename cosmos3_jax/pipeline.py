@@ -31,7 +31,7 @@ from cosmos3_jax.io.settings import Settings, SettingsDict
 from cosmos3_jax.models.tokenizer import Tokenizer
 from cosmos3_jax.parallel import device
 from cosmos3_jax.parallel.mesh import Meshes, ambient, reachable
-from cosmos3_jax.runtime import memory_limits, programs
+from cosmos3_jax.runtime import memory, programs
 from cosmos3_jax.runtime.job import Job
 from cosmos3_jax.runtime.weights import Weights
 from cosmos3_jax.sampling import stages
@@ -151,7 +151,7 @@ class Cosmos3:
             self.meshes, offload = mesh, bool(offload)
         else:
             job = Job.of_recipe(self.config, dtype=dtype)
-            self.meshes, offload = memory_limits.choose_devices(
+            self.meshes, offload = memory.choose_devices(
                 self.config, device.memory_limit(), mesh, offload, job
             )
         components = load.open_components(find_checkpoint(self._name), self.config)
@@ -279,13 +279,13 @@ class Cosmos3:
         """
         values = stages.initial_values(request, output=output, decode_chunk_size=decode_chunk_size)
         job = self.job(request, output, return_trajectory, decode_chunk_size)
-        memory_limits.check_fits(self.config, device.memory_limit(), job)
+        memory.check_fits(self.config, device.memory_limit(), job)
         mesh = self._mesh_of(request)
         trajectory: list[dict] = []
         total = request.num_inference_steps
         length = self.steps_per_program(request, steps_per_program, return_trajectory)
         with (
-            memory_limits.exhaustion_explained(self.config, device.memory_limit(), job),
+            memory.exhaustion_explained(self.config, device.memory_limit(), job),
             ambient(mesh),
             tqdm.tqdm(total=total, unit="step", desc="denoise", disable=not progress) as bar,
         ):
@@ -342,7 +342,7 @@ class Cosmos3:
             request = request.replace(text_ids=ids, text_mask=mask)
         values = stages.initial_values(request, output=output, decode_chunk_size=decode_chunk_size)
         job = self.job(request, output, return_trajectory, decode_chunk_size)
-        memory_limits.check_fits(self.config, device.memory_limit(), job)
+        memory.check_fits(self.config, device.memory_limit(), job)
         with ambient(self._mesh_of(request)):
             length = self.steps_per_program(request, steps_per_program, return_trajectory)
             compile_stage = programs.Compile(self._loaded().structs, self.config, length)
@@ -362,7 +362,7 @@ class Cosmos3:
             ValueError, OutOfDeviceMemory: as `generate`, at the first step.
         """
         job = self.job(request, output="latents")
-        memory_limits.check_fits(self.config, device.memory_limit(), job)
+        memory.check_fits(self.config, device.memory_limit(), job)
         mesh = self._mesh_of(request)
         values = stages.initial_values(request, output="latents")
         sigmas = values["steps"].solver.sigma

@@ -17,29 +17,10 @@ from rounding import relative_l2
 from cosmos3_jax import Cosmos3, pipeline
 from cosmos3_jax.parallel import device
 from cosmos3_jax.runtime import memory, programs
-from cosmos3_jax.runtime.memory_limits import OutOfDeviceMemory
+from cosmos3_jax.runtime.memory import OutOfDeviceMemory
 
 # What a mistake does to the latents, at the very least; see test_pipeline.py.
 MISTAKE = 2e-4
-
-
-@pytest.fixture(scope="module")
-def model(public_checkpoint):
-    return Cosmos3.from_pretrained(public_checkpoint, dtype="float32")
-
-
-@pytest.fixture
-def compiled(monkeypatch):
-    """The programs that XLA compiles from here on, one entry each."""
-    log = []
-
-    def listen(event, duration, **_):
-        if event.endswith("backend_compile_duration"):
-            log.append(duration)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield log
-    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_other_prompts_compile_nothing(model, compiled):

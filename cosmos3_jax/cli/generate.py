@@ -19,13 +19,14 @@ import numpy as np
 import PIL
 
 import cosmos3_jax
+from cosmos3_jax.checkpoint import publish
 from cosmos3_jax.io import media
 from cosmos3_jax.io.prepare import Prepared
 from cosmos3_jax.io.prompt import read_prompt
 from cosmos3_jax.parallel import device, distributed
 from cosmos3_jax.parallel.mesh import IDLE, describe
 from cosmos3_jax.pipeline import Cosmos3
-from cosmos3_jax.runtime import memory_limits
+from cosmos3_jax.runtime import memory
 from cosmos3_jax.runtime.job import Job
 from cosmos3_jax.sampling.request import Request
 from cosmos3_jax.sampling.stages import Stage, Values
@@ -70,8 +71,8 @@ def run_generate(options: argparse.Namespace) -> int:
     device.use_compilation_cache(not options.no_compilation_cache)
     job = _place(options, model, request)
     _check_alike(options, request, job)
-    memory_limits.check_fits(model.config, device.memory_limit(), job)
-    with memory_limits.exhaustion_explained(model.config, device.memory_limit(), job):
+    memory.check_fits(model.config, device.memory_limit(), job)
+    with memory.exhaustion_explained(model.config, device.memory_limit(), job):
         with _timed(times, "model_load"):
             model.load(job.dtype, offload=job.offload, mesh=model.meshes)
         result = model.run(
@@ -102,7 +103,7 @@ def _place(options: argparse.Namespace, model: Cosmos3, request: Request) -> Job
     """Choose the devices for a request, say which they are, and whether to offload."""
     job = Job.of_request(model.config, request, dtype=options.dtype or device.default_dtype())
     wanted = {"auto": None, "yes": True, "no": False}[options.offload]
-    model.meshes, offload = memory_limits.choose_devices(
+    model.meshes, offload = memory.choose_devices(
         model.config, device.memory_limit(), options.mesh, wanted, job
     )
     mesh = model.meshes.of(job.batch, job.guidance)
@@ -132,7 +133,8 @@ def _after(save_latents: Path | None, clock: _Clock, stage: Stage, values: Value
     if stage.loop and save_latents:
         arrays = distributed.to_host(values["latents"])
         if distributed.is_writer():
-            _save_arrays(save_latents, arrays)
+            with publish.file(save_latents) as temporary, temporary.open("wb") as file:
+                np.savez(file, **arrays)
 
 
 def _check_alike(options: argparse.Namespace, request: Request, job: Job) -> None:
@@ -193,12 +195,6 @@ def _load_noise(path: Path) -> dict[str, np.ndarray]:
     if "noise" not in found:
         raise ValueError(f"--noise {path} holds no array named noise")
     return found
-
-
-def _save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    temporary = path.with_name(f".{path.name}.partial.npz")
-    np.savez(temporary, **arrays)
-    temporary.replace(path)
 
 
 def _record(

@@ -21,7 +21,7 @@ from cosmos3_jax.io import media
 from cosmos3_jax.io.prompt import PROMPT_STYLES
 from cosmos3_jax.parallel import device, distributed
 from cosmos3_jax.pipeline import Cosmos3
-from cosmos3_jax.runtime import measure, memory, memory_limits, random_inputs
+from cosmos3_jax.runtime import measure, memory, random_inputs
 from cosmos3_jax.runtime.job import Job
 from cosmos3_jax.sampling import unipc
 
@@ -310,7 +310,7 @@ def run_bench(options: argparse.Namespace) -> int:
     )  # fmt: skip
     jobs = bench.jobs(config, **{name: getattr(options, name) for name in names})
     for job in jobs.values():
-        memory_limits.check_fits(config, device.memory_limit(), bench.memory_job(job, dtype))
+        memory.check_fits(config, device.memory_limit(), bench.memory_job(job, dtype))
     if model is not None:
         params = model.load(dtype).params
     else:

@@ -1,22 +1,26 @@
-"""What a checkpoint weighs, and what a generation of a given shape needs, by arithmetic.
+"""Device memory of a generation, by arithmetic: what it needs, whether it fits, and what would.
 
 A generation runs in stages, each a compiled program of its own: the video encoder if pixels are
 given, the text tower, the loop over steps, the video decoder, the sound decoder. Weights, inputs
 and outputs of a stage are exact; what its program needs beside them was measured on a GPU
 (benchmarks/NOTES.md) and is explained here in terms of the model's sizes, within 5% at the three
-sizes measured.
+sizes measured. So a generation that does not fit is refused before any long work starts.
 """
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from cosmos3_jax.checkpoint.rules import leaf_shapes
 from cosmos3_jax.config import Config, check_fps
 from cosmos3_jax.models import sound_vae, transformer, video_vae
-from cosmos3_jax.models.attention import fused_obstacle, logit_bytes
+from cosmos3_jax.models.attention import check_logits, fused_obstacle, logit_bytes
+from cosmos3_jax.parallel.mesh import Meshes
 from cosmos3_jax.parallel.sharding import ROWS, TOKENS
 from cosmos3_jax.runtime.job import Job
 from cosmos3_jax.sampling.denoise import is_one_batch
@@ -39,6 +43,13 @@ _NAMES = {
 LOGIT_COPIES = 3
 GATHERED_LAYERS = 2  # where `fsdp` divides the weights: one that computes, one that arrives
 ENCODER_TENSORS = 8  # of the encoder's first stage; measured, 7.8 to 8.0, for one video at a time
+
+PUBLISHED_SIZES = ((720, 1280), (480, 832), (192, 320))
+LONG_PROMPT = 2048  # tokens; a longer one is named as what to shorten
+
+
+class OutOfDeviceMemory(ValueError):
+    """A generation does not fit the device. The message says what does."""
 
 
 def parameter_counts(config: Config) -> dict[str, int]:
@@ -195,3 +206,142 @@ def _tree_bytes(tree: dict, itemsize: int) -> int:
         math.prod(shape) * (4 if "time_embedder" in path else itemsize)
         for path, shape in leaf_shapes(tree).items()
     )
+
+
+def should_offload(config: Config, limit_bytes: int | None, job: Job) -> bool:
+    """Whether a generation does not fit the device with all weights on it."""
+    if limit_bytes is None:
+        return False
+    needed = generation_bytes(config, job.replace(offload=False))
+    # Logits are left out: offloading does not lessen them.
+    needed[STAGES["gen"]] -= LOGIT_COPIES * needed["logits"]
+    return max(needed.get(stage, 0) for stage in STAGE_NAMES) > limit_bytes
+
+
+def choose_devices(
+    config: Config,
+    limit_bytes: int | None,
+    asked: Mesh | str | None,
+    offload: bool | None,
+    job: Job,
+) -> tuple[Meshes, bool]:
+    """The mesh of devices for a job, and whether to offload.
+
+    Where nobody says: weights whole on each device if that fits, else divided, else offloaded.
+
+    Args:
+        config, limit_bytes, job: as in `check_fits`; the job's own mesh and offload are not read.
+        asked: the mesh, if somebody says.
+        offload: whether to, if somebody says.
+
+    Raises:
+        ValueError: the mesh does not fit the devices, the model or the job.
+    """
+    heads = config.transformer.num_key_value_heads
+    whole, divided = (Meshes(asked, heads, shard_weights=shard) for shard in (False, True))
+    if offload:
+        return whole, True
+    for meshes in (whole, divided):
+        mesh = meshes.sizes(job.batch, job.guidance)
+        if not should_offload(config, limit_bytes, job.replace(mesh=mesh)):
+            return meshes, False
+    return (whole, True) if offload is None else (divided, False)
+
+
+def check_fits(config: Config, limit_bytes: int | None, job: Job) -> None:
+    """Raise unless a generation fits the device.
+
+    Args:
+        config: the checkpoint's.
+        limit_bytes: see `device.memory_limit`; None checks nothing.
+        job: the generation.
+
+    Raises:
+        OutOfDeviceMemory: the message names need, limit, stage, and the largest settings that fit.
+        ValueError: without a limit, too; see `generation_bytes` and `attention.check_logits`.
+    """
+    needed = generation_bytes(config, job)
+    if needed["logits"]:
+        head_dim = config.transformer.head_dim
+        check_logits(needed["logits"], fused_obstacle(jnp.dtype(job.dtype), head_dim, job.device))
+    if limit_bytes is None or needed["peak"] <= limit_bytes:
+        return
+    stage = max(STAGE_NAMES, key=lambda name: needed.get(name, 0))
+    weights = "one part of the weights at a time" if job.offload else "all weights on the device"
+    raise OutOfDeviceMemory(
+        f"{job} need {_gib(needed['peak'])} of device memory ({stage}, {weights}), and "
+        f"JAX may use {_gib(limit_bytes)}. {what_fits(config, limit_bytes, job)}"
+    )
+
+
+@contextmanager
+def exhaustion_explained(config: Config, limit_bytes: int | None, job: Job) -> Iterator[None]:
+    """Turn JAX's error that the device's memory is exhausted into one like `check_fits`'s.
+
+    It comes in spite of `check_fits` where the limit is not known, or not all of it is free.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not str(error).startswith("RESOURCE_EXHAUSTED:"):  # the status, as XLA puts it
+            raise
+        needed = generation_bytes(config, job)["peak"]
+        less = min(needed, limit_bytes or needed) - 1
+        reason = str(error).partition("\n")[0]
+        raise OutOfDeviceMemory(
+            f"the device ran out of memory, where {job} should need {_gib(needed)} "
+            f"({reason}). If another process holds some of it, end that; or take less. "
+            f"{what_fits(config, less, job)}"
+        ) from error
+
+
+def what_fits(config: Config, limit_bytes: int, job: Job) -> str:
+    """A sentence: what to do to get this video, or the largest settings near it that fit."""
+
+    def need(**change) -> float:
+        try:
+            return generation_bytes(config, job.replace(**change))["peak"]
+        except ValueError:  # a change that no video can have
+            return math.inf
+
+    # Without another video coming out, or hardly.
+    slight = []
+    if (job.decode_chunk_size or 1) > 1:
+        slight.append(("with decode_chunk_size=1", {"decode_chunk_size": 1}))
+    if job.trajectory_steps:
+        slight.append(("without the trajectory", {"trajectory_steps": 0}))
+    if job.text_tokens > LONG_PROMPT:
+        shorter = {"text_tokens": LONG_PROMPT}
+        slight.append((f"with prompts of at most {LONG_PROMPT} tokens", shorter))
+    offloading = [] if job.offload else [("with offload=True (--offload yes)", {"offload": True})]
+    pairs = [_both(change, *offloading) for change in slight if offloading]
+    for phrase, change in [*slight, *offloading, *pairs]:
+        if (size := need(**change)) <= limit_bytes:
+            return f"It fits {phrase}, which needs {_gib(size)}."
+
+    phrase, changes = _both(*slight, *offloading)
+    sizes = [size for size in PUBLISHED_SIZES if math.prod(size) < job.height * job.width]
+    upright = job.height > job.width
+    smaller = (
+        [{"batch": n} for n in range(job.batch - 1, 0, -1)],
+        [{"num_frames": n} for n in range(job.num_frames - 4, 4 if job.sound else 0, -4)],
+        [{"height": b if upright else a, "width": a if upright else b} for a, b in sizes],
+    )
+    fitting = (
+        next((size for size in kind if need(**changes | size) <= limit_bytes), None)
+        for kind in smaller
+    )
+    listed = ", or ".join(str(job.replace(**size)) for size in fitting if size is not None)
+    if not listed:
+        return "Nothing smaller fits either: use a device with more memory."
+    return f"What fits{phrase and ' ' + phrase}: {listed}."
+
+
+def _both(*changes: tuple[str, dict]) -> tuple[str, dict]:
+    """Several changes as one."""
+    phrases = " and ".join(phrase for phrase, _ in changes)
+    return phrases, {key: value for _, change in changes for key, value in change.items()}
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"

@@ -12,7 +12,7 @@ from cosmos3_jax.cli import bench
 from cosmos3_jax.config import Config
 from cosmos3_jax.parallel import device
 from cosmos3_jax.parallel.device import PlannedGPU
-from cosmos3_jax.runtime import memory, memory_limits, random_inputs
+from cosmos3_jax.runtime import memory, random_inputs
 from cosmos3_jax.runtime.job import Job
 from cosmos3_jax.sampling import denoise, stages
 
@@ -140,20 +140,20 @@ def test_given_pixels_are_counted():
 def test_too_many_logits_are_refused_whatever_the_memory():
     large = job(720, 1280, dtype="float32")
     with pytest.raises(ValueError, match=r"234 GiB of logits \(limit 16\).*dtype is float32"):
-        memory_limits.check_fits(NANO, None, large)
+        memory.check_fits(NANO, None, large)
     # nor does it make a checkpoint offload, which would not help
-    assert not memory_limits.should_offload(NANO, 100 * GIB, large)
+    assert not memory.should_offload(NANO, 100 * GIB, large)
 
 
 def test_no_limit_refuses_nothing():
     assert jax.default_backend() != "cpu" or device.memory_limit() is None
-    memory_limits.check_fits(NANO, None, job(720, 1280))
-    assert not memory_limits.should_offload(NANO, None, job(720, 1280))
+    memory.check_fits(NANO, None, job(720, 1280))
+    assert not memory.should_offload(NANO, None, job(720, 1280))
 
 
 def refusal(limit, job):
-    with pytest.raises(memory_limits.OutOfDeviceMemory) as caught:
-        memory_limits.check_fits(NANO, limit, job)
+    with pytest.raises(memory.OutOfDeviceMemory) as caught:
+        memory.check_fits(NANO, limit, job)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -162,14 +162,14 @@ def refusal(limit, job):
 def test_offload_is_the_way_out_where_it_is_enough():
     large = job(720, 1280)
     needed = memory.generation_bytes(NANO, large)["peak"]
-    memory_limits.check_fits(NANO, needed, large)
+    memory.check_fits(NANO, needed, large)
     message = refusal(needed - 1, large)
     for said in (
         "189 frames of 720x1280 need 39.48 GiB", "video decoding stage", "JAX may use 39.48 GiB",
         "It fits with offload=True (--offload yes), which needs 17.84 GiB",
     ):  # fmt: skip
         assert said in message
-    assert memory_limits.should_offload(NANO, needed - 1, large)
+    assert memory.should_offload(NANO, needed - 1, large)
 
 
 @pytest.mark.parametrize("offload", [False, True])
@@ -221,11 +221,11 @@ def test_the_way_out_is_the_slightest_change(change, limit, way_out):
 def test_an_exhausted_device_is_explained():
     large = job(720, 1280)
     with pytest.raises(
-        memory_limits.OutOfDeviceMemory, match="ran out of memory.*--offload yes"
+        memory.OutOfDeviceMemory, match="ran out of memory.*--offload yes"
     ) as caught:
-        with memory_limits.exhaustion_explained(NANO, None, large):
+        with memory.exhaustion_explained(NANO, None, large):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nand more\nlines")
     assert "\n" not in str(caught.value)
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        with memory_limits.exhaustion_explained(NANO, None, large):
+        with memory.exhaustion_explained(NANO, None, large):
             raise jax.errors.JaxRuntimeError("INTERNAL: something else")
