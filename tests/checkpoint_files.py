@@ -10,6 +10,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 PUBLIC, CONVERTED = "diffusion_pytorch_model", "params"
+SHARD_BYTES = 200_000  # several shards for each component of the small checkpoints
 
 
 def read_tensors(folder: Path) -> dict[str, np.ndarray]:

@@ -133,6 +133,26 @@ def oracle(public_checkpoint):
 
 
 @pytest.fixture(scope="module")
+def model(public_checkpoint):
+    """That checkpoint in float32."""
+    return Cosmos3.from_pretrained(public_checkpoint, dtype="float32")
+
+
+@pytest.fixture
+def compiled():
+    """The programs that XLA compiles from here on, one entry each."""
+    log = []
+
+    def listen(event, duration, **_):
+        if event.endswith("backend_compile_duration"):
+            log.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield log
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.fixture(scope="module")
 def own_cache(tmp_path_factory):
     """The random checkpoint is written anew, not found in the home folder."""
     with pytest.MonkeyPatch.context() as patch:

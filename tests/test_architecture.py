@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import cosmos3_jax
-from cosmos3_jax import Cosmos3, generate, moved
+from cosmos3_jax import generate, moved
 from cosmos3_jax.checkpoint import load
 from cosmos3_jax.cli import main as cli
 from cosmos3_jax.models.tokenizer import Tokenizer
@@ -192,11 +192,6 @@ def test_no_module_imports_torch_or_an_old_name():
 SETTINGS = dict(num_frames=5, height=32, width=48, num_inference_steps=2, guidance_scale=1.0)
 
 
-@pytest.fixture(scope="module")
-def model(public_checkpoint):
-    return Cosmos3.from_pretrained(public_checkpoint, dtype="float32")
-
-
 @pytest.fixture
 def traced(monkeypatch):
     """A last stage: the video's brightest value. What it was traced with."""
@@ -212,20 +207,6 @@ def traced(monkeypatch):
     )  # fmt: skip
     monkeypatch.setattr(stages, "STAGES", (*stages.STAGES, stage))
     return shapes
-
-
-@pytest.fixture
-def compiled():
-    """The programs that XLA compiles from here on, one entry each."""
-    log = []
-
-    def listen(event, duration, **_):
-        if event.endswith("backend_compile_duration"):
-            log.append(duration)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield log
-    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_a_new_stage_is_compiled_ahead_and_run(model, traced, compiled):

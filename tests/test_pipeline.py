@@ -23,11 +23,6 @@ OF_KARRAS = 2e-5
 MISTAKE = 20 * TOLERANCE
 
 
-@pytest.fixture(scope="module")
-def model(public_checkpoint):
-    return Cosmos3.from_pretrained(public_checkpoint, dtype="float32")
-
-
 @pytest.mark.parametrize("schedule", unipc.SCHEDULES)
 def test_tolerance(record_property, model, schedule):
     """Of latents and of the media that are decoded from them."""

@@ -18,11 +18,6 @@ from cosmos3_jax.sampling import unipc
 TOLERANCE = 1e-5
 
 
-@pytest.fixture(scope="module")
-def model(public_checkpoint):
-    return Cosmos3.from_pretrained(public_checkpoint, dtype="float32")
-
-
 def test_explicit_noise_is_what_the_seed_draws(model):
     settings = dict(sound=True, negative_prompt=NEGATIVE, **SETTINGS)
     drawn = model.prepare(PROMPT, seed=9, **settings)

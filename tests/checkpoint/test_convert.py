@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 from checkpoint_files import (
     CONVERTED,
+    SHARD_BYTES,
     assert_same_folder,
     assert_same_tree,
     contents,
@@ -28,7 +29,6 @@ from cosmos3_jax.cli import main as cli
 from cosmos3_jax.models.transformer import unstack_layers
 
 ROOT = Path(__file__).parents[2]
-SHARD_BYTES = 200_000  # several shards for each component of the small checkpoints
 
 
 def load_tree(folder: Path, dtype: str) -> dict:
@@ -39,13 +39,6 @@ def load_tree(folder: Path, dtype: str) -> dict:
 @pytest.fixture(scope="module")
 def public_trees(public_checkpoint):
     return {dtype: load_tree(public_checkpoint, dtype) for dtype in ("bfloat16", "float32")}
-
-
-@pytest.fixture(scope="module")
-def converted(public_checkpoint, tmp_path_factory):
-    """The checkpoint in our layout, in bfloat16 and several shards."""
-    target = tmp_path_factory.mktemp("converted") / "nested" / "checkpoint"
-    return convert_checkpoint(public_checkpoint, target, max_shard_bytes=SHARD_BYTES)
 
 
 def test_the_layouts_load_alike(public_checkpoint, public_trees, converted, tmp_path):

@@ -10,22 +10,18 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from checkpoint_files import assert_same_folder, contents, link_checkpoint, read_tensors
+from checkpoint_files import (
+    SHARD_BYTES,
+    assert_same_folder,
+    contents,
+    link_checkpoint,
+    read_tensors,
+)
 from safetensors import SafetensorError
 
 from cosmos3_jax.checkpoint import convert, files, load
 from cosmos3_jax.checkpoint.convert import convert_checkpoint
 from cosmos3_jax.checkpoint.rules import CheckpointError
-
-SHARD_BYTES = 200_000  # several shards for each component of the small checkpoints
-
-
-@pytest.fixture(scope="module")
-def converted(public_checkpoint, tmp_path_factory):
-    """The checkpoint in our layout, in bfloat16 and several shards."""
-    target = tmp_path_factory.mktemp("converted") / "nested" / "checkpoint"
-    return convert_checkpoint(public_checkpoint, target, max_shard_bytes=SHARD_BYTES)
-
 
 # Run in a process of its own, which is killed when the third shard is half written, under our
 # temporary name and under the one that safetensors uses.

@@ -10,7 +10,6 @@ from command_line import (
     SHAPE,
 )
 
-from cosmos3_jax import Cosmos3
 from cosmos3_jax.cli import main as cli
 from cosmos3_jax.parallel import device
 from cosmos3_jax.runtime import memory
@@ -18,11 +17,6 @@ from cosmos3_jax.runtime.job import Job
 from cosmos3_jax.sampling import stages
 
 pytestmark = pytest.mark.usefixtures("own_cache", "no_compilation_cache")
-
-
-@pytest.fixture(scope="module")
-def model(own_cache):
-    return Cosmos3.from_pretrained("random", dtype="float32")
 
 
 def number_after(text: str, name: str) -> float:

@@ -70,11 +70,6 @@ def latents(made):
         return dict(arrays)
 
 
-@pytest.fixture(scope="module")
-def model(own_cache):
-    return Cosmos3.from_pretrained("random", dtype="float32")
-
-
 def test_a_whole_run_imports_no_torch(made):
     modules = set(json.loads((made[0] / "modules.json").read_text()))
     assert {"cosmos3_jax", "jax", "av"} <= modules  # the list is one

@@ -17,16 +17,10 @@ from command_line import (
 )
 from PIL import Image
 
-from cosmos3_jax import Cosmos3
 from cosmos3_jax.cli import main as cli
 from cosmos3_jax.io import media
 
 pytestmark = pytest.mark.usefixtures("own_cache", "no_compilation_cache")
-
-
-@pytest.fixture(scope="module")
-def model(own_cache):
-    return Cosmos3.from_pretrained("random", dtype="float32")
 
 
 def test_explicit_sigmas_are_kept_exactly(tmp_path, model):

@@ -20,11 +20,6 @@ DIFFERENT = 1e-3
 
 
 @pytest.fixture(scope="module")
-def model(public_checkpoint):
-    return Cosmos3.from_pretrained(public_checkpoint, dtype="float32")
-
-
-@pytest.fixture(scope="module")
 def request_(model):
     return prepare(model, sound=True)
 
