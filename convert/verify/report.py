@@ -10,7 +10,6 @@ import dataclasses
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import resource
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.verify.compare import FLOAT32, FLOOR, NONSENSE, RATIO, Outcome, Row
+from cosmos3_jax.checkpoint import publish
 
 PACKAGES = ("cosmos3-jax", "jax", "jaxlib", "flax", "numpy", "torch", "diffusers", "transformers")
 FILE = "verify.json"
@@ -107,10 +107,9 @@ def make(outcomes: dict[str, Outcome], checkpoint: str, **what: Any) -> dict[str
 def write(report: dict[str, Any], folder: Path) -> Path:
     """Write `verify.json`, whole or not at all. Raises OSError."""
     path = folder / FILE
-    temporary = path.with_name(f".{FILE}.partial")
     text = json.dumps(_finite(report), indent=2, allow_nan=False)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with publish.file(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
     return path
 
 

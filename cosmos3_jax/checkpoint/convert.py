@@ -6,13 +6,13 @@ it is whole; a run that was killed continues where it stopped.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax.numpy as jnp
 
+from cosmos3_jax.checkpoint import publish
 from cosmos3_jax.checkpoint.files import (
     MAX_SHARD_BYTES,
     TensorFiles,
@@ -75,14 +75,14 @@ def convert_checkpoint(
     if not (source / TOKENIZER_FOLDER).is_dir():
         raise CheckpointError(f"{source} has no {TOKENIZER_FOLDER}/; download the checkpoint again")
     components = open_components(source, config)
-    partial = place.with_name(f"{place.name}.partial")
+    plan = _plan(source, components, dtype, config.has_sound, max_shard_bytes)
     plan_file = place.with_name(f"{place.name}.partial.json")
-    _start(partial, plan_file, _plan(source, components, dtype, config.has_sound, max_shard_bytes))
-    for component in components:
-        folder = partial / component.name
-        _write_component(component, folder, jnp.dtype(dtype), max_shard_bytes, on_bytes)
-    _write_configs(source, partial, config.has_sound)
-    put_in_place(partial, place)
+    with publish.folder(place, overwrite=overwrite, resume=True) as partial:
+        _start(partial, plan_file, plan)
+        for component in components:
+            folder = partial / component.name
+            _write_component(component, folder, jnp.dtype(dtype), max_shard_bytes, on_bytes)
+        _write_configs(source, partial, config.has_sound)
     plan_file.unlink()
     return target
 
@@ -128,7 +128,6 @@ def _plan(
 def _start(partial: Path, plan_file: Path, plan: str) -> None:
     """Begin an empty folder, or go on in one that has the same plan."""
     if not partial.exists():
-        partial.parent.mkdir(parents=True, exist_ok=True)
         # The plan first: a folder without one could not be continued.
         plan_file.write_text(plan, encoding="utf-8")
         partial.mkdir()
@@ -139,23 +138,6 @@ def _start(partial: Path, plan_file: Path, plan: str) -> None:
         )
     for stray in partial.glob("*/.*"):  # temporary files of a run that was killed while it wrote
         stray.unlink()
-
-
-def put_in_place(partial: Path, target: Path) -> None:
-    """Rename; what was there before goes last, so that a kill or an error never leaves nothing."""
-    replaced = target.with_name(f".{target.name}.replaced")
-    if target.exists():
-        if replaced.exists():
-            shutil.rmtree(replaced)
-        os.replace(target, replaced)
-    try:
-        os.replace(partial, target)
-    except OSError:
-        if replaced.exists():
-            os.replace(replaced, target)
-        raise
-    if replaced.exists():
-        shutil.rmtree(replaced)
 
 
 def _write_component(

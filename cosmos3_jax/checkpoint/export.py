@@ -11,7 +11,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from cosmos3_jax.checkpoint.convert import DTYPES, check_target, put_in_place
+from cosmos3_jax.checkpoint import publish
+from cosmos3_jax.checkpoint.convert import DTYPES, check_target
 from cosmos3_jax.checkpoint.files import (
     FLOAT_DTYPES,
     MAX_SHARD_BYTES,
@@ -90,17 +91,14 @@ def write_public_checkpoint(
     for component in trained.values():
         _check(component, params)
 
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-
     def not_copied(place: str, files: list[str]) -> list[str]:
         weights = (".safetensors", ".safetensors.index.json")
         return [f for f in files if Path(place).name in trained and f.endswith(weights)]
 
-    shutil.copytree(base, partial, ignore=not_copied)
-    for component in trained.values():
-        _write(component, params, partial / component.name, jnp.dtype(dtype), max_shard_bytes)
-    put_in_place(partial, folder)
+    with publish.folder(folder, overwrite=overwrite) as partial:
+        shutil.copytree(base, partial, ignore=not_copied)
+        for component in trained.values():
+            _write(component, params, partial / component.name, jnp.dtype(dtype), max_shard_bytes)
     return folder
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from cosmos3_jax.checkpoint import publish
 from cosmos3_jax.checkpoint.rules import CheckpointError, canonical_key, raise_problems
 
 MAX_SHARD_BYTES = 2 * 2**30  # far below the 5 GB allowed: a shard being written is in memory
@@ -200,21 +201,20 @@ def is_shard_of(path: Path, keys: Iterable[str]) -> bool:
         return False
 
 
-def write_shard(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write one safetensors file under a temporary name, then give it its own.
+def write_shard(
+    path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write one safetensors file.
 
     Raises OSError, leaving nothing behind, if the disk does not take it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
     contiguous = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
     try:
-        # Loaders of the public layout insist on a format, and know this one.
-        save_file(contiguous, temporary, {"format": "pt"})
-        temporary.chmod(0o644)  # safetensors makes files that only their owner can read
-        os.replace(temporary, path)
+        with publish.file(path) as temporary:
+            # Loaders of the public layout insist on a format, and know this one.
+            save_file(contiguous, temporary, {"format": "pt", **(metadata or {})})
+            temporary.chmod(0o644)  # safetensors makes files that only their owner can read
     except (SafetensorError, OSError) as error:
-        temporary.unlink(missing_ok=True)
         raise OSError(f"{path} cannot be written: {error}") from error
 
 
@@ -222,6 +222,5 @@ def write_index(path: Path, shards: Iterable[tuple[str, Iterable[str]]], total_s
     """Write `stem.safetensors.index.json`: which shard holds which key."""
     weight_map = {key: name for name, keys in shards for key in keys}
     index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with publish.file(path) as temporary:
+        temporary.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -11,7 +11,6 @@ Axes: L layers, R rank, i inputs, o outputs of a module.
 import dataclasses
 import json
 import math
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,8 +18,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from cosmos3_jax.checkpoint.files import write_shard
 from cosmos3_jax.checkpoint.lora import Lora, check_changes, families
 from cosmos3_jax.checkpoint.names import near
 from cosmos3_jax.checkpoint.rules import CheckpointError, raise_problems
@@ -65,16 +64,9 @@ def save(lora: Lora, path: str | Path, config: TransformerConfig, dtype: str = "
         "target_modules": sorted(ranks),
     }
     settings = {f"{PREFIX}{name}": value for name, value in settings.items()}
-    metadata = {"format": "pt", METADATA: json.dumps(settings, sort_keys=True)}
-    kept = {k: np.ascontiguousarray(x, jnp.dtype(dtype)) for k, x in sorted(tensors.items())}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        save_file(kept, temporary, metadata)
-        os.replace(temporary, path)
-    except (SafetensorError, OSError) as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"{path} cannot be written: {error}") from error
+    metadata = {METADATA: json.dumps(settings, sort_keys=True)}
+    kept = {key: x.astype(jnp.dtype(dtype)) for key, x in sorted(tensors.items())}
+    write_shard(path, kept, metadata)
     return path
 
 

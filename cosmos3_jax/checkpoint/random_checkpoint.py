@@ -10,13 +10,13 @@ import dataclasses
 import json
 import os
 import re
-import tempfile
 import zlib
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
+from cosmos3_jax.checkpoint import publish
 from cosmos3_jax.checkpoint.files import (
     MAX_SHARD_BYTES,
     plan_shards,
@@ -88,11 +88,8 @@ def cached() -> Path:
     if folder.is_dir():
         return folder
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache, prefix=f".{NAME}-") as scratch:
-            made = Path(scratch) / NAME
+        with publish.folder(folder) as made:
             write(made)
-            os.replace(made, folder)
     except OSError as error:
         if not folder.is_dir():  # or else another process was faster; what it made is the same
             raise OSError(

@@ -11,11 +11,9 @@ leaves neither half a file nor a damaged older one. An existing path is refused 
 
 import contextlib
 import os
-import secrets
-import shutil
 import tempfile
 import wave
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from av.video.reformatter import ColorRange, Colorspace
 from jax.typing import ArrayLike
 from PIL import Image
 
+from cosmos3_jax.checkpoint import publish
 from cosmos3_jax.io.media_read import (
     MediaInfo,
     PathLike,
@@ -86,25 +85,11 @@ def check_writable(
     return path
 
 
-@contextlib.contextmanager
-def _replacing(path: PathLike, overwrite: bool, suffixes: Sequence[str] | None) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, with its suffix; rename it to `path` if the body
-    succeeds.
-    """
-    path = check_writable(path, overwrite, suffixes)
-    temporary = path.with_name(f".cosmos3-{secrets.token_hex(8)}{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_text(path: PathLike, text: str, overwrite: bool = False) -> Path:
     """Write `text` as UTF-8, whole or not at all. Raises as `check_writable` does; any suffix will
     do.
     """
-    with _replacing(path, overwrite, None) as temporary:
+    with publish.file(check_writable(path, overwrite, None)) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return Path(path)
 
@@ -159,7 +144,7 @@ def save_mp4(
         "movflags": "faststart",
         "movie_timescale": str(sample_rate if sound is not None else 90_000),
     }
-    with _replacing(path, overwrite, (".mp4",)) as temporary:
+    with publish.file(check_writable(path, overwrite, (".mp4",))) as temporary:
         with av.open(temporary, "w", format="mp4", options=options) as container:
             packets = _encode_video(container, video, rate, crf)
             if sound is not None:
@@ -223,7 +208,7 @@ def save_wav(
     sound = _check_sound(waveform, sample_rate, max_channels=8)
     samples = np.rint(sound * 32768).clip(max=32767).astype("<i2")  # 32768: what readers divide by
     with (
-        _replacing(path, overwrite, (".wav",)) as temporary,
+        publish.file(check_writable(path, overwrite, (".wav",))) as temporary,
         wave.open(str(temporary), "wb") as file,
     ):
         file.setnchannels(sound.shape[0])
@@ -241,7 +226,7 @@ def save_image(image: ArrayLike, path: PathLike, overwrite: bool = False) -> Pat
         raise ValueError(
             f"the image is {list(shape)}: {video.shape[1]} frames; use save_frames or save_mp4"
         )
-    with _replacing(path, overwrite, IMAGE_SUFFIXES) as temporary:
+    with publish.file(check_writable(path, overwrite, IMAGE_SUFFIXES)) as temporary:
         # Both are jpg's: full resolution of colours too.
         Image.fromarray(_frame(video, 0)).save(temporary, quality=95, subsampling=0)
     return Path(path)
@@ -261,16 +246,13 @@ def save_frames(video: ArrayLike, folder: PathLike, overwrite: bool = False) -> 
             f"{folder} has {older[0].name}; pass overwrite=True (--overwrite) or another folder"
         )
     check_writable(folder / "frame_0000.png", overwrite)
-    names = [f"frame_{t:04d}.png" for t in range(video.shape[1])]
-    scratch = Path(tempfile.mkdtemp(prefix=".cosmos3-", dir=folder))
-    try:
-        for t, name in enumerate(names):
-            Image.fromarray(_frame(video, t)).save(scratch / name)
-        for path in older:
-            path.unlink()
-        return [(scratch / name).replace(folder / name) for name in names]
-    finally:
-        shutil.rmtree(scratch)
+    paths = [folder / f"frame_{t:04d}.png" for t in range(video.shape[1])]
+    with contextlib.ExitStack() as writing:
+        for t, path in enumerate(paths):
+            Image.fromarray(_frame(video, t)).save(writing.enter_context(publish.file(path)))
+    for path in {*older} - {*paths}:
+        path.unlink()
+    return paths
 
 
 def _example(output: Mapping[str, Any], name: str, example: int, axes: str) -> ArrayLike:

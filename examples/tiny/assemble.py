@@ -16,8 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from cosmos3_jax.checkpoint import random_checkpoint
-from cosmos3_jax.checkpoint.convert import put_in_place
+from cosmos3_jax.checkpoint import publish, random_checkpoint
 from cosmos3_jax.checkpoint.export import write_public_checkpoint
 from cosmos3_jax.checkpoint.files import FLOAT_DTYPES, TensorFiles, write_shard
 from cosmos3_jax.checkpoint.load import (
@@ -77,34 +76,31 @@ def write_base(
     """
     if folder.exists():
         raise FileExistsError(f"{folder} is there already; remove it or choose another folder")
-    place, folder = folder, folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    shutil.copytree(video, folder / "vae")
-    shutil.copytree(sound, folder / "sound_tokenizer")
-    tiny_tokenizer.write(folder / TOKENIZER_FOLDER)
-    values = model.transformer_values(
-        VideoVAEConfig.from_file(folder / "vae" / "config.json"),
-        SoundVAEConfig.from_file(folder / "sound_tokenizer" / "config.json"),
-        Tokenizer.from_folder(folder / TOKENIZER_FOLDER).vocab_size,
-        sizes,
-    )
-    config = TransformerConfig.from_dict(values)
-    _write_json(folder / "transformer" / "config.json", values)
-    _write_json(folder / "model_index.json", model.MODEL_INDEX)
-    write_recipe(folder, recipe)
-    params = model.init_params(config, seed)
-    tensors = {
-        rule.key: np.ascontiguousarray(rule.to_public(_leaf(params, rule)))
-        for rule in transformer_layout(config).rules
-    }
-    unread = random_checkpoint.unread_shapes(config, values)
-    tensors |= {key: np.zeros(shape, np.float32) for key, shape in unread.items()}
-    tensors = {key: tensors[key].astype(jnp.bfloat16) for key in sorted(tensors)}
-    write_shard(folder / "transformer" / f"{PUBLIC_STEM}.safetensors", tensors)
-    check(folder)
-    put_in_place(folder, place)
-    return place
+    with publish.folder(folder) as partial:
+        shutil.copytree(video, partial / "vae")
+        shutil.copytree(sound, partial / "sound_tokenizer")
+        tiny_tokenizer.write(partial / TOKENIZER_FOLDER)
+        values = model.transformer_values(
+            VideoVAEConfig.from_file(partial / "vae" / "config.json"),
+            SoundVAEConfig.from_file(partial / "sound_tokenizer" / "config.json"),
+            Tokenizer.from_folder(partial / TOKENIZER_FOLDER).vocab_size,
+            sizes,
+        )
+        config = TransformerConfig.from_dict(values)
+        _write_json(partial / "transformer" / "config.json", values)
+        _write_json(partial / "model_index.json", model.MODEL_INDEX)
+        write_recipe(partial, recipe)
+        params = model.init_params(config, seed)
+        tensors = {
+            rule.key: np.ascontiguousarray(rule.to_public(_leaf(params, rule)))
+            for rule in transformer_layout(config).rules
+        }
+        unread = random_checkpoint.unread_shapes(config, values)
+        tensors |= {key: np.zeros(shape, np.float32) for key, shape in unread.items()}
+        tensors = {key: tensors[key].astype(jnp.bfloat16) for key in sorted(tensors)}
+        write_shard(partial / "transformer" / f"{PUBLIC_STEM}.safetensors", tensors)
+        check(partial)
+    return folder
 
 
 def write_trained(folder: Path, params: dict, base: Path, made: str) -> Path:

@@ -14,7 +14,6 @@ Axes: B batch, P scenes in the pool.
 import argparse
 import dataclasses
 import json
-import os
 import time
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ import numpy as np
 import optax
 from flax import serialization
 
+from cosmos3_jax.checkpoint import publish
 from cosmos3_jax.training import autoencoders as ae
 from examples.tiny import autoencoder_check, grammar, optimizers, running, world
 from examples.tiny.autoencoder_models import AUTOENCODERS, Autoencoder, read_public, write_public
@@ -157,14 +157,13 @@ def train(run: Run, model: Autoencoder, out: Path) -> State:
 
 
 def save(out: Path, run: Run, state: State) -> None:
-    """Write the state under another name, then give it its own: it is whole or not there."""
-    partial_file = out / f".{STATE_FILE}.partial"
+    """Write the state, whole or not at all."""
     content = {
         "run": json.dumps(dataclasses.asdict(run)),
         "state": serialization.to_state_dict(state),
     }
-    partial_file.write_bytes(serialization.msgpack_serialize(jax.device_get(content)))
-    os.replace(partial_file, out / STATE_FILE)
+    with publish.file(out / STATE_FILE) as temporary:
+        temporary.write_bytes(serialization.msgpack_serialize(jax.device_get(content)))
 
 
 def restore(out: Path, run: Run, state: State) -> State:

@@ -18,7 +18,6 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -30,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from cosmos3_jax.checkpoint import publish
 from cosmos3_jax.checkpoint.find import open_folder
 from cosmos3_jax.config import Config
 from cosmos3_jax.models.transformer import unstack_layers
@@ -249,9 +249,8 @@ def _record(out: Path, run: Run, about: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_record(out: Path, values: dict) -> None:
-    temporary = out / f".{RUN_FILE}.partial"
-    temporary.write_text(json.dumps(values))
-    os.replace(temporary, out / RUN_FILE)
+    with publish.file(out / RUN_FILE) as temporary:
+        temporary.write_text(json.dumps(values))
 
 
 def _forget(out: Path, step: int) -> None:

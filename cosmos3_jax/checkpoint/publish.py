@@ -1,0 +1,72 @@
+"""Files and folders that appear whole or not at all.
+
+They are filled under a temporary name beside their own, on the same disk, and renamed when they are
+complete. A failure, Ctrl-C included, leaves what was there before.
+"""
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def _hidden(path: Path) -> Path:
+    """A free name beside `path`, with its suffix: writers choose a format by it."""
+    return path.with_name(f".cosmos3-{secrets.token_hex(8)}{path.suffix}")
+
+
+@contextlib.contextmanager
+def file(path: Path) -> Iterator[Path]:
+    """Yields the path of a file to write; when the block ends, it is renamed to `path`.
+
+    A file that is there is replaced. Missing parent folders are made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _hidden(path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def folder(path: Path, *, overwrite: bool = False, resume: bool = False) -> Iterator[Path]:
+    """Yields the path of a folder to make; when the block ends, it is renamed to `path`.
+
+    Args:
+        path: its final path. Missing parent folders are made.
+        overwrite: replace a folder that is there. It goes last: whenever the process is killed, the
+            old folder or the new one exists, if only under its temporary name.
+        resume: the folder to make is `path` with `.partial` added. After a failure it stays, and it
+            may be there already.
+
+    Raises:
+        OSError: a folder that is not empty is at `path`, and `overwrite` is not set.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.partial") if resume else _hidden(path)
+    try:
+        yield temporary
+        _rename(temporary, path, overwrite)
+    finally:
+        if not resume:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _rename(temporary: Path, path: Path, overwrite: bool) -> None:
+    replaced = path.with_name(f".{path.name}.replaced")
+    if overwrite and path.exists():
+        if replaced.exists():
+            shutil.rmtree(replaced)
+        os.replace(path, replaced)
+    try:
+        os.replace(temporary, path)
+    except (OSError, KeyboardInterrupt):
+        if replaced.exists() and not path.exists():
+            os.replace(replaced, path)
+        raise
+    if replaced.exists():  # or else a run left it that was killed between the two renames
+        shutil.rmtree(replaced)
