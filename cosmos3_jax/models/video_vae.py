@@ -21,9 +21,10 @@ from jax.typing import DTypeLike
 
 from cosmos3_jax.config import VideoVAEConfig
 from cosmos3_jax.models.layers import traced_once
-from cosmos3_jax.models.video_vae_modules import Decoder, Encoder
-from cosmos3_jax.parallel import rows, sharding
+from cosmos3_jax.models.video_vae_modules import Decoder, Encoder, Plan
+from cosmos3_jax.parallel import sharding
 from cosmos3_jax.parallel.device import AnyDevice, default_device
+from cosmos3_jax.parallel.rows import Rows, divide_rows
 
 SMALL_PICTURE = 320  # latent pixels; 192x320 has 240
 
@@ -145,7 +146,8 @@ def decode(
     B, t, h, w, _ = latents.shape
     chunk_size = decode_chunk_size(h, w) if chunk_size is None else chunk_size
     time, space = config.scale_factor_temporal, config.scale_factor_spatial
-    decoder = Decoder(config, jnp.dtype(dtype))
+    rows = Rows.of(h)
+    decoder = Decoder(config, Plan(jnp.dtype(dtype), rows))
 
     def step(cache, video, start, frames, first=False):
         z = lax.dynamic_slice_in_dim(latents, start, frames, axis=1).astype(dtype)
@@ -160,11 +162,10 @@ def decode(
         video = lax.dynamic_update_slice_in_dim(video, _divided(x), at, axis=2)
         return state["cache"], _divided(video)
 
-    with rows.padded_rows(h) as padded:
-        latents = _pad_rows(latents, 2, padded - h)
-        shape = (B, 3, time * (t - 1) + 1, space * padded, space * w)
-        video = _divided(jnp.zeros(shape, video_dtype or dtype))
-        return _divided(_rows(_over_time(step, video, t, chunk_size), 3, space * h))
+    latents = _pad_rows(latents, 2, rows.padded - h)
+    shape = (B, 3, time * (t - 1) + 1, space * rows.padded, space * w)
+    video = _divided(jnp.zeros(shape, video_dtype or dtype))
+    return _divided(_rows(_over_time(step, video, t, chunk_size), 3, space * h))
 
 
 def encode(
@@ -192,8 +193,7 @@ def encode(
     Raises:
         ValueError: the video has another shape, or chunk_size is below 1.
     """
-    encoder = Encoder(config, jnp.dtype(dtype))
-    return _encode(encoder, params, video, chunk_size, partial(normalize_latents, config))
+    return _encode(params, config, video, chunk_size, dtype, moments=False)
 
 
 def posterior(
@@ -212,24 +212,25 @@ def posterior(
         Mean and standard deviation, float32 [B, (T-1)/4 + 1, H/16, W/16, z_dim] each. The encoder
         gives log-variances, kept within -30 and 20 as in the public code.
     """
-    encoder = Encoder(config, jnp.dtype(dtype), moments=True)
-    moments = _encode(encoder, params, video, chunk_size, lambda z: z)
+    moments = _encode(params, config, video, chunk_size, dtype, moments=True)
     mean, log_variance = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
     return mean, jnp.exp(jnp.clip(log_variance, -30.0, 20.0) / 2)
 
 
 def _encode(
-    encoder: Encoder,
     params: Mapping[str, Any],
+    config: VideoVAEConfig,
     video: jax.Array,
     chunk_size: int,
-    finish: Callable[[jax.Array], jax.Array],
+    dtype: DTypeLike,
+    moments: bool,
 ) -> jax.Array:
-    """The encoder's output, streamed, after `finish`: [B, t, h, w, its channels]."""
-    config = encoder.config
+    """Normalised means, [B, t, h, w, z_dim], or `moments` as they are, [B, t, h, w, 2 z_dim]."""
     if video.ndim != 5 or video.shape[1] != 3:
         raise ValueError(f"video has shape {video.shape}, not [B, 3, T, H, W]")
     grid = pixel_to_latent_shape(config, *video.shape[2:])
+    rows = Rows.of(grid[1])
+    encoder = Encoder(config, Plan(jnp.dtype(dtype), rows), moments)
 
     def step(cache, latents, start, frames, first=False):
         pixel_frames = 1 if first else config.scale_factor_temporal * frames
@@ -238,15 +239,15 @@ def _encode(
         x = rearrange(2 * x - 1, "B C T H W -> B T H W C")
         variables = {"params": params["encoder"], "cache": cache}
         z, state = encoder.apply(variables, x, first, mutable=["cache"])
-        return state["cache"], lax.dynamic_update_slice_in_dim(latents, finish(z), start, axis=1)
+        z = z if moments else normalize_latents(config, z)
+        return state["cache"], lax.dynamic_update_slice_in_dim(latents, z, start, axis=1)
 
-    channels = config.z_dim * (2 if encoder.moments else 1)
-    with rows.padded_rows(grid[1]) as padded:
-        video = _divided(_pad_rows(video, 3, config.scale_factor_spatial * (padded - grid[1])))
-        shape = (video.shape[0], grid[0], padded, grid[2], channels)
-        latents = rows.divide_rows(jnp.zeros(shape, encoder.dtype))
-        latents = _rows(_over_time(step, latents, grid[0], chunk_size), 2, grid[1])
-        return sharding.constrain(latents, sharding.PROMPTS, *[None] * 4)
+    padding = config.scale_factor_spatial * (rows.padded - rows.real)
+    video = _divided(_pad_rows(video, 3, padding))
+    shape = (len(video), grid[0], rows.padded, grid[2], config.z_dim * (2 if moments else 1))
+    latents = divide_rows(jnp.zeros(shape, dtype))
+    latents = _rows(_over_time(step, latents, grid[0], chunk_size), 2, rows.real)
+    return sharding.constrain(latents, sharding.PROMPTS, *[None] * 4)
 
 
 def _divided(video: jax.Array) -> jax.Array:
@@ -274,8 +275,8 @@ def param_shapes(config: VideoVAEConfig) -> dict[str, Any]:
             lambda: module.init(jax.random.key(0), jnp.zeros(inputs), first=True)
         )["params"]
 
-    space = config.scale_factor_spatial
+    space, plan = config.scale_factor_spatial, Plan(jnp.float32)
     return {
-        "encoder": shapes(Encoder(config, jnp.float32), 1, 1, space, space, 3),
-        "decoder": shapes(Decoder(config, jnp.float32), 1, 1, 1, 1, config.z_dim),
+        "encoder": shapes(Encoder(config, plan), 1, 1, space, space, 3),
+        "decoder": shapes(Decoder(config, plan), 1, 1, 1, 1, config.z_dim),
     }

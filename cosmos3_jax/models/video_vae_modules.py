@@ -10,9 +10,10 @@ four), which is why the first piece is that frame, and why the layers that chang
 take `first`.
 
 Source: Wan (arXiv:2503.20314), the VAE of its 2.2 release. Parameters may be stored in any dtype;
-they are cast to `dtype`, the compute dtype, where they are used.
+they are cast to the compute dtype where they are used.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 
@@ -25,8 +26,21 @@ from jax.typing import DTypeLike
 
 from cosmos3_jax.config import VideoVAEConfig
 from cosmos3_jax.models.layers import precision
-from cosmos3_jax.parallel import rows
 from cosmos3_jax.parallel.device import default_device
+from cosmos3_jax.parallel.rows import Rows, are_divided, blocks_of_rows, divide_rows, over_blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a pass is computed: the same in all of its modules.
+
+    Attributes:
+        dtype: what convolutions and attention compute in, and round to.
+        rows: how those of the pictures divide over a mesh; the default is for one device.
+    """
+
+    dtype: DTypeLike
+    rows: Rows = Rows()
 
 
 class Convolution(nn.Module):
@@ -62,21 +76,21 @@ class Conv2d(Convolution):
     """A convolution of each frame by itself."""
 
     features: int
-    dtype: DTypeLike
+    plan: Plan
     size: int = 3
     stride: int = 1
     padding: tuple[int, int] = (0, 0)
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        shape = (self.size, self.size, x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape).astype(self.dtype)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
-        x = rows.picture(x.astype(self.dtype))
+        plan, shape = self.plan, (self.size, self.size, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape).astype(plan.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(plan.dtype)
+        x = plan.rows.place(x.astype(plan.dtype))
         frames = rearrange(x, "B T H W C -> (B T) H W C")
         y = self.convolve(frames, kernel, (self.padding, self.padding), self.stride)
         y = rearrange(y, "(B T) H W C -> B T H W C", B=len(x))
-        return rows.divide_rows((y + bias).astype(self.dtype))
+        return divide_rows((y + bias).astype(plan.dtype))
 
 
 class CausalConv(Convolution):
@@ -90,26 +104,26 @@ class CausalConv(Convolution):
     """
 
     features: int
-    dtype: DTypeLike
+    plan: Plan
     size: tuple[int, int, int] = (3, 3, 3)
     stride: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        shape = (*self.size, x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape).astype(self.dtype)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
-        x = rows.picture(x.astype(self.dtype))  # before it is remembered
-        apart = self.size[1] > 1 and rows.are_divided(x.shape[2])
+        plan, shape = self.plan, (*self.size, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape).astype(plan.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(plan.dtype)
+        x = plan.rows.place(x.astype(plan.dtype))  # before it is remembered
+        apart = self.size[1] > 1 and are_divided(x.shape[2])
         if apart:  # a row of each neighbour comes once, and is remembered with the frame
-            x = rows.blocks_of_rows(x)
+            x = blocks_of_rows(x)
         (B, T), history = x.shape[:2], self.size[0] - self.stride
         past = self.variable("cache", "past", jnp.zeros, (B, history, *x.shape[2:]), x.dtype)
         frames = (T - self.stride) // self.stride + 1
         span = max(self.stride * (frames - 1) + 1, 0)
-        before = rows.divide_rows(past.value)
+        before = divide_rows(past.value)
         windows = [_window(before, x, i, span)[:, :: self.stride] for i in range(self.size[0])]
-        past.value = rows.divide_rows(_window(before, x, T, history))
+        past.value = divide_rows(_window(before, x, T, history))
         x = jnp.concatenate(windows, axis=-1)
         kernel = rearrange(kernel, "t h w c d -> h w (t c) d")
         # Blocks bring the rows around them along.
@@ -120,8 +134,8 @@ class CausalConv(Convolution):
             y = self.convolve(rearrange(x, "B T H W C -> (B T) H W C"), kernel, padding)
             return rearrange(y, "(B T) H W C -> B T H W C", B=len(x))
 
-        y = rows.over_blocks(convolve, x, kernel) if apart else convolve(x, kernel)
-        return rows.divide_rows((y + bias).astype(self.dtype))
+        y = over_blocks(convolve, x, kernel) if apart else convolve(x, kernel)
+        return divide_rows((y + bias).astype(plan.dtype))
 
 
 def _window(past: jax.Array, x: jax.Array, start: int, length: int) -> jax.Array:
@@ -152,46 +166,46 @@ class RMSNorm(nn.Module):
 
 class ResBlock(nn.Module):
     features: int
-    dtype: DTypeLike
+    plan: Plan
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         h = nn.silu(RMSNorm(name="norm1")(x))
-        h = CausalConv(self.features, self.dtype, name="conv1")(h)
+        h = CausalConv(self.features, self.plan, name="conv1")(h)
         h = nn.silu(RMSNorm(name="norm2")(h))
-        h = CausalConv(self.features, self.dtype, name="conv2")(h)
+        h = CausalConv(self.features, self.plan, name="conv2")(h)
         if x.shape[-1] != self.features:
-            x = CausalConv(self.features, self.dtype, (1, 1, 1), name="conv_shortcut")(x)
+            x = CausalConv(self.features, self.plan, (1, 1, 1), name="conv_shortcut")(x)
         return x + h
 
 
 class Attention(nn.Module):
     """Attention with one head over the pixels of each frame; frames do not see each other."""
 
-    dtype: DTypeLike
+    plan: Plan
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        B, T, H, W, C = x.shape
-        einsum = partial(jnp.einsum, precision=precision(self.dtype))
-        qkv = Conv2d(3 * C, self.dtype, 1, name="to_qkv")(RMSNorm(name="norm")(x))
+        plan, (H, W, C) = self.plan, x.shape[2:]
+        einsum = partial(jnp.einsum, precision=precision(plan.dtype))
+        qkv = Conv2d(3 * C, plan, 1, name="to_qkv")(RMSNorm(name="norm")(x))
         q, k, v = rearrange(qkv, "B T H W (qkv C) -> qkv B T (H W) C", qkv=3)
         # Where a mesh divides the rows, these queries read the pixels of all.
-        k, v = (rows.whole_picture(x, H, W) for x in (k, v))
+        k, v = (plan.rows.gather(x, H, W) for x in (k, v))
         logits = einsum("BTQC,BTKC->BTQK", q, k, preferred_element_type=jnp.float32)
-        weights = nn.softmax(logits * C**-0.5).astype(self.dtype)
+        weights = nn.softmax(logits * C**-0.5).astype(plan.dtype)
         h = einsum("BTQK,BTKC->BTQC", weights, v)
-        return x + Conv2d(C, self.dtype, 1, name="proj")(h.reshape(x.shape))
+        return x + Conv2d(C, plan, 1, name="proj")(h.reshape(x.shape))
 
 
 class MidBlock(nn.Module):
-    dtype: DTypeLike
+    plan: Plan
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = ResBlock(x.shape[-1], self.dtype, name="resnets_0")(x)
-        x = Attention(self.dtype, name="attentions_0")(x)
-        return ResBlock(x.shape[-1], self.dtype, name="resnets_1")(x)
+        x = ResBlock(x.shape[-1], self.plan, name="resnets_0")(x)
+        x = Attention(self.plan, name="attentions_0")(x)
+        return ResBlock(x.shape[-1], self.plan, name="resnets_1")(x)
 
 
 def avg_down(x: jax.Array, features: int, time: int, space: int) -> jax.Array:
@@ -220,17 +234,17 @@ class Downsample(nn.Module):
     """Halves height and width, and the frame rate where `time` is 2. Frame 0 comes alone."""
 
     time: int
-    dtype: DTypeLike
+    plan: Plan
 
     @nn.compact
     def __call__(self, x: jax.Array, first: bool) -> jax.Array:
         C = x.shape[-1]
-        x = Conv2d(C, self.dtype, stride=2, padding=(0, 1), name="resample_1")(x)
+        x = Conv2d(C, self.plan, stride=2, padding=(0, 1), name="resample_1")(x)
         if self.time == 1:
             return x
         # Frame 0 passes by. The convolution remembers it, and has no output until two more frames
         # come.
-        later = CausalConv(C, self.dtype, (3, 1, 1), stride=2, name="time_conv")(x)
+        later = CausalConv(C, self.plan, (3, 1, 1), stride=2, name="time_conv")(x)
         return jnp.concatenate([x[:, : int(first)], later], axis=1)
 
 
@@ -238,18 +252,18 @@ class Upsample(nn.Module):
     """Doubles height and width, and the frame rate where `time` is 2, of all frames but frame 0."""
 
     time: int
-    dtype: DTypeLike
+    plan: Plan
 
     @nn.compact
     def __call__(self, x: jax.Array, first: bool) -> jax.Array:
         C = x.shape[-1]
         if self.time == 2:
             # Frame 0 passes by, and the convolution never sees it: frame 1 follows zeros.
-            later = CausalConv(2 * C, self.dtype, (3, 1, 1), name="time_conv")(x[:, int(first) :])
+            later = CausalConv(2 * C, self.plan, (3, 1, 1), name="time_conv")(x[:, int(first) :])
             later = rearrange(later, "B T H W (t C) -> B (T t) H W C", t=2)
             x = jnp.concatenate([x[:, : int(first)], later], axis=1)
         x = repeat(x, "B T H W C -> B T (H h) (W w) C", h=2, w=2)
-        return Conv2d(C, self.dtype, padding=(1, 1), name="resample_1")(x)
+        return Conv2d(C, self.plan, padding=(1, 1), name="resample_1")(x)
 
 
 class DownBlock(nn.Module):
@@ -261,16 +275,16 @@ class DownBlock(nn.Module):
     depth: int
     time: int
     space: int
-    dtype: DTypeLike
+    plan: Plan
 
     @nn.compact
     def __call__(self, x: jax.Array, first: bool) -> jax.Array:
         # The last block's boxes hold one pixel: its shortcut is the identity, not absent.
         shortcut = avg_down(x, self.features, self.time, self.space)
         for i in range(self.depth):
-            x = ResBlock(self.features, self.dtype, name=f"resnets_{i}")(x)
+            x = ResBlock(self.features, self.plan, name=f"resnets_{i}")(x)
         if self.space == 2:
-            x = Downsample(self.time, self.dtype, name="downsampler")(x, first)
+            x = Downsample(self.time, self.plan, name="downsampler")(x, first)
         return x + shortcut
 
 
@@ -283,16 +297,16 @@ class UpBlock(nn.Module):
     depth: int
     time: int
     space: int
-    dtype: DTypeLike
+    plan: Plan
 
     @nn.compact
     def __call__(self, x: jax.Array, first: bool) -> jax.Array:
         start = x
         for i in range(self.depth):
-            x = ResBlock(self.features, self.dtype, name=f"resnets_{i}")(x)
+            x = ResBlock(self.features, self.plan, name=f"resnets_{i}")(x)
         if self.space == 1:
             return x
-        x = Upsample(self.time, self.dtype, name="upsampler")(x, first)
+        x = Upsample(self.time, self.plan, name="upsampler")(x, first)
         return x + dup_up(start, self.features, self.time, self.space, first)
 
 
@@ -305,23 +319,23 @@ class Encoder(nn.Module):
     """
 
     config: VideoVAEConfig
-    dtype: DTypeLike
+    plan: Plan
     moments: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, first: bool = False) -> jax.Array:
-        config, dtype, patch = self.config, self.dtype, self.config.patch_size
+        config, plan, patch = self.config, self.plan, self.config.patch_size
         # Width before height within a patch: not the order of the transformer's patches.
         x = rearrange(x, "B T (H h) (W w) C -> B T H W (C w h)", h=patch, w=patch)
-        x = CausalConv(config.base_dim, dtype, name="conv_in")(x)
+        x = CausalConv(config.base_dim, plan, name="conv_in")(x)
         boxes = [(1 + time, 2) for time in config.temperal_downsample] + [(1, 1)]
         for i, (mult, box) in enumerate(zip(config.dim_mult, boxes, strict=True)):
             features, depth = mult * config.base_dim, config.num_res_blocks
-            x = DownBlock(features, depth, *box, dtype, name=f"down_blocks_{i}")(x, first)
-        x = MidBlock(dtype, name="mid_block")(x)
+            x = DownBlock(features, depth, *box, plan, name=f"down_blocks_{i}")(x, first)
+        x = MidBlock(plan, name="mid_block")(x)
         x = nn.silu(RMSNorm(name="norm_out")(x))
-        x = CausalConv(2 * config.z_dim, dtype, name="conv_out")(x)
-        x = CausalConv(2 * config.z_dim, dtype, (1, 1, 1), name="quant_conv")(x)
+        x = CausalConv(2 * config.z_dim, plan, name="conv_out")(x)
+        x = CausalConv(2 * config.z_dim, plan, (1, 1, 1), name="quant_conv")(x)
         return x if self.moments else x[..., : config.z_dim]
 
 
@@ -333,18 +347,18 @@ class Decoder(nn.Module):
     """
 
     config: VideoVAEConfig
-    dtype: DTypeLike
+    plan: Plan
 
     @nn.compact
     def __call__(self, x: jax.Array, first: bool = False) -> jax.Array:
-        config, dtype, patch = self.config, self.dtype, self.config.patch_size
-        x = CausalConv(config.z_dim, dtype, (1, 1, 1), name="post_quant_conv")(x)
-        x = CausalConv(config.dim_mult[-1] * config.decoder_base_dim, dtype, name="conv_in")(x)
-        x = MidBlock(dtype, name="mid_block")(x)
+        config, plan, patch = self.config, self.plan, self.config.patch_size
+        x = CausalConv(config.z_dim, plan, (1, 1, 1), name="post_quant_conv")(x)
+        x = CausalConv(config.dim_mult[-1] * config.decoder_base_dim, plan, name="conv_in")(x)
+        x = MidBlock(plan, name="mid_block")(x)
         boxes = [(1 + time, 2) for time in reversed(config.temperal_downsample)] + [(1, 1)]
         for i, (mult, box) in enumerate(zip(reversed(config.dim_mult), boxes, strict=True)):
             features, depth = mult * config.decoder_base_dim, config.num_res_blocks + 1
-            x = UpBlock(features, depth, *box, dtype, name=f"up_blocks_{i}")(x, first)
+            x = UpBlock(features, depth, *box, plan, name=f"up_blocks_{i}")(x, first)
         x = nn.silu(RMSNorm(name="norm_out")(x))
-        x = CausalConv(config.out_channels, dtype, name="conv_out")(x)
+        x = CausalConv(config.out_channels, plan, name="conv_out")(x)
         return rearrange(x, "B T H W (C w h) -> B T (H h) (W w) C", h=patch, w=patch)

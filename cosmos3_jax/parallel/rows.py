@@ -6,9 +6,9 @@ evenly at every scale.
 Axes: B batch, T frames, H rows, W columns, C channels.
 """
 
-import contextlib
-import contextvars
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -16,39 +16,44 @@ from jax import Array
 
 from cosmos3_jax.parallel.sharding import PROMPTS, ROWS, constrain, spec, ways
 
-# How many rows of latents there are, and how many with those added so that they divide evenly.
-_rows: contextvars.ContextVar[tuple[int, int]] = contextvars.ContextVar("rows", default=(1, 1))
 
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """How rows divide: evenly at every scale, so that no operation has to move whole pictures.
 
-@contextlib.contextmanager
-def padded_rows(rows: int) -> Iterator[int]:
-    """Trace an autoencoder on pictures of `rows` rows of latents; yields how many to pad them to.
-
-    Rows divide evenly at every scale then, and no operation has to move whole pictures.
+    Attributes:
+        real: how many rows of latents there are.
+        padded: the same with those added behind the last.
     """
-    padded = rows + -rows % ways(ROWS)
-    token = _rows.set((rows, padded))
-    try:
-        yield padded
-    finally:
-        _rows.reset(token)
 
+    real: int = 1
+    padded: int = 1
 
-def real_rows(padded: int) -> int:
-    """Of the rows of a picture, at any scale, those that are not padding."""
-    rows, all_rows = _rows.get()
-    return padded * rows // all_rows
+    @classmethod
+    def of(cls, real: int) -> Self:
+        """Of pictures of `real` rows of latents, on the ambient mesh."""
+        return cls(real, real + -real % ways(ROWS))
 
+    def real_of(self, padded: int) -> int:
+        """Of the rows of a picture, at any scale, those that are not padding."""
+        return padded * self.real // self.padded
 
-def picture(x: Array) -> Array:
-    """x [B, T, H, W, C], its rows divided, and zero where they are padding.
+    def place(self, x: Array) -> Array:
+        """x [B, T, H, W, C], its rows divided, and zero where they are padding.
 
-    A convolution reads zeros behind the last row; after another layer, padding is no longer zero.
-    """
-    real = real_rows(x.shape[2])
-    if real < x.shape[2]:
-        x = jnp.where(jnp.arange(x.shape[2])[:, None, None] < real, x, 0)
-    return divide_rows(x)
+        A convolution reads zeros behind the last row; after another layer, padding is no longer
+        zero.
+        """
+        real = self.real_of(x.shape[2])
+        if real < x.shape[2]:
+            x = jnp.where(jnp.arange(x.shape[2])[:, None, None] < real, x, 0)
+        return divide_rows(x)
+
+    def gather(self, pixels: Array, height: int, width: int) -> Array:
+        """Pixels [B, T, H W, C] -> all that are not padding, on each device."""
+        real = self.real_of(height)
+        pixels = constrain(pixels, PROMPTS, None, None, None)
+        return pixels if real == height else pixels[:, :, : real * width]
 
 
 def divide_rows(x: Array) -> Array:
@@ -87,10 +92,3 @@ def over_blocks(function: Callable, blocks: Array, *whole: Array) -> Array:
     )  # fmt: skip
     y = mapped(blocks, *whole)
     return y.reshape(*y.shape[:2], -1, *y.shape[4:])
-
-
-def whole_picture(pixels: Array, height: int, width: int) -> Array:
-    """Pixels [B, T, H W, C] -> all that are not padding, on each device."""
-    real = real_rows(height)
-    pixels = constrain(pixels, PROMPTS, None, None, None)
-    return pixels if real == height else pixels[:, :, : real * width]

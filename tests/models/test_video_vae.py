@@ -191,19 +191,21 @@ def test_a_convolution_rounds_once(kind):
     boundary. Rounding before the bias is added as well moves a third of them.
     """
     modules = {
-        "frame by frame": lambda dtype: video_vae_modules.Conv2d(8, dtype, padding=(1, 1)),
-        "causal": lambda dtype: video_vae_modules.CausalConv(8, dtype),
+        "frame by frame": lambda plan: video_vae_modules.Conv2d(8, plan, padding=(1, 1)),
+        "causal": lambda plan: video_vae_modules.CausalConv(8, plan),
     }
     random = np.random.default_rng(0)
     x = jnp.asarray(random.standard_normal((1, 3, 6, 5, 8)), jnp.bfloat16)
-    low, high = (modules[kind](dtype) for dtype in (jnp.bfloat16, jnp.float32))
+    low, high = (
+        modules[kind](video_vae_modules.Plan(dtype)) for dtype in (jnp.bfloat16, jnp.float32)
+    )
     params = low.init(jax.random.key(0), x)["params"] | {
         "bias": jnp.asarray(random.standard_normal(8), jnp.float32)
     }
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16).astype(jnp.float32), params)
 
     def convolve(module, params):
-        return module.apply({"params": params}, x.astype(module.dtype), mutable=["cache"])[0]
+        return module.apply({"params": params}, x.astype(module.plan.dtype), mutable=["cache"])[0]
 
     rounded, exact = convolve(low, params), convolve(high, params)
     assert rounded.dtype == jnp.bfloat16
@@ -375,9 +377,9 @@ def up_conv_sees_frame_zero(monkeypatch):
                 return super().__call__(x, first)
             C = x.shape[-1]
             if self.time == 2:
-                video_vae_modules.CausalConv(2 * C, self.dtype, (3, 1, 1), name="time_conv")(x)
+                video_vae_modules.CausalConv(2 * C, self.plan, (3, 1, 1), name="time_conv")(x)
             x = x.repeat(2, axis=2).repeat(2, axis=3)
-            return video_vae_modules.Conv2d(C, self.dtype, padding=(1, 1), name="resample_1")(x)
+            return video_vae_modules.Conv2d(C, self.plan, padding=(1, 1), name="resample_1")(x)
 
     monkeypatch.setattr(video_vae_modules, "Upsample", Upsample)
 
