@@ -14,6 +14,8 @@ from several_processes import Command
 
 from cosmos3_jax import Cosmos3
 from cosmos3_jax.checkpoint import load
+from cosmos3_jax.checkpoint.tiny_tokenizer import write_tokenizer
+from cosmos3_jax.models.tokenizer import Tokenizer
 from cosmos3_jax.parallel import device
 
 # Most of the time of most tests goes into machine code that runs for milliseconds. These flags hold
@@ -150,6 +152,17 @@ def compiled():
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield log
     jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.fixture(scope="session")
+def byte_folder(tmp_path_factory):
+    """A tokenizer with a token for each byte, as the random checkpoint has it."""
+    return write_tokenizer(tmp_path_factory.mktemp("bytes"))
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer(byte_folder):
+    return Tokenizer.from_folder(byte_folder)
 
 
 @pytest.fixture(scope="module")

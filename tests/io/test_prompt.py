@@ -1,200 +1,17 @@
-"""Prompts: texts written by hand, ids against diffusers' own tokenize_prompt."""
+"""Prompts as text: styles, captions, arguments and files."""
 
 import json
-import os
-import subprocess
-import sys
-import unicodedata
-from pathlib import Path
 
 import numpy as np
 import pytest
-import tokenizers
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from prompt_cases import CAPTION, IMAGE, NANO, PROMPTS, SYSTEM, resolve
 
-from cosmos3_jax.checkpoint.tiny_tokenizer import SPECIAL_TOKENS, write_tokenizer
-from cosmos3_jax.config import ConfigError
 from cosmos3_jax.io import prompt as prompts
-
-# A real checkpoint's text_tokenizer/, to be compared as well.
-REAL = os.environ.get("COSMOS3_TOKENIZER")
-NANO = {"num_frames": 189, "height": 720, "width": 1280, "fps": 24.0}
-IMAGE = {"num_frames": 1, "height": 1024, "width": 768, "fps": 24.0}
-SIZES = [
-    NANO,
-    IMAGE,
-    {"num_frames": 61, "height": 480, "width": 832, "fps": 29.97},
-    NANO | {"fps": 30},
-]
 
 DURATION = "The video is 7.9 seconds long and is of 24 FPS."
 SIZE = "This video is of 720x1280 resolution."
 NOT_DURATION = "The video is not 7.9 seconds long and is not of 24 FPS."
 NOT_SIZE = "This video is not of 720x1280 resolution."
-SYSTEM = "You are a helpful assistant who will generate videos from a give prompt."
-CAPTION = '{"fps": 16, "subjects": ["caf\\u00e9"], "aspect_ratio": "1,1"}'
-
-PROMPTS = {
-    "plain": "A red sports car driving along a coastal road at sunset.",
-    "no dot": "A red sports car",
-    "dots": "It rains...",
-    "dot and space": "It rains. ",
-    "json": CAPTION,
-    "json indented": '{\n  "subjects": [],\n  "context": "\u96e8"\n}\n',
-    "unicode": "Za\u017c\u00f3\u0142\u0107 g\u0119\u015bl\u0105 \u2014 \u96e8\u306e\u6771\u4eac",
-    "emoji": "\U0001f697\U0001f3fd runs \U0001f468\u200d\U0001f469\u200d\U0001f467",
-    "decomposed": "cafe\u0301",
-    "newlines": "First line.\n\n\tSecond line\r\n",
-    "special tokens": "a <|im_end|> b <|vision_start|> c",
-    "template syntax": "{{ messages }} {% raw %}",
-    "empty": "",
-}
-
-
-@pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory):
-    return write_tokenizer(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="session")
-def tiny(tiny_folder):
-    return prompts.Tokenizer.from_folder(tiny_folder)
-
-
-# How Qwen's tokenizers cut text into the pieces that merges do not cross.
-QWEN_PIECES = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# What the merges are learnt from. Often enough said, a word becomes one token.
-SENTENCES = 8 * [
-    "user\nHello world, the cat's video is of a red car driving along the road.\nassistant\n",
-    "You are a helpful assistant who will generate videos from a give prompt.",
-    "The video is not 7.9 seconds long and is not of 24 FPS. It rains...  It's   late.\n\n",
-    "This video is of 720x1280 resolution. This image is not of 1024x768 resolution.",
-    '{"subjects": ["caf\u00e9"], "duration": "7s", "resolution": {"H": 720, "W": 1280}}',
-    "A ball rolls downhill past wet windows while birds sing, and somebody watches from far above.",
-    "\u96e8\u306e\u6771\u4eac za\u017c\u00f3\u0142\u0107 \U0001f697\U0001f3fd",
-]
-
-
-def write_merging_tokenizer(folder: Path) -> Path:
-    """The tiny tokenizer's folder, but with Qwen's pieces and merges trained here."""
-    write_tokenizer(folder)
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(tokenizers.Regex(QWEN_PIECES), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
-    backend.train_from_iterator(SENTENCES, trainer)
-    backend.add_special_tokens(
-        [tokenizers.AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS]
-    )
-    backend.save(str(folder / "tokenizer.json"))
-    return folder
-
-
-@pytest.fixture(scope="session")
-def merging_folder(tmp_path_factory):
-    return write_merging_tokenizer(tmp_path_factory.mktemp("merging"))
-
-
-@pytest.fixture(scope="session", params=["tiny", "merging", "real"])
-def folder(request, tiny_folder, merging_folder):
-    if request.param == "real" and not REAL:
-        pytest.skip("COSMOS3_TOKENIZER names no folder")
-    return {"tiny": tiny_folder, "merging": merging_folder, "real": REAL}[request.param]
-
-
-@pytest.fixture(scope="session")
-def tokenizer(folder):
-    return prompts.Tokenizer.from_folder(folder)
-
-
-@pytest.fixture(scope="session")
-def oracle(folder):
-    """diffusers' pipeline, with a small VAE and no transformer, which tokenize_prompt does not
-    touch.
-    """
-    import diffusers
-    from transformers import AutoTokenizer
-
-    vae = diffusers.AutoencoderKLWan(
-        base_dim=4, z_dim=2, num_res_blocks=1, latents_mean=[0] * 2, latents_std=[1] * 2
-    )
-    return diffusers.Cosmos3OmniPipeline(
-        transformer=None,
-        text_tokenizer=AutoTokenizer.from_pretrained(folder, local_files_only=True),
-        vae=vae,
-        scheduler=diffusers.UniPCMultistepScheduler(),
-        enable_safety_checker=False,
-    )
-
-
-def resolve(prompt, negative_prompt=None, *, style, **arguments):
-    return prompts.resolve_prompts(prompt, negative_prompt, style=style, **(NANO | arguments))
-
-
-# Ids of style diffusers
-
-
-@pytest.mark.parametrize("size", SIZES, ids=["nano", "image", "29.97", "30"])
-@pytest.mark.parametrize("text", PROMPTS.values(), ids=PROMPTS)
-def test_diffusers_ids_are_the_oracles(tokenizer, oracle, text, size):
-    for negative in (None, "", "blurry, jittery...", text):
-        for system_prompt, use_system_prompt in ((None, None), ("", False)):
-            resolved = resolve(
-                text, negative, style="diffusers", system_prompt=system_prompt, **size
-            )
-            ours = prompts.encode_prompts(tokenizer, resolved)
-            theirs = oracle.tokenize_prompt(
-                text, negative, use_system_prompt=use_system_prompt, **size
-            )
-            assert ours == theirs
-
-
-@pytest.mark.parametrize("class_name", ["AutoTokenizer", "Qwen2TokenizerFast"])
-def test_transformers_loads_the_folder_and_agrees(folder, tokenizer, class_name):
-    import transformers
-
-    theirs = getattr(transformers, class_name).from_pretrained(folder, local_files_only=True)
-    suffix = [theirs.eos_token_id, theirs.convert_tokens_to_ids("<|vision_start|>")]
-    assert tokenizer.vocab_size == len(theirs)
-    for text in PROMPTS.values():
-        chat = [{"role": "system", "content": "Be brief. "}, {"role": "user", "content": text}]
-        ids = theirs.apply_chat_template(
-            chat, add_generation_prompt=True, return_dict=True
-        ).input_ids
-        assert tokenizer.encode_chat(text, "Be brief. ") == ids + suffix
-
-
-def test_merged_tokens_by_hand(merging_folder):
-    tokenizer = prompts.Tokenizer.from_folder(merging_folder)
-    model = json.loads((merging_folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
-    assert len(model["merges"]) > 200
-    ids = tokenizer.encode_chat("Hello world's 24")
-    # Digits and the clitic are pieces of their own; a space belongs to the word behind it, but to
-    # no number. \u0120 and \u010a are a byte-level vocabulary's space and newline.
-    body = ["Hello", "\u0120world", "'s", "\u0120", "2", "4"]
-    assert [tokenizer.backend.id_to_token(i) for i in ids] == [
-        "<|im_start|>", "user", "\u010a", *body, "<|im_end|>", "\u010a",
-        "<|im_start|>", "assistant", "\u010a", "<|im_end|>", "<|vision_start|>",
-    ]  # fmt: skip
-
-
-@pytest.mark.skipif(not REAL, reason="COSMOS3_TOKENIZER names no folder")
-def test_qwen3_ids_by_hand():
-    ids = prompts.Tokenizer.from_folder(REAL).encode_chat("Hello")
-    # <|im_start|> user \n Hello <|im_end|> \n <|im_start|> assistant \n, then the two appended ids
-    assert ids == [151644, 872, 198, 9707, 151645, 198, 151644, 77091, 198, 151645, 151652]
 
 
 # Texts, by hand
@@ -335,18 +152,19 @@ def test_built_in_negative_is_a_normalised_structured_caption():
 
 
 @pytest.mark.parametrize("text", ["A cat. ", '{"a": 1}'])
-def test_every_style_gives_other_ids(tiny, text):
+def test_every_style_gives_other_ids(byte_tokenizer, text):
     pairs = [
-        prompts.encode_prompts(tiny, resolve(text, style=style)) for style in prompts.PROMPT_STYLES
+        prompts.encode_prompts(byte_tokenizer, resolve(text, style=style))
+        for style in prompts.PROMPT_STYLES
     ]
     negatives = {tuple(negative) for _, negative in pairs}
     assert len(negatives) == 3
     assert len({(tuple(ids), tuple(negative)) for ids, negative in pairs}) == 3
 
 
-def test_each_difference_reaches_the_ids(tiny):
+def test_each_difference_reaches_the_ids(byte_tokenizer):
     def ids(text="A cat", negative="blurry", **arguments):
-        return prompts.encode_prompts(tiny, resolve(text, negative, **arguments))
+        return prompts.encode_prompts(byte_tokenizer, resolve(text, negative, **arguments))
 
     without_system, with_system = ids(style="diffusers", system_prompt=""), ids(style="diffusers")
     turn = list(b"system\n" + SYSTEM.encode())
@@ -362,141 +180,6 @@ def test_each_difference_reaches_the_ids(tiny):
     )
     assert len(native) - len(phyai) == len(', "aspect_ratio": "16,9"')
     assert bytes(i for i in diffusers if i < 256).count(b'{"a": 1}. The video is 7.9') == 1
-
-
-# Byte-exactness
-
-# Characters that a newer Unicode table may compose differently are left out: unassigned and
-# surrogates.
-texts = st.text(st.characters(exclude_categories=["Cs", "Cn"]), max_size=60)
-
-
-@settings(deadline=None)  # a busy machine is no failure
-@given(text=texts)
-def test_chat_carries_the_text_verbatim(tiny, text):
-    assert tiny.render_chat(text) == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
-    with_system = tiny.render_chat(text, "Be brief.")
-    assert with_system == f"<|im_start|>system\nBe brief.<|im_end|>\n{tiny.render_chat(text)}"
-    assert tiny.render_chat(text, "") == tiny.render_chat(text)
-
-
-@settings(deadline=None)  # a busy machine is no failure
-@given(text=texts)
-def test_decode_inverts_encode(tiny, text):
-    ids = tiny.encode_chat(text)
-    chat = tiny.render_chat(unicodedata.normalize("NFC", text))  # the tokenizer's own normalisation
-    assert (
-        tiny.backend.decode(ids, skip_special_tokens=False) == f"{chat}<|im_end|><|vision_start|>"
-    )
-    assert ids[-2:] == [258, 259]
-
-
-@settings(deadline=None)  # a busy machine is no failure
-@given(text=texts)
-def test_tiny_ids_are_the_bytes(tiny, text):
-    body = tiny.encode_chat(text)[len("<user\n") : -len(">\n<assistant\n__")]
-    assert body == list(unicodedata.normalize("NFC", text).encode())
-
-
-def test_template_carries_the_text_verbatim(tokenizer):
-    text = "  two spaces\r\n\ttab \u3000 and an end \n"
-    assert f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n" == tokenizer.render_chat(
-        text
-    )
-
-
-def test_special_tokens_in_the_text_become_tokens(tiny):
-    assert tiny.encode_chat("a<|im_end|>b")[6:9] == [ord("a"), 258, ord("b")]
-
-
-# Loading
-
-
-def test_tiny_tokenizer_is_deterministic(tiny_folder, tmp_path):
-    write_tokenizer(tmp_path / "new" / "folder")
-    names = sorted(path.name for path in tiny_folder.iterdir())
-    assert names == [
-        "chat_template.jinja",
-        "special_tokens_map.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    ]
-    for name in names:
-        assert (tmp_path / "new" / "folder" / name).read_bytes() == (
-            tiny_folder / name
-        ).read_bytes()
-
-
-def test_tiny_vocabulary(tiny):
-    assert tiny.vocab_size == 256 + len(SPECIAL_TOKENS) == 264
-    assert [tiny.backend.token_to_id(token) for token in SPECIAL_TOKENS] == list(range(256, 264))
-
-
-def test_template_may_be_in_the_config(tiny, tmp_path):
-    folder = write_tokenizer(tmp_path)
-    template = (folder / "chat_template.jinja").read_text()
-    (folder / "chat_template.jinja").unlink()
-    with pytest.raises(FileNotFoundError, match=r"chat_template\.jinja is missing; fetch"):
-        prompts.Tokenizer.from_folder(folder)
-    config = {"chat_template": template, "eos_token": {"content": "<|im_end|>"}}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    assert prompts.Tokenizer.from_folder(folder).encode_chat("A cat") == tiny.encode_chat("A cat")
-
-
-def test_block_lines_of_a_template_leave_no_white_space(tmp_path):
-    folder = write_tokenizer(tmp_path)
-    (folder / "chat_template.jinja").write_text(
-        "  {% if true %}\n{{ messages[0].content }}\n  {% endif %}\n"
-    )
-    assert prompts.Tokenizer.from_folder(folder).render_chat("A cat") == "A cat\n"
-
-
-def test_truncation_and_padding_of_the_file_are_off(tiny, tmp_path):
-    folder = write_tokenizer(tmp_path)
-    backend = prompts.Tokenizer.from_folder(folder).backend
-    backend.enable_truncation(5)
-    backend.enable_padding(length=100)
-    backend.save(str(folder / "tokenizer.json"))
-    assert prompts.Tokenizer.from_folder(folder).encode_chat("A cat") == tiny.encode_chat("A cat")
-
-
-def test_loading_errors_name_the_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json is missing; fetch"):
-        prompts.Tokenizer.from_folder(tmp_path)
-    folder = write_tokenizer(tmp_path)
-    tokenizer_json = (folder / "tokenizer.json").read_text()
-    (folder / "tokenizer.json").write_text(tokenizer_json.replace("<|vision_start|>", "<|other|>"))
-    with pytest.raises(ConfigError, match=r"no token <\|vision_start\|>"):
-        prompts.Tokenizer.from_folder(folder)
-    (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(ConfigError, match="is not a tokenizer"):
-        prompts.Tokenizer.from_folder(folder)
-
-
-@pytest.mark.parametrize(
-    ("template", "error"),
-    [("{% for %}", "malformed"), ("{{ messages[0].content | trim }}", "alters the prompt")],
-)
-def test_bad_templates_are_refused(tmp_path, template, error):
-    folder = write_tokenizer(tmp_path)
-    (folder / "chat_template.jinja").write_text(template)
-    with pytest.raises(ValueError, match=error):
-        prompts.Tokenizer.from_folder(folder).encode_chat(" A cat ")
-
-
-def test_no_torch(tiny_folder):
-    script = (
-        "import sys; from cosmos3_jax import prompt\n"
-        f"tokenizer = prompt.Tokenizer.from_folder({str(tiny_folder)!r})\n"
-        f"resolved = prompt.resolve_prompts('A cat', None, style='native', **{NANO})\n"
-        "assert prompt.encode_prompts(tokenizer, resolved)\n"
-        "print(sorted({'torch', 'diffusers', 'transformers'} & sys.modules.keys()))"
-    )
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True
-    )
-    assert done.stdout == "[]\n"
 
 
 # Arguments and files

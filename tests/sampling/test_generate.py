@@ -3,77 +3,33 @@
 Its numbers are compared with the oracle's in test_pipeline.py.
 """
 
-import importlib
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from generate_cases import (
+    DIFFERENT,
+    OTHER_PROMPT,
+    PROMPT,
+    SAME,
+    SETTINGS,
+    assert_equal,
+    assert_same,
+    with_seed,
+)
 from rounding import check, relative_l2
 
-from cosmos3_jax import Cosmos3, T2VRequest, generate
+from cosmos3_jax import generate
 from cosmos3_jax.sampling import denoise, unipc
 from cosmos3_jax.sampling.request import initial_noise
-
-# The package's name `generate` is the function; the module has to be asked for.
-module = importlib.import_module("cosmos3_jax.sampling.generate")
-
-# Odd latent height and width, (3, 3, 5), and sound; short prompts, which share one padding bucket.
-SETTINGS = dict(
-    num_frames=9, height=48, width=80, num_inference_steps=3, guidance_scale=3.0, sound=True,
-    negative_prompt="blurry",
-)  # fmt: skip
-PROMPT, OTHER_PROMPT = "A red ball", "Rain on a window pane"
-
-# Relative L2 distance of two programs for the same arithmetic: another batch size, vmap, another
-# padding. Guidance amplifies rounding; `test_tolerance` measures it at the largest scale used here.
-SAME = 2e-5
-# What counts as another result: every one below differs by more than 0.005.
-DIFFERENT = 1e-3
-
-
-@pytest.fixture(scope="module")
-def request_(model):
-    return model.prepare(PROMPT, **SETTINGS)
-
-
-@pytest.fixture(scope="module")
-def jitted(model):
-    """`generate` to latents, jitted once for the whole module."""
-    return jax.jit(partial(generate, config=model.config, output="latents"))
-
-
-@pytest.fixture(scope="module")
-def run(jitted, model):
-    return partial(jitted, model.params)
-
-
-def with_seed(request, seed):
-    """The same request, its noise drawn by `generate` itself."""
-    return request.replace(noise=None, sound_noise=None, seed=seed)
 
 
 @pytest.mark.parametrize("scale", [3, 8])
 def test_tolerance(record_property, jitted, model, request_, scale):
     request = request_.replace(guidance_scale=np.float32(scale))
     check(record_property, SAME, jitted, model.params, request)
-
-
-def assert_same(ours, reference):
-    """Two programs, which may round differently."""
-    assert ours.keys() == reference.keys() <= {"video", "sound"}
-    for name in ours:
-        assert relative_l2(ours[name], reference[name]) <= SAME, name
-
-
-def assert_equal(ours, reference):
-    """One program, twice."""
-    assert ours.keys() == reference.keys()
-    for name in ours:
-        np.testing.assert_array_equal(ours[name], reference[name])
 
 
 @pytest.mark.parametrize("noise_from", ["arrays", "seed"])
@@ -371,139 +327,3 @@ def test_nothing_is_left_over_from_the_run_before(model, request_, run):
     first = run(request_)
     run(model.prepare(OTHER_PROMPT, seed=1, **SETTINGS))
     assert_equal(run(request_), first)
-
-
-# Frames that are given: none, the first (an image), the first two (a video), any, all.
-@pytest.mark.parametrize("given", [[], [0], [0, 1], [1], [2, 0], [0, 1, 2]], ids=str)
-def test_given_frames_come_out_as_they_went_in(request_, run, given):
-    clean = initial_noise(7, request_.noise.shape)
-    mask = np.isin(np.arange(3), given)[None]
-    request = request_.replace(clean_latents=clean, frame_mask=mask)
-    result = run(request)
-    video = np.asarray(result["video"])
-    np.testing.assert_array_equal(video[:, :, mask[0]], clean[:, :, mask[0]])  # bit for bit
-    free, unconditioned = ~mask[0], run(request_)
-    if not given:
-        assert_same(result, unconditioned)
-    for t in np.flatnonzero(free):
-        assert relative_l2(video[:, :, t], clean[:, :, t]) > 0.1  # generated, not copied
-    if given and free.any():  # and what is given is read by the other frames and by the sound
-        reference = np.asarray(unconditioned["video"])
-        assert relative_l2(video[:, :, free], reference[:, :, free]) > DIFFERENT
-        assert relative_l2(result["sound"], unconditioned["sound"]) > DIFFERENT
-
-    # Neither the noise under a given frame nor the clean latents under another one is read.
-    frames = mask[:, None, :, None, None]
-    hidden = request.replace(
-        noise=np.where(frames, 9, request.noise).astype(np.float32),
-        clean_latents=np.where(frames, clean, 9).astype(np.float32),
-    )
-    assert_equal(run(hidden), result)
-
-
-@pytest.fixture(scope="module")
-def pair(model):
-    """A batch of two requests."""
-    return model.prepare([PROMPT, OTHER_PROMPT], **SETTINGS)
-
-
-@settings(max_examples=25, deadline=None, derandomize=True)
-@given(
-    frames=st.lists(st.booleans(), min_size=6, max_size=6),
-    seed=st.integers(0, 2**32 - 1),
-    scale=st.sampled_from([0.0, 1e-30, 1.0, 3.14, 1e4]),
-)
-def test_any_given_frames_come_out_bit_for_bit(pair, run, frames, seed, scale):
-    """Any set of frames, another one in each example of the batch, and latents of any size."""
-    clean = np.float32(scale) * initial_noise(seed, pair.noise.shape)
-    mask = np.reshape(frames, (2, 3))
-    video = np.asarray(run(pair.replace(clean_latents=clean, frame_mask=mask))["video"])
-    for b, t in zip(*np.nonzero(mask), strict=True):
-        assert video[b, :, t].tobytes() == clean[b, :, t].tobytes()
-    for b, t in zip(*np.nonzero(~mask), strict=True):
-        assert np.isfinite(video[b, :, t]).all() and (video[b, :, t] != clean[b, :, t]).any()
-
-
-def test_given_frames_stand_still_in_the_trajectory(model, request_):
-    clean = initial_noise(7, request_.noise.shape)
-    request = request_.replace(clean_latents=clean, frame_mask=np.array([[False, True, False]]))
-    jitted = jax.jit(
-        partial(generate, config=model.config, output="latents", return_trajectory=True)
-    )
-    for states in jitted(model.params, request)["trajectory"].values():
-        for state in np.asarray(states["video"]):
-            np.testing.assert_array_equal(state[:, :, 1], clean[:, :, 1])
-
-
-def test_a_request_without_a_sampler_is_native(request_, run):
-    """The smallest request that research code can write down."""
-    smallest = T2VRequest(
-        text_ids=request_.text_ids,
-        text_mask=request_.text_mask,
-        video_shape=request_.video_shape,
-        num_inference_steps=3,
-        seed=42,
-    )
-    silent = dict(sound_frames=0, sound_noise=None, neg_text_ids=None, neg_text_mask=None)
-    result = run(smallest)
-    assert result.keys() == {"video"}
-    assert_same(result, run(request_.replace(**silent)))
-
-
-# One field of a good request made bad, and what is said about it.
-BAD_REQUESTS = {
-    "noise": (
-        dict(noise=np.zeros((1, 6, 3, 3, 4))),
-        r"noise has shape \(1, 6, 3, 3, 4\), this request needs \(1, 6, 3, 3, 5\)",
-    ),
-    "sound noise": (
-        dict(sound_noise=np.zeros((1, 5, 2))),
-        r"sound_noise has shape \(1, 5, 2\), this request needs \(1, 5, 10\)",
-    ),
-    "mask": (dict(text_mask=np.ones((1, 9), bool)), r"text_mask has shape \(1, 9\)"),
-    "negative batch": (
-        dict(neg_text_ids=np.ones((2, 9), int)),
-        r"neg_text_ids has shape \(2, 9\), this request needs \(1, 9\)",
-    ),
-    "negative mask": (
-        dict(neg_text_mask=np.ones((1, 9), bool)),
-        r"neg_text_mask has shape \(1, 9\), this request needs \(1, 128\)",
-    ),
-    "clean": (
-        dict(clean_latents=np.zeros((1, 6, 1, 3, 5)), frame_mask=np.ones((1, 3), bool)),
-        r"clean_latents has shape \(1, 6, 1, 3, 5\)",
-    ),
-    "frames": (
-        dict(clean_latents=np.zeros((1, 6, 3, 3, 5)), frame_mask=np.ones((1, 1), bool)),
-        r"frame_mask has shape \(1, 1\)",
-    ),
-    "mask alone": (
-        dict(frame_mask=np.ones((1, 3), bool)),
-        "frame_mask goes with one of clean_latents and clean_video, or is None",
-    ),
-    "no steps": (dict(num_inference_steps=0), "num_inference_steps=0 must be at least 1"),
-    "steps": (dict(num_inference_steps=4), "num_inference_steps=4, but the sampler has 3 steps"),
-    "no noise": (dict(noise=None), "a request needs noise, or a seed"),
-    "no sound noise": (dict(sound_noise=None), "a request with sound needs sound_noise, or a seed"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", BAD_REQUESTS)
-def test_bad_requests_are_refused_before_any_work(model, request_, monkeypatch, name):
-    change, message = BAD_REQUESTS[name]
-    monkeypatch.setattr(module, "walk", lambda *_: pytest.fail("work was begun"))
-    with pytest.raises(ValueError, match=message):
-        generate(model.params, request_.replace(**change), config=model.config)
-
-
-def test_sound_is_refused_where_there_is_none(silent_checkpoint, request_, monkeypatch):
-    silent = Cosmos3.from_pretrained(silent_checkpoint, dtype="float32")
-    monkeypatch.setattr(module, "walk", lambda *_: pytest.fail("work was begun"))
-    request = with_seed(request_, 0)
-    with pytest.raises(ValueError, match="sound_frames is not 0, but this checkpoint has no sound"):
-        generate(silent.params, request, config=silent.config)
-
-
-def test_unknown_output_is_refused(model, request_):
-    with pytest.raises(ValueError, match="output='pixels' is unknown; choose media or latents"):
-        generate(model.params, request_, config=model.config, output="pixels")
