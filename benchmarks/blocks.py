@@ -7,7 +7,6 @@ scan. The file is written after every length. `--dry` takes tiny sizes, on any m
 """
 
 import argparse
-import dataclasses
 import json
 
 import dry
@@ -33,14 +32,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args(arguments)
     config = dry.SILENT if options.dry else Config().silent()
-    job = bench.Job(**dry.video_size(options), steps=options.steps, repeats=options.repeats)
+    job = dry.job(options, steps=options.steps)
     dtype = jnp.dtype(device.default_dtype())
     params = jax.block_until_ready(random_params(config, dtype))
     request = jax.device_put(bench.random_request(config, job))
     before, loop = stages.up_to_the_loop()
     values = stages.initial_values(request, output="latents")
     values = stages.walk(values, Measure(params, config, repeats=1), before)
-    record = environment() | {"job": dataclasses.asdict(job), "dtype": str(dtype), "lengths": {}}
+    described = bench.describe(job) | {"repeats": options.repeats}
+    record = environment() | {"job": described, "dtype": str(dtype), "lengths": {}}
     latents = {}
     for length in map(int, options.lengths.split(",")):
         measure = Measure(params, config, repeats=options.repeats, block_steps=length)

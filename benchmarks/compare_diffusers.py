@@ -9,7 +9,6 @@ result: a run that is cut short keeps what it has.
 """
 
 import argparse
-import dataclasses
 import json
 import math
 import multiprocessing
@@ -28,10 +27,10 @@ from compare_report import VARIANTS, merge, new_report, table
 
 from cosmos3_jax.checkpoint import random_checkpoint
 from cosmos3_jax.cli import bench
-from cosmos3_jax.cli.bench import Job
 from cosmos3_jax.config import Config, TransformerConfig, VideoVAEConfig
 from cosmos3_jax.models import transformer
 from cosmos3_jax.models.video_vae import pixel_to_latent_shape
+from cosmos3_jax.runtime.job import Job
 from cosmos3_jax.runtime.measure import Measure, device_peak_gib, environment
 from cosmos3_jax.runtime.random_inputs import random_params
 from cosmos3_jax.sampling import stages
@@ -59,7 +58,7 @@ def timed_steps(size: str, job: Job) -> int:
 
 def measure_ours(config: Config, params: dict, job: Job, run_steps: int) -> dict:
     """Measure one job here, warm; `run_steps` of its steps, in one loop."""
-    request = bench.random_request(config, dataclasses.replace(job, steps=run_steps))
+    request = bench.random_request(config, job.replace(steps=run_steps))
     measure = Measure(params, config, repeats=1)
     values = stages.walk(stages.initial_values(jax.device_put(request)), measure)
     found, made = measure.stages, (values["video"], values["latents"]["video"])
@@ -124,9 +123,8 @@ def read_ours(path: Path, config: Config, jobs: dict[str, Job]) -> Iterator[dict
     yield {"side": "ours", "environment": {k: v for k, v in report.items() if k != "results"}}
     for size, job in jobs.items():
         found = results[size]
-        for name, wanted in dataclasses.asdict(job).items():
-            if name != "repeats":
-                require(f"{name} at {size}", found["job"].get(name), wanted)
+        for name, wanted in bench.describe(job).items():
+            require(f"{name} at {size}", found["job"].get(name), wanted)
         stages = found["stages"]
         yield {"size": size, "side": "ours", "found": {
             "condition_seconds": stages["condition"]["seconds"],

@@ -4,10 +4,10 @@ An event is `{side, environment}`, `{size, side, found}` or `{failed}`. An envir
 "ours" or "diffusers"; a measurement's is "ours" or one of diffusers' `VARIANTS`.
 """
 
-import dataclasses
 import statistics
 
-from cosmos3_jax.cli.bench import Job
+from cosmos3_jax.cli import bench
+from cosmos3_jax.runtime.job import Job
 from cosmos3_jax.runtime.measure import LONG_SECONDS
 
 VARIANTS = ("eager", "compiled")
@@ -28,7 +28,7 @@ def new_report(jobs: dict[str, Job], flags: dict) -> dict:
     """What the file holds, before anything is measured."""
     sizes = {
         size: {
-            "job": dataclasses.asdict(job),
+            "job": bench.describe(job),
             "total_formed_by": {},
             "variants_run": [],
             "diffusers": {},

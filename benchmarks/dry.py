@@ -7,8 +7,9 @@ place of Nano's, through the same functions. Its figures mean nothing.
 import argparse
 from pathlib import Path
 
-from cosmos3_jax.cli.bench import SIZES
+from cosmos3_jax.cli.bench import PROMPT_TOKENS, SIZES
 from cosmos3_jax.config import Config, SoundVAEConfig, TransformerConfig, VideoVAEConfig
+from cosmos3_jax.runtime.job import Job
 
 FRAMES, HEIGHT, WIDTH = 5, 16, 24  # pixels of a video
 CONFIG = Config(
@@ -42,3 +43,9 @@ def video_size(options: argparse.Namespace) -> dict[str, int]:
         return {"num_frames": FRAMES, "height": HEIGHT, "width": WIDTH}
     height, width = SIZES[options.size]
     return {"num_frames": options.num_frames, "height": height, "width": width}
+
+
+def job(options: argparse.Namespace, **fields) -> Job:
+    """A job of these options, with `fields`, and prompts as `cosmos3-jax bench` has them."""
+    prompts = {"text_tokens": PROMPT_TOKENS, "negative_tokens": PROMPT_TOKENS}
+    return Job(**video_size(options) | prompts | fields)

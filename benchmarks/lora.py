@@ -10,7 +10,6 @@ runs.
 """
 
 import argparse
-import dataclasses
 import json
 import math
 import statistics
@@ -30,6 +29,7 @@ from cosmos3_jax.config import Config, TransformerConfig
 from cosmos3_jax.io.media import write_text
 from cosmos3_jax.models import transformer
 from cosmos3_jax.parallel import device
+from cosmos3_jax.runtime.job import Job
 from cosmos3_jax.runtime.measure import GIB, device_peak_gib, environment
 from cosmos3_jax.runtime.random_inputs import random_params
 from cosmos3_jax.sampling.request import Request
@@ -129,7 +129,7 @@ def product_rate(size: int, dtype: jnp.dtype, repeats: int = 5) -> float:
     return 2 * size**3 * CHAIN / statistics.median(samples[1:]) / 1e12
 
 
-def run(config: Config, job: bench.Job, options: argparse.Namespace, dtype: jnp.dtype) -> dict:
+def run(config: Config, job: Job, options: argparse.Namespace, dtype: jnp.dtype) -> dict:
     """Compile a step, take a few, and say what they took."""
     size = 128 if options.dry else PRODUCT
     rates = [product_rate(size, dtype)]
@@ -200,10 +200,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args(arguments)
     config = dry.SILENT if options.dry else NANO
-    job = bench.Job(**dry.video_size(options), negative_tokens=0, steps=1)
+    job = dry.job(options, negative_tokens=0, steps=1)
     dtype = jnp.dtype("float32" if options.dry else device.default_dtype())
     settings = {k: v for k, v in vars(options).items() if k != "out"}
-    record = environment() | {"options": settings, "job": dataclasses.asdict(job)}
+    record = environment() | {"options": settings, "job": bench.describe(job)}
     record |= {"dtype": str(dtype), "model": "dry" if options.dry else "nano"}
     record |= run(config, job, options, dtype)
     print(

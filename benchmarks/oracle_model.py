@@ -21,8 +21,8 @@ from diffusers import (
 )
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 
-from cosmos3_jax.cli.bench import Job
 from cosmos3_jax.config import Config
+from cosmos3_jax.runtime.job import Job
 
 # All that take grouped keys and values and need no package beside torch.
 ATTENTION_BACKENDS = ("_native_cudnn", "_native_flash", "native")

@@ -26,6 +26,7 @@ from cosmos3_jax.io.media import write_text
 from cosmos3_jax.models import transformer
 from cosmos3_jax.parallel import device
 from cosmos3_jax.parallel.mesh import make_mesh, parse_mesh
+from cosmos3_jax.runtime.job import Job
 from cosmos3_jax.runtime.measure import GIB, Measure, environment
 from cosmos3_jax.runtime.programs import block_length
 from cosmos3_jax.runtime.random_inputs import random_params
@@ -148,7 +149,7 @@ def several(config: Config, request: Request, batch: int) -> Request:
     return request.replace(**repeat, noise=np.stack(noise))
 
 
-def run(config: Config, job: bench.Job, name: str, dtype: jnp.dtype) -> dict:
+def run(config: Config, job: Job, name: str, dtype: jnp.dtype, repeats: int) -> dict:
     """Every stage of a generation on one mesh, compiled and warm."""
     sizes = {} if name == "one" else parse_mesh(name)
     mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
@@ -163,7 +164,7 @@ def run(config: Config, job: bench.Job, name: str, dtype: jnp.dtype) -> dict:
     meet(mesh)
     with jax.set_mesh(mesh):
         params = jax.block_until_ready(random_params(config, dtype, mesh))
-        measure = Measure(params, config, repeats=job.repeats, inspect=sent)
+        measure = Measure(params, config, repeats=repeats, inspect=sent)
         values = stages.initial_values(request, decode_chunk_size=job.decode_chunk_size)
         stages.walk(values, measure)
     found = {"devices": mesh.size, "prompts": len(request.text_ids), "stages": measure.stages}
@@ -189,12 +190,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", choices=MODELS, default="nano")
     options = parser.parse_args(arguments)
     config = dry.SILENT if options.dry else MODELS[options.model]
-    job = bench.Job(**dry.video_size(options), steps=options.steps, repeats=options.repeats)
+    job = dry.job(options, steps=options.steps)
     dtype = jnp.dtype(device.default_dtype())
-    record = environment() | {"job": dataclasses.asdict(job), "dtype": str(dtype)}
+    described = bench.describe(job) | {"repeats": options.repeats}
+    record = environment() | {"job": described, "dtype": str(dtype)}
     record |= {"model": "dry" if options.dry else options.model, "runs": {}}
     for name in options.meshes.split(";"):
-        found = run(config, job, name, dtype)
+        found = run(config, job, name, dtype, options.repeats)
         alone = record["runs"].get("one")
         if alone:
             speed = found["prompts"] * alone["seconds"] / found["seconds"]

@@ -2,7 +2,6 @@
 measured warm, on random inputs.
 """
 
-import dataclasses
 import math
 import sys
 
@@ -13,66 +12,25 @@ from cosmos3_jax.config import Config, check_fps
 from cosmos3_jax.io.prepare import TEXT_BUCKET
 from cosmos3_jax.models import sound_vae, transformer, video_vae
 from cosmos3_jax.models.layers import TimestepEmbedding
-from cosmos3_jax.runtime import job as runtime_job
 from cosmos3_jax.runtime import memory
+from cosmos3_jax.runtime.job import Job
 from cosmos3_jax.runtime.measure import GIB, Measure, device_peak_gib
 from cosmos3_jax.sampling import stages, unipc
 from cosmos3_jax.sampling.request import Request, initial_noise
 
 SIZES = {"256p": (192, 320), "480p": (480, 832), "720p": (720, 1280)}  # height, width
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Job:
-    """One generation to measure, and how often.
-
-    Attributes:
-        num_frames, height, width: of the video, in pixels.
-        fps: frames per second.
-        steps: denoising steps.
-        sound: whether sound is denoised and decoded too.
-        text_tokens: of the prompt; they are padded as prompts are.
-        negative_tokens: of the negative prompt; 0 leaves guidance, the second branch, out.
-        decode_chunk_size: latent frames decoded at a time; None chooses by size.
-        repeats: runs of each stage; the median counts.
-    """
-
-    num_frames: int = 189
-    height: int = 720
-    width: int = 1280
-    fps: float = 24.0
-    steps: int = 35
-    sound: bool = False
-    text_tokens: int = 300
-    negative_tokens: int = 300
-    decode_chunk_size: int | None = None
-    repeats: int = 3
-
-    def check(self, config: Config) -> None:
-        """Raise ValueError, naming value and limit, if this job cannot run at these sizes."""
-        video_vae.pixel_to_latent_shape(config.video_vae, self.num_frames, self.height, self.width)
-        for name in ("steps", "text_tokens", "negative_tokens", "decode_chunk_size", "repeats"):
-            value, least = getattr(self, name), 0 if name == "negative_tokens" else 1
-            if value is not None and value < least:
-                raise ValueError(f"{name}={value} must be at least {least}")
-        check_fps(self.fps)
-        if self.sound and not config.has_sound:
-            raise ValueError("sound is asked for, but these weights have none: leave it out")
-        if self.sound and self.num_frames == 1:
-            raise ValueError(
-                "num_frames=1 makes an image, which has no sound: ask for 5 frames or more"
-            )
+PROMPT_TOKENS = 300
 
 
 def jobs(
     config: Config,
     *,
     sizes: str | None = None,
-    num_frames: int | None = None,
     height: int | None = None,
     width: int | None = None,
-    fps: float | None = None,
-    steps: int | None = None,
+    sound: bool = False,
+    text_tokens: int = PROMPT_TOKENS,
+    negative_tokens: int = PROMPT_TOKENS,
     **settings,
 ) -> dict[str, Job]:
     """The checked jobs that a command line asks for, by the names of their sizes.
@@ -82,11 +40,10 @@ def jobs(
     Args:
         config: the checkpoint's; what is left None comes from its recipe.
         sizes: names from `SIZES` with commas between them, instead of `height` and `width`.
-        num_frames, height, width, fps, steps: see `Job`.
-        **settings: the other fields of `Job`.
+        height, width, sound, text_tokens, negative_tokens, settings: fields of `Job`.
 
     Raises:
-        ValueError: an unknown size, a size given twice over, or see `Job.check`.
+        ValueError: an unknown size, a size given twice over, or see `check_job`.
     """
     recipe = config.recipe
     if sizes is None:
@@ -101,34 +58,66 @@ def jobs(
             if name not in SIZES:
                 raise ValueError(f"size {name!r} is unknown; choose from {', '.join(SIZES)}")
         chosen = {name: SIZES[name] for name in sizes.split(",")}
-    settings |= {
-        "num_frames": recipe.num_frames if num_frames is None else num_frames,
-        "fps": recipe.fps if fps is None else fps,
-        "steps": recipe.num_inference_steps if steps is None else steps,
-    }
-    made = {
-        name: Job(height=height, width=width, **settings)
-        for name, (height, width) in sorted(chosen.items(), key=lambda item: math.prod(item[1]))
-    }
-    for job in made.values():
-        job.check(config)
+    made = {}
+    for name, (height, width) in sorted(chosen.items(), key=lambda item: math.prod(item[1])):
+        made[name] = Job.of_recipe(
+            config, height=height, width=width, sound=sound, text_tokens=text_tokens,
+            negative_tokens=negative_tokens, **settings,
+        )  # fmt: skip
+        check_job(config, made[name])
     return made
+
+
+def check_job(config: Config, job: Job) -> None:
+    """Raise ValueError, naming value and limit, if a job cannot run at these sizes."""
+    video_vae.pixel_to_latent_shape(config.video_vae, job.num_frames, job.height, job.width)
+    for name in ("steps", "text_tokens", "negative_tokens", "decode_chunk_size"):
+        value, least = getattr(job, name), 0 if name == "negative_tokens" else 1
+        if value is not None and value < least:
+            raise ValueError(f"{name}={value} must be at least {least}")
+    check_fps(job.fps)
+    if job.sound and not config.has_sound:
+        raise ValueError("sound is asked for, but these weights have none: leave it out")
+    if job.sound and job.num_frames == 1:
+        raise ValueError(
+            "num_frames=1 makes an image, which has no sound: ask for 5 frames or more"
+        )
+
+
+def describe(job: Job) -> dict:
+    """What a record says of a job."""
+    names = (
+        "num_frames", "height", "width", "fps", "steps", "sound", "text_tokens", "negative_tokens",
+        "decode_chunk_size",
+    )  # fmt: skip
+    return {name: getattr(job, name) for name in names}
+
+
+def padded(job: Job, dtype: str) -> Job:
+    """A job whose prompts are padded as `random_request` pads them, as `memory` asks for it."""
+    return job.replace(
+        text_tokens=_padded(job.text_tokens), negative_tokens=_padded(job.negative_tokens),
+        dtype=dtype,
+    )  # fmt: skip
+
+
+def _padded(tokens: int) -> int:
+    return -(-tokens // TEXT_BUCKET) * TEXT_BUCKET
 
 
 def random_request(config: Config, job: Job) -> Request:
     """A request of the job's sizes: random tokens, numpy noise, native schedule, guidance 6.
 
     Raises:
-        ValueError: see `Job.check`.
+        ValueError: see `check_job`.
     """
-    job.check(config)
+    check_job(config, job)
     shape = video_vae.pixel_to_latent_shape(config.video_vae, job.num_frames, job.height, job.width)
     rng = np.random.RandomState(0)
 
     def tokens(count: int) -> tuple[np.ndarray, np.ndarray]:
-        padded = -(-count // TEXT_BUCKET) * TEXT_BUCKET
-        ids = rng.randint(0, config.transformer.vocab_size, (1, padded)).astype(np.int32)
-        return ids, np.arange(padded)[None] < count
+        ids = rng.randint(0, config.transformer.vocab_size, (1, _padded(count))).astype(np.int32)
+        return ids, np.arange(ids.size)[None] < count
 
     ids, mask = tokens(job.text_tokens)
     negative = tokens(job.negative_tokens) if job.negative_tokens else (None, None)
@@ -170,46 +159,46 @@ def denoise_flops(config: Config, request: Request) -> float:
     return float(request.num_inference_steps * (model.num_hidden_layers * layers + once))
 
 
-def run_bench(config: Config, params: dict, job: Job) -> dict:
+def run_bench(config: Config, params: dict, job: Job, repeats: int = 3) -> dict:
     """Compile and run one job stage by stage.
 
     Args:
         config: the sizes.
         params: see `random_inputs.random_params`, or a checkpoint's.
-        job: what to run. Stages are warm, see `measure.Measure`.
+        job: what to run.
+        repeats: runs of each stage, see `measure.Measure`.
 
     Returns:
         What `json` can write:
 
-        - `job`: its fields.
-        - `stages`: `condition` (both prompts), `denoise` (all steps), `video decode` and, with
-          sound, `sound decode`. Each has `seconds` (the median), `samples`, `temporary_gib`,
-          `output_gib`, `compile_seconds` and `compile_seconds_cached` (see
-          `measure.compile_cold_and_cached`). `one step` has seconds alone: a part of `denoise`;
-          with sound, of a loop of two, to be compared with `one step without sound`.
+        - `job`: its fields, and `repeats`.
+        - `stages`: see `measure.Measure`, by the names of `sampling.stages`; and `one step`, in
+          seconds alone: a part of `denoise`; with sound, of a loop of two, to be compared with
+          `one step without sound`.
         - `seconds`: of the whole job: condition, loop and decoding.
         - `denoise_tflop`, `denoise_tflops_per_second`: counted by `denoise_flops`, and its rate.
         - `weights_gib`, `peak_gib` and `peak_gib_before` (of this process so far and up to this
           job; None where the device does not say), `estimated_gib` (see `memory`).
 
     Raises:
-        ValueError: see `Job.check`.
+        ValueError: see `check_job`.
     """
     request = random_request(config, job)
     flops = denoise_flops(config, request)
     peak_before = device_peak_gib()
-    measure = Measure(params, config, repeats=job.repeats, report=_report)
+    measure = Measure(params, config, repeats=repeats, report=_report)
     values = stages.initial_values(jax.device_put(request), decode_chunk_size=job.decode_chunk_size)
     stages.walk(values, measure)
     found = measure.stages
     whole = sum(stage["seconds"] for stage in found.values())
     found["one step"] = {"seconds": found["denoise"]["seconds"] / job.steps}
     if job.sound:
-        found["one step"] = _one_step(config, params, job)
-        video_alone = dataclasses.replace(job, sound=False)
-        found["one step without sound"] = _one_step(config, params, video_alone)
+        found["one step"] = _one_step(config, params, job, repeats)
+        silent = job.replace(sound=False)
+        found["one step without sound"] = _one_step(config, params, silent, repeats)
+    dtype = str(transformer.compute_dtype(params["gen"]))
     return {
-        "job": dataclasses.asdict(job),
+        "job": describe(job) | {"repeats": repeats},
         "stages": found,
         "seconds": whole,
         "denoise_tflop": flops / 1e12,
@@ -217,10 +206,7 @@ def run_bench(config: Config, params: dict, job: Job) -> dict:
         "weights_gib": sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / GIB,
         "peak_gib": device_peak_gib(),
         "peak_gib_before": peak_before,
-        "estimated_gib": memory.generation_bytes(
-            config, memory_job(job, str(transformer.compute_dtype(params["gen"])))
-        )["peak"]
-        / GIB,
+        "estimated_gib": memory.generation_bytes(config, padded(job, dtype))["peak"] / GIB,
     }
 
 
@@ -229,26 +215,14 @@ def _report(name: str, found: dict) -> None:
     print(f"{name}: {found['seconds']:.3f} s, compiled in {compiled:.1f} s", file=sys.stderr)
 
 
-def _one_step(config: Config, params: dict, job: Job) -> dict:
+def _one_step(config: Config, params: dict, job: Job, repeats: int) -> dict:
     """Half of a loop of two steps, in seconds."""
-    request = jax.device_put(random_request(config, dataclasses.replace(job, steps=2)))
-    measure = Measure(params, config, repeats=job.repeats)
+    request = jax.device_put(random_request(config, job.replace(steps=2)))
+    measure = Measure(params, config, repeats=repeats)
     before, loop = stages.up_to_the_loop()
     stages.walk(stages.initial_values(request), measure, (*before, loop))
     ran = measure.stages[loop.name]
     return {"seconds": ran["seconds"] / 2, "samples": [s / 2 for s in ran["samples"]]}
-
-
-def memory_job(job: Job, dtype: str) -> runtime_job.Job:
-    """The job as `memory` asks for it, with all weights on the device."""
-    names = ("num_frames", "height", "width", "fps", "sound", "decode_chunk_size")
-    longest = max(job.text_tokens, job.negative_tokens)
-    return runtime_job.Job(
-        **{name: getattr(job, name) for name in names},
-        guidance=job.negative_tokens > 0,
-        text_tokens=-(-longest // TEXT_BUCKET) * TEXT_BUCKET,
-        dtype=dtype,
-    )
 
 
 COLUMNS = ("seconds", "min..max", "TFLOP/s", "temporary GiB", "compile s", "cached s")

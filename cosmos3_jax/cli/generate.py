@@ -58,7 +58,7 @@ def run_generate(options: argparse.Namespace) -> int:
     prompt = read_prompt(options.prompt_file) if options.prompt_file else options.prompt
     times: dict[str, float] = {}
     with _timed(times, "preprocess"):
-        loras = [_lora(text) for text in options.lora]
+        loras = [parse_lora(text) for text in options.lora]
         model = Cosmos3.open(options.checkpoint, load_sound=options.sound, lora=loras or None)
         prepared = model.resolve(prompt, **settings)
         request = prepared.request
@@ -169,7 +169,7 @@ def _settings(options: argparse.Namespace) -> dict:
     return settings
 
 
-def _lora(text: str) -> tuple[Path, float]:
+def parse_lora(text: str) -> tuple[Path, float]:
     """FILE or FILE:FACTOR -> the file and its factor."""
     name, _, factor = text.rpartition(":")
     try:
@@ -212,7 +212,7 @@ def _record(
         "checkpoint": str(options.checkpoint),
         "lora": [
             {"factor": factor, **(_file(path) or {"path": str(path)})}
-            for path, factor in map(_lora, options.lora)
+            for path, factor in map(parse_lora, options.lora)
         ],
         "prompt": prompt,
         "negative_prompt": negative_prompt,

@@ -230,9 +230,12 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
         help="runs of a stage after one to warm up; that one alone, if it takes over "
         f"{measure.LONG_SECONDS} s (%(default)s)",
     )
-    command.add_argument("--text-tokens", type=int, default=300, help="%(default)s")
+    command.add_argument("--text-tokens", type=int, default=bench.PROMPT_TOKENS, help="%(default)s")
     command.add_argument(
-        "--negative-tokens", type=int, default=300, help="%(default)s; 0 for no guidance"
+        "--negative-tokens",
+        type=int,
+        default=bench.PROMPT_TOKENS,
+        help="%(default)s; 0 for no guidance",
     )
     command.add_argument("--decode-chunk-size", type=int, help="latent frames at a time")
     command.add_argument("--out", type=Path, metavar="FILE.json", help="what was measured, as JSON")
@@ -273,11 +276,10 @@ def run_info(options: argparse.Namespace) -> int:
 
 def _memory_lines(options: argparse.Namespace, config: Config) -> Iterator[str]:
     """The estimate for this GPU or, where there is none, for one to come."""
-    names = ("num_frames", "height", "width", "fps")
-    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    names = ("num_frames", "height", "width", "fps", "sound", "dtype")
     if not options.sound:
         config = config.silent()
-    job = Job.of_recipe(config, **given, dtype=options.dtype or "bfloat16", sound=options.sound)
+    job = Job.of_recipe(config, **{name: getattr(options, name) for name in names})
     if device.default_device().platform != "gpu":
         job = job.replace(device=device.PlannedGPU())
     resident, offloaded = (
@@ -306,11 +308,13 @@ def run_bench(options: argparse.Namespace) -> int:
         config = Config() if options.sound else Config().silent()
     names = (
         "sizes", "num_frames", "height", "width", "fps", "steps", "sound", "text_tokens",
-        "negative_tokens", "decode_chunk_size", "repeats",
+        "negative_tokens", "decode_chunk_size",
     )  # fmt: skip
+    if options.repeats < 1:
+        raise ValueError(f"repeats={options.repeats} must be at least 1")
     jobs = bench.jobs(config, **{name: getattr(options, name) for name in names})
     for job in jobs.values():
-        memory.check_fits(config, device.memory_limit(), bench.memory_job(job, dtype))
+        memory.check_fits(config, device.memory_limit(), bench.padded(job, dtype))
     if model is not None:
         params = model.load(dtype).params
     else:
@@ -320,7 +324,7 @@ def run_bench(options: argparse.Namespace) -> int:
     record = measure.environment() | {"weights": weights, "dtype": dtype, "results": {}}
     overwrite = options.overwrite
     for name, job in jobs.items():
-        record["results"][name] = bench.run_bench(config, params, job)
+        record["results"][name] = bench.run_bench(config, params, job, options.repeats)
         print(bench.table(name, record["results"][name]), flush=True)
         if options.out:  # after each size: an interruption costs the one at hand
             media.write_text(options.out, json.dumps(record, indent=2) + "\n", overwrite=overwrite)

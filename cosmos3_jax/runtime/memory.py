@@ -81,7 +81,7 @@ def _attention(config: Config, job: Job, shape: tuple, sound_frames: int) -> tup
     as_one = job.guidance and is_one_batch(job.batch * queries, mesh)
     at_once = 2 // mesh.get("cfg", 1) if as_one else 1
     heads = config.transformer.num_attention_heads // ways(mesh, TOKENS)
-    return at_once * prompts, heads, queries, queries + job.text_tokens
+    return at_once * prompts, heads, queries, queries + job.longest_text
 
 
 def generation_bytes(config: Config, job: Job) -> dict[str, int]:
@@ -125,7 +125,7 @@ def generation_bytes(config: Config, job: Job) -> dict[str, int]:
 
     key_value = 2 * model.num_key_value_heads * model.head_dim
     keys_values = (
-        itemsize * model.num_hidden_layers * batch * job.text_tokens * key_value // by_tokens
+        itemsize * model.num_hidden_layers * batch * job.longest_text * key_value // by_tokens
     )
     video_latents = 4 * batch * math.prod(shape) * model.latent_channel
     latents = video_latents + 4 * batch * sound_frames * (model.sound_dim or 0)
@@ -156,7 +156,7 @@ def generation_bytes(config: Config, job: Job) -> dict[str, int]:
         # Tensors of the first stage, one frame or four at a time.
         "video encoding work": ENCODER_TENSORS * first_stage,
         # One layer's weights, and both prompts in it.
-        "text work": layer // model.num_hidden_layers + branches * batch * job.text_tokens * token,
+        "text work": layer // model.num_hidden_layers + branches * batch * job.longest_text * token,
         # Beside the SwiGLU two more residuals, and one for a branch that waits for the other. Six
         # latents are the sampler's state and its update. As one batch, the branches' conditions
         # are joined, which copies them.
@@ -310,8 +310,8 @@ def what_fits(config: Config, limit_bytes: int, job: Job) -> str:
         slight.append(("with decode_chunk_size=1", {"decode_chunk_size": 1}))
     if job.trajectory_steps:
         slight.append(("without the trajectory", {"trajectory_steps": 0}))
-    if job.text_tokens > LONG_PROMPT:
-        shorter = {"text_tokens": LONG_PROMPT}
+    if job.longest_text > LONG_PROMPT:
+        shorter = {"text_tokens": LONG_PROMPT, "negative_tokens": job.guidance * LONG_PROMPT}
         slight.append((f"with prompts of at most {LONG_PROMPT} tokens", shorter))
     offloading = [] if job.offload else [("with offload=True (--offload yes)", {"offload": True})]
     pairs = [_both(change, *offloading) for change in slight if offloading]

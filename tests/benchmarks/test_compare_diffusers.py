@@ -29,7 +29,7 @@ from cosmos3_jax.parallel import device
 from cosmos3_jax.runtime import random_inputs
 
 SIZE = compare.TINY
-JOB = dataclasses.replace(compare.TINY_JOB, text_tokens=40)
+JOB = compare.TINY_JOB.replace(text_tokens=40)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def bench_file():
     stage = {"seconds": 0.1, "samples": [0.1, 0.2, 0.1]}
     stages = {name: dict(stage) for name in ("condition", "denoise", "video decode")}
     stages["denoise"]["samples"] = [1.5, 0.5, 1.0]
-    job = dataclasses.asdict(compare.TINY_JOB)
+    job = bench.describe(compare.TINY_JOB)
     result = {"job": job, "stages": stages, "peak_gib": None}
     return {
         "device": "cpu", "weights": "random", "dtype": "bfloat16", "results": {SIZE: result},
@@ -132,11 +132,11 @@ def test_the_command_that_makes_such_a_file(config, monkeypatch, tmp_path, size)
     monkeypatch.setattr("cosmos3_jax.models.attention.default_device", device.PlannedGPU)
     ran = []
 
-    def run_bench(config, params, job):
+    def run_bench(config, params, job, repeats):
         ran.append(job)
         stage = {"seconds": 1.0, "samples": [1.0]}
         stages = dict.fromkeys(("condition", "denoise", "video decode"), stage)
-        return {"job": dataclasses.asdict(job), "stages": stages, "peak_gib": None}
+        return {"job": bench.describe(job), "stages": stages, "peak_gib": None}
 
     monkeypatch.setattr(bench, "run_bench", run_bench)
     monkeypatch.setattr(random_inputs, "random_params", lambda config, dtype: {})
@@ -154,7 +154,7 @@ def test_the_command_that_makes_such_a_file(config, monkeypatch, tmp_path, size)
 
 def test_a_total_formed_of_few_steps_says_so():
     """Each side by what it ran itself: here all of ours, as from a file, and three of theirs."""
-    job = dataclasses.replace(JOB, steps=35)
+    job = JOB.replace(steps=35)
     report = compare_report.new_report({"720p": job}, {})
     assert compare.timed_steps("720p", job) == 3
     ours = {
@@ -191,7 +191,7 @@ def test_a_total_formed_of_few_steps_says_so():
 
 
 def test_few_steps_leave_out_the_first_and_decode_the_whole_video(pipeline):
-    job = dataclasses.replace(JOB, steps=5)
+    job = JOB.replace(steps=5)
     found = oracle_model.measure_job(pipeline, job, 2)
     assert len(found["step_samples"]) == found["steps_timed"] == 2
     assert found["passes"] == 4 and found["work"]["passes_per_step"] == 2

@@ -11,6 +11,7 @@ import pytest
 
 from cosmos3_jax.cli import bench
 from cosmos3_jax.config import Config
+from cosmos3_jax.runtime.job import Job
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def test_the_count_on_paper(scaling):
     """720p on two devices: each sends half of its tokens' queries, keys, values and what they
     become.
     """
-    job = bench.Job(steps=1, num_frames=189)
+    job = Job(num_frames=189, height=720, width=1280, steps=1)
     config = Config().silent()
     request = bench.random_request(config, job)
     tokens, heads = 48 * 23 * 40 // 2, 2 * 32 + 2 * 8

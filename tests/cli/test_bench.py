@@ -1,6 +1,5 @@
 """The benchmark: what it runs, what it counts and what it writes. How fast is not for tests."""
 
-import dataclasses
 import json
 import math
 from functools import partial
@@ -17,6 +16,7 @@ from cosmos3_jax.models import transformer
 from cosmos3_jax.parallel import device
 from cosmos3_jax.pipeline import Cosmos3
 from cosmos3_jax.runtime import random_inputs
+from cosmos3_jax.runtime.job import Job
 from cosmos3_jax.sampling import denoise, stages
 
 # Every number that enters the count of the arithmetic is another one.
@@ -28,9 +28,8 @@ CONFIG = Config(
     video_vae=VideoVAEConfig(base_dim=8, decoder_base_dim=8, num_res_blocks=1),
     sound_vae=SoundVAEConfig(enc_dim=8, dec_dim=4),
 )  # fmt: skip
-JOB = bench.Job(
-    num_frames=5, height=48, width=80, steps=3, text_tokens=20, negative_tokens=130, repeats=2
-)
+JOB = Job(num_frames=5, height=48, width=80, steps=3, text_tokens=20, negative_tokens=130)
+REPEATS = 2
 SHAPE = ["--num-frames", "5", "--height", "48", "--width", "80", "--steps", "2", "--repeats", "1"]
 TINY = ["bench", "--checkpoint", "random", *SHAPE]
 
@@ -80,7 +79,7 @@ def test_the_arithmetic_is_that_of_the_traced_loop(sound, negative):
     """Exactly, where nothing is padded: both prompts fill their buckets, and those are equal, or
     there is one branch. Padding is then the only difference.
     """
-    job = dataclasses.replace(JOB, sound=sound, text_tokens=128, negative_tokens=negative)
+    job = JOB.replace(sound=sound, text_tokens=128, negative_tokens=negative)
     request = bench.random_request(CONFIG, job)
     shapes = transformer.param_shapes(CONFIG.transformer)
     encode = partial(stages.encode_text, config=CONFIG)
@@ -94,15 +93,15 @@ def test_the_arithmetic_is_that_of_the_traced_loop(sound, negative):
     a_key = 4 * job.steps * model.num_hidden_layers * heads * tokens
     padding = 128 * a_key if negative == 256 else 0  # the prompt, padded to the negative one
     assert bench.denoise_flops(CONFIG, request) == traced - padding
-    shorter = bench.random_request(CONFIG, dataclasses.replace(job, text_tokens=100))
+    shorter = bench.random_request(CONFIG, job.replace(text_tokens=100))
     assert bench.denoise_flops(CONFIG, shorter) == traced - padding - 28 * a_key
 
 
 def test_every_stage_is_measured(params):
     """With sound; the command line below is run without."""
-    job = dataclasses.replace(JOB, sound=True)
-    result = json.loads(json.dumps(bench.run_bench(CONFIG, params, job)))
-    check_result(result, job)
+    job = JOB.replace(sound=True)
+    result = json.loads(json.dumps(bench.run_bench(CONFIG, params, job, REPEATS)))
+    check_result(result, job, REPEATS)
     # on this backend, where memory_stats is None
     assert result["peak_gib"] is result["peak_gib_before"] is None
     flops = bench.denoise_flops(CONFIG, bench.random_request(CONFIG, job))
@@ -113,8 +112,8 @@ def test_every_stage_is_measured(params):
     assert result["stages"]["video decode"]["output_gib"] == pytest.approx(video, rel=1e-3)
 
 
-def check_result(result: dict, job: bench.Job) -> None:
-    assert result["job"] == dataclasses.asdict(job)
+def check_result(result: dict, job: Job, repeats: int) -> None:
+    assert result["job"] == bench.describe(job) | {"repeats": repeats}
     stages = result["stages"]
     names = ["condition", "denoise", "video decode", "one step"]
     if job.sound:
@@ -122,7 +121,7 @@ def check_result(result: dict, job: bench.Job) -> None:
     assert list(stages) == names
     for name, stage in stages.items():
         if job.sound or name != "one step":
-            assert len(stage["samples"]) == job.repeats
+            assert len(stage["samples"]) == repeats
             assert 0 < min(stage["samples"]) <= stage["seconds"] <= max(stage["samples"])
         if not name.startswith("one step"):
             assert stage["temporary_gib"] >= 0 and stage["output_gib"] > 0
@@ -137,16 +136,21 @@ def check_result(result: dict, job: bench.Job) -> None:
 
 
 def test_without_guidance_there_is_one_branch():
-    request = bench.random_request(CONFIG, dataclasses.replace(JOB, negative_tokens=0))
+    request = bench.random_request(CONFIG, JOB.replace(negative_tokens=0))
     assert request.neg_text_ids is request.neg_text_mask is None
+
+
+def job_of(**fields) -> Job:
+    """A job with the prompts that the command has by default."""
+    return Job(**{"text_tokens": 300, "negative_tokens": 300} | fields)
 
 
 def test_jobs_come_from_the_recipe_smallest_first():
     [(name, job)] = bench.jobs(Config()).items()
-    assert (name, job) == ("720p", bench.Job())
+    assert (name, job) == ("720p", job_of(num_frames=189, height=720, width=1280))
     jobs = bench.jobs(Config(), sizes="720p,256p", num_frames=5, steps=2, fps=30.0, sound=True)
     assert list(jobs) == ["256p", "720p"]
-    made = bench.Job(num_frames=5, height=192, width=320, fps=30.0, steps=2, sound=True)
+    made = job_of(num_frames=5, height=192, width=320, fps=30.0, steps=2, sound=True)
     assert jobs["256p"] == made
     assert list(bench.jobs(Config(), height=48, width=80)) == ["48x80"]
 
@@ -158,8 +162,8 @@ def test_the_command_line_end_to_end(tmp_path, capsys, monkeypatch):
     said = capsys.readouterr().out
     record = json.loads(out.read_text())
     assert list(record["results"]) == ["48x80"]
-    job = bench.Job(num_frames=5, height=48, width=80, steps=2, text_tokens=30, repeats=1)
-    check_result(record["results"]["48x80"], job)
+    job = job_of(num_frames=5, height=48, width=80, steps=2, text_tokens=30)
+    check_result(record["results"]["48x80"], job, repeats=1)
     assert said == bench.table("48x80", record["results"]["48x80"]) + "\n"
     for stage in record["results"]["48x80"]["stages"]:
         assert f"\n  {stage} " in said
@@ -177,11 +181,11 @@ def test_each_size_is_written_when_it_is_done(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("cosmos3_jax.models.attention.default_device", device.PlannedGPU)
     out, done = tmp_path / "a.json", []
 
-    def stop_at_the_second(config, params, job):
+    def stop_at_the_second(config, params, job, repeats):
         if done:
             raise KeyboardInterrupt
-        done.append((config, params, job))
-        return {"job": dataclasses.asdict(job)}
+        done.append((config, params, job, repeats))
+        return {"job": bench.describe(job)}
 
     monkeypatch.setattr(random_inputs, "random_params", lambda config, dtype: {"dtype": str(dtype)})
     monkeypatch.setattr(bench, "run_bench", stop_at_the_second)
@@ -189,10 +193,10 @@ def test_each_size_is_written_when_it_is_done(tmp_path, capsys, monkeypatch):
     command = ["bench", "--size", "480p,256p", "--dtype", "bfloat16", "--out", str(out)]
     assert cli.main(command) == 130
     assert capsys.readouterr().out == "256p\n"
-    job = bench.Job(height=192, width=320)
-    assert done == [(Config().silent(), {"dtype": "bfloat16"}, job)]
+    job = job_of(num_frames=189, height=192, width=320)
+    assert done == [(Config().silent(), {"dtype": "bfloat16"}, job, 3)]
     record = json.loads(out.read_text())
-    assert record["results"] == {"256p": {"job": dataclasses.asdict(job)}}
+    assert record["results"] == {"256p": {"job": bench.describe(job)}}
     assert (record["weights"], record["dtype"]) == ("random nano", "bfloat16")
 
     assert cli.main(command) == 2  # refused: what is there stays
@@ -254,6 +258,6 @@ def test_what_does_not_fit_is_refused_before_weights_are_made(monkeypatch, capsy
 
 
 def test_sound_is_refused_where_the_sizes_have_none():
-    job = dataclasses.replace(JOB, sound=True)
+    job = JOB.replace(sound=True)
     with pytest.raises(ValueError, match="sound is asked for, but these weights have none"):
         bench.random_request(CONFIG.silent(), job)

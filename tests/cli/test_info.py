@@ -107,6 +107,6 @@ def test_memory_is_what_the_arrays_take(model):
     masks = exact - needed["condition"]  # lengths and masks, and the unused clean latents' padding
     assert abs(masks) <= 0.01 * exact
     silent = Job(**shape, dtype="float32")
-    alone = memory.generation_bytes(model.config, silent.replace(guidance=False))
+    alone = memory.generation_bytes(model.config, silent.replace(negative_tokens=0))
     both = memory.generation_bytes(model.config, silent)
     assert 2 * alone["condition"] == both["condition"]

@@ -32,8 +32,9 @@ HANDED_ON = {
 
 
 def job(height, width, **changes):
-    sizes = dict(num_frames=189, height=height, width=width, text_tokens=384, device=PlannedGPU())
-    return Job(**sizes | changes)
+    sizes = dict(num_frames=189, height=height, width=width, device=PlannedGPU())
+    prompts = dict.fromkeys(("text_tokens", "negative_tokens"), changes.pop("text_tokens", 384))
+    return Job(**sizes | prompts | changes)
 
 
 @pytest.mark.parametrize("size", MEASURED, ids=str)
@@ -108,20 +109,19 @@ def test_logits_count_where_no_kernel_does_without():
     """Temporary memory of a compiled loop in float32, where XLA holds all logits."""
     model = dataclasses.replace(NANO.transformer, num_hidden_layers=2, vocab_size=512)
     config = dataclasses.replace(NANO, transformer=model).silent()
-    made = bench.Job(num_frames=61, height=192, width=320, text_tokens=128, negative_tokens=128)
+    made = Job(num_frames=61, height=192, width=320, text_tokens=128, negative_tokens=128)
     request = bench.random_request(config, made)
     shapes = random_inputs.weight_shapes(config, jnp.float32)
     handed_on = jax.eval_shape(partial(stages.encode_text, config=config), shapes["und"], request)
     loop = jax.jit(partial(denoise.advance, config=config), donate_argnums=2)
     steps = denoise.all_steps(request)
     program = loop.lower(shapes["gen"], *handed_on.values(), steps).compile()
-    sizes = dict(num_frames=61, height=192, width=320, text_tokens=128, dtype="float32")
-    found = memory.generation_bytes(config, Job(**sizes))
+    found = memory.generation_bytes(config, made.replace(dtype="float32"))
     assert found["logits"] == 4 * 2 * 32 * 960 * (960 + 128)
     measured = program.memory_analysis().temp_size_in_bytes
     # Three copies of the logits are counted where 2.0 to 2.7 were seen: rather too many than few.
     assert 0.9 * measured < found["denoising work"] < 1.5 * measured
-    fused = Job(**sizes | {"dtype": "bfloat16"}, device=PlannedGPU())
+    fused = made.replace(device=PlannedGPU())
     assert memory.generation_bytes(config, fused)["logits"] == 0
 
 
