@@ -5,9 +5,13 @@ import jax.numpy as jnp
 import pytest
 import torch
 from diffusers import Cosmos3OmniTransformer
+from oracle import perturb, tree_from_state_dict
 from transformer_cases import MODELS, Model, build
+from video_vae_cases import CONFIG, build_oracle
 
 from cosmos3_jax.checkpoint.transformer_layout import transformer_layout
+from cosmos3_jax.checkpoint.video_vae_layout import video_vae_layout
+from cosmos3_jax.models import video_vae
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -29,3 +33,20 @@ def half(request, tmp_path_factory) -> tuple[Model, Model]:
 
     params = jax.tree_util.tree_map_with_path(cast, model.params)
     return model, Model(oracle, model.config, params)
+
+
+@pytest.fixture(scope="module")
+def video_oracle():
+    torch.manual_seed(0)
+    vae = perturb(build_oracle(CONFIG), seed=1)
+    with torch.no_grad():
+        # pixels within [-1, 1]: the clamp must not hide an error
+        vae.decoder.conv_out.weight.mul_(0.3)
+    return vae
+
+
+@pytest.fixture(scope="module")
+def video_params(video_oracle):
+    return tree_from_state_dict(
+        video_vae_layout(CONFIG), video_oracle.state_dict(), video_vae.param_shapes(CONFIG)
+    )
