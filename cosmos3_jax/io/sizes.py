@@ -1,0 +1,147 @@
+"""Sizes as people say them: a tier and an aspect ratio, or width x height.
+
+The model was trained on these sizes; a caption names the aspect ratio of its own (see `captions`).
+"""
+
+import math
+import re
+import warnings
+
+ASPECTS = ("1,1", "4,3", "3,4", "16,9", "9,16")
+
+# Tier -> width x height for each of ASPECTS.
+TIERS = {
+    "256": ("256x256", "320x256", "256x320", "320x192", "192x320"),
+    "480": ("640x640", "736x544", "544x736", "832x480", "480x832"),
+    "704": ("960x960", "1088x832", "832x1088", "1280x704", "704x1280"),
+    "720": ("960x960", "1104x832", "832x1104", "1280x720", "720x1280"),
+    "768": ("1024x1024", "1184x880", "880x1184", "1360x768", "768x1360"),
+    # Images only. Of 1080 rows 1072 are made: the video VAE takes whole blocks of 16.
+    "1080": ("1440x1440", "1664x1248", "1248x1664", "1920x1072", "1072x1920"),
+}
+EXTRA = {("480", "2,3"): "512x768"}
+IMAGES_ONLY = ("1080",)
+
+# What the model was trained on: the most frames of a video by tier, the least, and frames a second.
+MOST_FRAMES = {"256": 400, "480": 300, "704": 200, "720": 200, "768": 200}
+LEAST_FRAMES = 24
+FPS = (10, 30)
+
+
+def aspect_name(text: str) -> str:
+    """`9:16`, `9,16`, `9x16` or `9/16` -> `9,16`, as captions and the table write it.
+
+    Raises:
+        ValueError: it is none of the ratios that the model knows.
+    """
+    name = re.sub(r"\s*[:x/,]\s*", ",", str(text).strip().lower())
+    if name not in ASPECTS and ("480", name) not in EXTRA:
+        known = ", ".join(aspect.replace(",", ":") for aspect in ASPECTS)
+        raise ValueError(
+            f"aspect={text!r} is not one that the model was trained on: choose one of {known}, or "
+            "give height and width"
+        )
+    return name
+
+
+def nearest_aspect(width: float, height: float) -> str:
+    """The one of ASPECTS that is nearest to width / height, as a ratio."""
+
+    def distance(aspect: str) -> float:
+        across, down = map(int, aspect.split(","))
+        return abs(math.log(width * down / (height * across)))
+
+    return min(ASPECTS, key=distance)
+
+
+def nearest_tier(width: int, height: int) -> str:
+    """The tier whose picture of this aspect ratio is nearest in its number of pixels."""
+    aspect = nearest_aspect(width, height)
+
+    def distance(tier: str) -> float:
+        return abs(math.log(width * height / math.prod(of_tier(tier, aspect))))
+
+    return min(TIERS, key=distance)
+
+
+def tier_name(size: str) -> str | None:
+    """`480`, `480p` or `480P` -> `480`; None if `size` is not of that form.
+
+    Raises:
+        ValueError: it is a number, but no tier.
+    """
+    found = re.fullmatch(r"(\d+)p?", size.strip().lower())
+    if not found:
+        return None
+    if found[1] not in TIERS:
+        raise ValueError(
+            f"size={size!r} is no tier of the model: choose one of {', '.join(TIERS)}, or write "
+            "WIDTHxHEIGHT"
+        )
+    return found[1]
+
+
+def of_tier(tier: str, aspect: str) -> tuple[int, int]:
+    """Width and height in pixels.
+
+    Raises:
+        ValueError: the tier has no such aspect ratio.
+    """
+    if aspect in ASPECTS:
+        text = TIERS[tier][ASPECTS.index(aspect)]
+    elif (tier, aspect) in EXTRA:
+        text = EXTRA[tier, aspect]
+    else:
+        ratio, tiers = aspect.replace(",", ":"), [key for key, of in EXTRA if of == aspect]
+        raise ValueError(
+            f"aspect={ratio!r} is for size {', '.join(tiers)} only, and not for {tier}: choose "
+            "another aspect, or give height and width"
+        )
+    width, height = map(int, text.split("x"))
+    return width, height
+
+
+def parse_size(size: str, aspect: str | None, default_aspect: str) -> tuple[int, int]:
+    """Width and height in pixels of `480p` (with an aspect ratio) or of `832x480`.
+
+    Args:
+        size: a tier, with or without a `p`, or WIDTHxHEIGHT.
+        aspect: such as `9:16`; None is the default. Not beside WIDTHxHEIGHT.
+        default_aspect: of ASPECTS.
+
+    Raises:
+        ValueError: it can be read as neither, or both say how wide it is.
+    """
+    if tier := tier_name(size):
+        return of_tier(tier, aspect_name(aspect) if aspect else default_aspect)
+    found = re.fullmatch(r"(\d+)\s*[x×*]\s*(\d+)", size.strip().lower())
+    if not found:
+        raise ValueError(
+            f"size={size!r} cannot be read: write a tier such as 480p ({', '.join(TIERS)}), or "
+            "WIDTHxHEIGHT such as 832x480"
+        )
+    if aspect:
+        raise ValueError(f"size={size!r} says its aspect already: leave aspect={aspect!r} out")
+    return int(found[1]), int(found[2])
+
+
+def check_recommended(num_frames: int, height: int, width: int, fps: float) -> None:
+    """Warn, once, about all that is outside of what the model was trained on."""
+    tier = nearest_tier(width, height)
+    outside = []
+    if num_frames > 1:
+        if tier in IMAGES_ONLY:
+            outside.append(f"{width}x{height} is a size for images")
+        most = MOST_FRAMES.get(tier, min(MOST_FRAMES.values()))
+        if not LEAST_FRAMES <= num_frames <= most:
+            outside.append(
+                f"{num_frames} frames are not within {LEAST_FRAMES} to {most}, which size {tier} "
+                "was trained on"
+            )
+        if not FPS[0] <= fps <= FPS[1]:
+            outside.append(f"{fps:g} frames a second are not within {FPS[0]} to {FPS[1]}")
+    if outside:
+        warnings.warn(
+            f"outside of what the model was trained on: {'; '.join(outside)}; expect less quality",
+            stacklevel=2,
+        )
