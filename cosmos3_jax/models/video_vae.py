@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 
 from cosmos3_jax.config import VideoVAEConfig
 from cosmos3_jax.models.layers import traced_once
-from cosmos3_jax.models.video_vae_modules import Decoder, Encoder, Plan
+from cosmos3_jax.models.video_vae_modules import Convolve, Decoder, Encoder, Plan, convolve_on
 from cosmos3_jax.parallel import sharding
 from cosmos3_jax.parallel.device import AnyDevice, default_device
 from cosmos3_jax.parallel.rows import Rows, divide_rows
@@ -122,6 +122,7 @@ def decode(
     dtype: DTypeLike = jnp.float32,
     video_dtype: DTypeLike | None = None,
     clip: bool = True,
+    convolve: Convolve | None = None,
 ) -> jax.Array:
     """Decode normalised latents into video.
 
@@ -134,6 +135,7 @@ def decode(
         dtype: of the computation.
         video_dtype: of the result; `dtype` if None.
         clip: False leaves what is below 0 or above 1 as it is: a clipped pixel has no gradient.
+        convolve: the arithmetic of convolutions; None is the default device's, see `convolve_on`.
 
     Returns:
         Video [B, 3, 4(t-1)+1, 16h, 16w] in [0, 1].
@@ -147,7 +149,7 @@ def decode(
     chunk_size = decode_chunk_size(h, w) if chunk_size is None else chunk_size
     time, space = config.scale_factor_temporal, config.scale_factor_spatial
     rows = Rows.of(h)
-    decoder = Decoder(config, Plan(jnp.dtype(dtype), rows))
+    decoder = Decoder(config, _plan(dtype, rows, convolve))
 
     def step(cache, video, start, frames, first=False):
         z = lax.dynamic_slice_in_dim(latents, start, frames, axis=1).astype(dtype)
@@ -203,16 +205,18 @@ def posterior(
     *,
     chunk_size: int = 1,
     dtype: DTypeLike = jnp.float32,
+    convolve: Convolve | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """What training samples latents from: a normal distribution for each number, not normalised.
 
-    Args and errors as for `encode`, whose result is this mean, normalised.
+    Args and errors as for `encode`, whose result is this mean, normalised; `convolve` as for
+    `decode`.
 
     Returns:
         Mean and standard deviation, float32 [B, (T-1)/4 + 1, H/16, W/16, z_dim] each. The encoder
         gives log-variances, kept within -30 and 20 as in the public code.
     """
-    moments = _encode(params, config, video, chunk_size, dtype, moments=True)
+    moments = _encode(params, config, video, chunk_size, dtype, moments=True, convolve=convolve)
     mean, log_variance = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
     return mean, jnp.exp(jnp.clip(log_variance, -30.0, 20.0) / 2)
 
@@ -224,13 +228,14 @@ def _encode(
     chunk_size: int,
     dtype: DTypeLike,
     moments: bool,
+    convolve: Convolve | None = None,
 ) -> jax.Array:
     """Normalised means, [B, t, h, w, z_dim], or `moments` as they are, [B, t, h, w, 2 z_dim]."""
     if video.ndim != 5 or video.shape[1] != 3:
         raise ValueError(f"video has shape {video.shape}, not [B, 3, T, H, W]")
     grid = pixel_to_latent_shape(config, *video.shape[2:])
     rows = Rows.of(grid[1])
-    encoder = Encoder(config, Plan(jnp.dtype(dtype), rows), moments)
+    encoder = Encoder(config, _plan(dtype, rows, convolve), moments)
 
     def step(cache, latents, start, frames, first=False):
         pixel_frames = 1 if first else config.scale_factor_temporal * frames
@@ -248,6 +253,10 @@ def _encode(
     latents = divide_rows(jnp.zeros(shape, dtype))
     latents = _rows(_over_time(step, latents, grid[0], chunk_size), 2, rows.real)
     return sharding.constrain(latents, sharding.PROMPTS, *[None] * 4)
+
+
+def _plan(dtype: DTypeLike, rows: Rows, convolve: Convolve | None) -> Plan:
+    return Plan(jnp.dtype(dtype), rows, convolve or convolve_on(default_device()))
 
 
 def _divided(video: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ they are cast to the compute dtype where they are used.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import flax.linen as nn
@@ -26,8 +26,38 @@ from jax.typing import DTypeLike
 
 from cosmos3_jax.config import VideoVAEConfig
 from cosmos3_jax.models.layers import precision
-from cosmos3_jax.parallel.device import default_device
+from cosmos3_jax.parallel.device import AnyDevice
 from cosmos3_jax.parallel.rows import Rows, are_divided, blocks_of_rows, divide_rows, over_blocks
+
+Convolve = Callable[..., jax.Array]  # as `convolve`
+
+
+def convolve(
+    x: jax.Array, kernel: jax.Array, padding: Sequence[tuple[int, int]], stride: int = 1
+) -> jax.Array:
+    """Each picture of x, [N, H, W, C], with a kernel [h, w, C, C']."""
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(stride, stride),
+        padding=padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=precision(x.dtype),
+    )
+
+
+def convolve_in_float32(
+    x: jax.Array, kernel: jax.Array, padding: Sequence[tuple[int, int]], stride: int = 1
+) -> jax.Array:
+    """`convolve` for a CPU, which has no units for bfloat16: the sums come in float32, which its
+    kernel computes in anyway, and are rounded once, with the bias in them.
+    """
+    return convolve(x.astype(jnp.float32), kernel.astype(jnp.float32), padding, stride)
+
+
+def convolve_on(device: AnyDevice) -> Convolve:
+    """The convolution for a device."""
+    return convolve_in_float32 if device.platform == "cpu" else convolve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,42 +67,15 @@ class Plan:
     Attributes:
         dtype: what convolutions and attention compute in, and round to.
         rows: how those of the pictures divide over a mesh; the default is for one device.
+        convolve: the arithmetic of a convolution.
     """
 
     dtype: DTypeLike
     rows: Rows = Rows()
+    convolve: Convolve = convolve
 
 
-class Convolution(nn.Module):
-    """What both kinds of convolution do. Their arithmetic is a method, so that training can put
-    another in its place (`flax.linen.intercept_methods`).
-    """
-
-    def convolve(
-        self,
-        x: jax.Array,
-        kernel: jax.Array,
-        padding: Sequence[tuple[int, int]],
-        stride: int = 1,
-    ) -> jax.Array:
-        """Each picture of x, [N, H, W, C], with a kernel [h, w, C, C'].
-
-        A CPU has no units for bfloat16. There the sums come in float32, which the kernel computes
-        in anyway, and are rounded once, with the bias in them.
-        """
-        if default_device().platform == "cpu":
-            x, kernel = x.astype(jnp.float32), kernel.astype(jnp.float32)
-        return lax.conv_general_dilated(
-            x,
-            kernel,
-            window_strides=(stride, stride),
-            padding=padding,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            precision=precision(x.dtype),
-        )
-
-
-class Conv2d(Convolution):
+class Conv2d(nn.Module):
     """A convolution of each frame by itself."""
 
     features: int
@@ -88,12 +91,12 @@ class Conv2d(Convolution):
         bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(plan.dtype)
         x = plan.rows.place(x.astype(plan.dtype))
         frames = rearrange(x, "B T H W C -> (B T) H W C")
-        y = self.convolve(frames, kernel, (self.padding, self.padding), self.stride)
+        y = plan.convolve(frames, kernel, (self.padding, self.padding), self.stride)
         y = rearrange(y, "(B T) H W C -> B T H W C", B=len(x))
         return divide_rows((y + bias).astype(plan.dtype))
 
 
-class CausalConv(Convolution):
+class CausalConv(nn.Module):
     """A convolution over frames, zero-padded in space, preceded by the frames that its last call
     ended with.
 
@@ -131,7 +134,7 @@ class CausalConv(Convolution):
         padding = ((0, 0) if apart else (height, height), (width, width))
 
         def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
-            y = self.convolve(rearrange(x, "B T H W C -> (B T) H W C"), kernel, padding)
+            y = plan.convolve(rearrange(x, "B T H W C -> (B T) H W C"), kernel, padding)
             return rearrange(y, "(B T) H W C -> B T H W C", B=len(x))
 
         y = over_blocks(convolve, x, kernel) if apart else convolve(x, kernel)

@@ -10,20 +10,18 @@ frames of sound, F frequencies, K time steps of a spectrum.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import reduce
-from flax import linen as nn
 from jax import Array
 
 from cosmos3_jax.config import SoundVAEConfig, VideoVAEConfig
 from cosmos3_jax.models import sound_vae, video_vae
 from cosmos3_jax.models.layers import precision
-from cosmos3_jax.models.video_vae_modules import Convolution
 
 Params = dict[str, Any]
 SMOOTH = 1e-3  # where the absolute value of a pixel error turns into its square
@@ -112,13 +110,16 @@ def video_loss(
     Errors as for `video_vae.encode`.
     """
     config = without_normalization(config)
-    pieces = {"chunk_size": max((video.shape[2] - 1) // config.scale_factor_temporal, 1)}
-    with nn.intercept_methods(_by_products):
-        mean, deviation = video_vae.posterior(params, config, video, dtype=dtype, **pieces)
-        latents = sample_posterior(key, mean, deviation)
-        decoded = video_vae.decode(
-            params, config, latents, dtype=dtype, video_dtype=jnp.float32, clip=False, **pieces
-        )
+    settings = {
+        "chunk_size": max((video.shape[2] - 1) // config.scale_factor_temporal, 1),
+        "dtype": dtype,
+        "convolve": convolve,
+    }
+    mean, deviation = video_vae.posterior(params, config, video, **settings)
+    latents = sample_posterior(key, mean, deviation)
+    decoded = video_vae.decode(
+        params, config, latents, video_dtype=jnp.float32, clip=False, **settings
+    )
     parts = {
         "pixel": pixel_loss(decoded, video),
         "gradient": gradient_loss(decoded, video),
@@ -128,20 +129,13 @@ def video_loss(
     return loss, parts | {"psnr": psnr(decoded, video), "deviation": jnp.mean(deviation)}
 
 
-def _by_products(method: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-    """Puts `convolve` in the place of the video VAE's own.
+def convolve(x: Array, kernel: Array, padding: Sequence[tuple[int, int]], stride: int = 1) -> Array:
+    """As `video_vae_modules.convolve`: what a kernel reads side by side in channels, times it.
 
     GPU libraries have many kernels for the gradient of a convolution with so few channels, most of
     them a hundred times too slow: a compiler that tries them all takes minutes, and one that does
     not may take a bad one. Products of matrices are fast at once.
     """
-    if context.method_name == "convolve" and isinstance(context.module, Convolution):
-        return convolve(*args, **kwargs)
-    return method(*args, **kwargs)
-
-
-def convolve(x: Array, kernel: Array, padding: Sequence[tuple[int, int]], stride: int = 1) -> Array:
-    """As `Convolution.convolve`: what a kernel reads side by side in channels, times the kernel."""
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     rows, columns = (
         stride * ((size - reach) // stride) + 1
