@@ -58,15 +58,15 @@ def attention(
 
 
 def _attention(query: Array, key: Array, value: Array, text: Text | None, causal: bool) -> Array:
-    """By the best kernel for arrays of one device."""
-    length = None
+    """By the best kernel for arrays of one device, the default one."""
+    length, device = None, default_device()
     if text is not None:
-        obstacle = flash_attention.obstacle(query, key)
+        obstacle = flash_attention.obstacle(query, key, device)
         length = key.shape[1] + text[2]
         key, value = (jnp.concatenate(pair, axis=1) for pair in ((key, text[0]), (value, text[1])))
         if obstacle is None:
             return _fused_attention(True, False, query, key, value, length)
-    obstacle = fused_obstacle(query.dtype, query.shape[-1])
+    obstacle = fused_obstacle(query.dtype, query.shape[-1], device)
     if obstacle is None:
         return _fused_attention(False, causal, query, key, value, length)
     batch, queries, heads, _ = query.shape

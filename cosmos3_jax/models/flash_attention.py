@@ -19,7 +19,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from cosmos3_jax.parallel.device import default_device
+from cosmos3_jax.parallel.device import AnyDevice
 
 HEAD_DIM = 128
 COMPUTE_WARPGROUPS = 2
@@ -33,12 +33,11 @@ _MIXED = (WARPGROUP_ROWS, HEAD_DIM)
 _LAYOUT = plgpu.Layout.WGMMA
 
 
-def obstacle(query: Array, key: Array) -> str | None:
-    """Why the kernel cannot run on the default device, or None if it can.
+def obstacle(query: Array, key: Array, device: AnyDevice) -> str | None:
+    """Why the kernel cannot run on a device, or None if it can.
 
     Of the keys, all have to be real: padding comes on top.
     """
-    device = default_device()
     if device.platform != "gpu" or getattr(device, "compute_capability", None) != "9.0":
         return "it is written for Hopper GPUs (compute capability 9.0)"
     if query.dtype not in (jnp.bfloat16, jnp.float16):
