@@ -1,135 +1,46 @@
-"""The tiny world's checkpoint from its parts to its table, at a miniature size of every part.
-
-The autoencoders here are random, the towers are trained for a few steps, and the picture has 32
-pixels a side; all else is as in a real run.
-"""
+"""Tokens, examples and runs of the tiny world's towers."""
 
 import dataclasses
-import functools
 import json
-import sys
 
 import jax
 import numpy as np
 import pytest
-import quick
-import torch
 from checkpoint_files import assert_same_tree
-from diffusers import AutoencoderKLWan, Cosmos3AVAEAudioTokenizer, Cosmos3OmniPipeline
-from oracle import VIDEO_VAE, perturb, run_oracle
-from PIL import Image
-from rounding import check, relative_l2
+from diffusers import Cosmos3OmniPipeline
+from rounding import relative_l2
+from tiny_cases import COUNT, RECIPE, RUN, hurried
 from transformers import AutoTokenizer, Qwen2TokenizerFast
 
-from cosmos3_jax import Cosmos3
-from cosmos3_jax.checkpoint import lora_files
-from cosmos3_jax.checkpoint.find import open_folder
 from cosmos3_jax.config import TransformerConfig
 from cosmos3_jax.io.prepare import prepare_request
 from cosmos3_jax.models import sound_vae, video_vae
 from cosmos3_jax.models.tokenizer import Tokenizer
 from cosmos3_jax.models.transformer import param_shapes
-from cosmos3_jax.training.params import load_towers
-from examples.tiny import (
-    assemble,
-    curves,
-    data,
-    evaluate,
-    finetune_lora,
-    grammar,
-    model,
-    optimizers,
-    train_towers,
-)
-from examples.tiny import judge as jd
+from examples.tiny import data, grammar, model, optimizers, train_towers
 from examples.tiny import tokenizer as tiny_tokenizer
 from examples.tiny.autoencoder_models import SOUND_CONFIG, VIDEO_CONFIG
 from examples.tiny.pacing import Pacer
-from examples.tiny.watch import Watch
 
 pytestmark = pytest.mark.usefixtures("programs_made_in_a_hurry")
 
-SIZES = model.TRANSFORMER | dict(
-    hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
-    intermediate_size=32, rope_scaling={"mrope_section": [4, 2, 2]},
-)  # fmt: skip
-RECIPE = model.RECIPE | dict(height=32, width=32, num_inference_steps=2)
-RUN = train_towers.Run(batch=4, warmup=2, dtype="float32", learning_rate=1e-2, ema_decay=0.5)
-COUNT = 8  # clips
-
 
 @pytest.fixture(scope="module")
-def programs_made_in_a_hurry():
-    """Training runs for milliseconds here, and compiles for seconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory, programs_made_in_a_hurry):
-    """Folders of two random autoencoders."""
-    folder, video = tmp_path_factory.mktemp("parts"), VIDEO_VAE | {"num_res_blocks": 1}
-    torch.manual_seed(0)
-    vae = AutoencoderKLWan(**video | dict(base_dim=4, decoder_base_dim=4, dim_mult=[1, 1, 1, 1]))
-    sound = Cosmos3AVAEAudioTokenizer(
-        dec_dim=2, enc_dim=4, vocoder_input_dim=5, enc_latent_dim=10, dec_c_mults=[1, 1, 1, 1, 1],
-        normalize_volume=False,
-    )  # fmt: skip
-    perturb(vae, 1, 0.02).to(torch.bfloat16).save_pretrained(folder / "vae")
-    perturb(sound, 2, 0.02).to(torch.bfloat16).save_pretrained(folder / "sound_tokenizer")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def base(parts):
-    vaes = parts / "vae", parts / "sound_tokenizer"
-    run_base[:] = [assemble.write_base(parts / "base", *vaes, sizes=SIZES, recipe=RECIPE)]
-    return run_base[0]
-
-
-@pytest.fixture(scope="module")
-def frontend(base):
-    return open_folder(base)
-
-
-@pytest.fixture(scope="module")
-def vaes(base):
-    return data.load_vaes(base, "float32")
-
-
-@pytest.fixture(scope="module")
-def bank(base, vaes):
-    return data.get_bank(base, base.parent / "bank", vaes, COUNT, chunk=4, dtype="float32")
-
-
-@functools.cache
-def compiled_step(run, config):
+def step(frontend):
     """One program for all runs of these tests."""
-    tokenizer = Tokenizer.from_folder(run_base[0] / "text_tokenizer")
-    negatives = data.negative_ids(tokenizer, config.recipe)
-    return hurried(original_step(run, config, jax.tree.map(jax.numpy.asarray, negatives)))
+    config, tokenizer = frontend
+    negatives = jax.tree.map(jax.numpy.asarray, data.negative_ids(tokenizer, config.recipe))
+    return hurried(train_towers.make_step(RUN, config, negatives))
 
 
-def hurried(step):
-    """The same program, in a tenth of the time to compile."""
-    return jax.jit(step.__wrapped__, donate_argnums=0, compiler_options=quick.OPTIONS)
+@pytest.fixture
+def trained(base, bank, step, monkeypatch):
+    """(folder, step, **settings) -> train a run in it."""
 
-
-original_step, run_base = train_towers.make_step, []
-
-
-@pytest.fixture(scope="module")
-def trained(base, bank):
-    """(folder, **settings) -> train a run in it, with one compiled step for all."""
-
-    def train(folder, **settings):
-        train_towers.make_step = lambda run, config, _: compiled_step(run, config)
-        try:
-            settings = dict(steps=6, evaluations=2, every=2, save_every=2) | settings
-            return train_towers.train(RUN, base, folder, bank, **settings)
-        finally:
-            train_towers.make_step = original_step
+    def train(folder, step=step, **settings):
+        monkeypatch.setattr(train_towers, "make_step", lambda *_: step)
+        settings = dict(steps=6, evaluations=2, every=2, save_every=2) | settings
+        return train_towers.train(RUN, base, folder, bank, **settings)
 
     return train
 
@@ -234,12 +145,14 @@ def read_log(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def test_a_killed_run_continues_to_the_same_numbers(trained, tmp_path, monkeypatch, base):
+def test_a_killed_run_continues_to_the_same_numbers(
+    trained, step, tmp_path, monkeypatch, base, bank
+):
     whole = trained(tmp_path / "whole")
     log = read_log(tmp_path / "whole")
     assert [line["step"] for line in log] == [2, 4, 6]
     assert log[-1]["loss"] < log[0]["loss"]  # it learns: here from 2.1 to 1.0
-    taken, step = [], compiled_step(RUN, open_folder(base)[0])
+    taken = []
 
     def dies(*arguments):
         taken.append(1)
@@ -247,10 +160,8 @@ def test_a_killed_run_continues_to_the_same_numbers(trained, tmp_path, monkeypat
             raise KeyboardInterrupt
         return step(*arguments)
 
-    monkeypatch.setattr(sys.modules[__name__], "compiled_step", lambda run, config: dies)
     with pytest.raises(KeyboardInterrupt):
-        trained(tmp_path / "killed")
-    monkeypatch.undo()
+        trained(tmp_path / "killed", dies)
     again = trained(tmp_path / "killed")
     again, whole = (x.replace(key=jax.random.key_data(x.key)) for x in (again, whole))
     assert_same_tree(again, whole)
@@ -258,10 +169,12 @@ def test_a_killed_run_continues_to_the_same_numbers(trained, tmp_path, monkeypat
     assert [(line["step"], line.get("resumed")) for line in lines] == [
         (2, None), (4, None), (4, True), (6, None),
     ]  # fmt: skip
-    with pytest.raises(ValueError, match="is of .*; choose another folder"):
-        train_towers._record(tmp_path / "killed", dataclasses.replace(RUN, batch=5), {})
+    other = dataclasses.replace(RUN, batch=5)
+    with pytest.raises(ValueError, match="is of {'run': .*; choose another folder"):
+        train_towers.train(other, base, tmp_path / "killed", bank, steps=6)
+    monkeypatch.setattr(data, "digest", lambda _: "other")
     with pytest.raises(ValueError, match="is of {'base': .*choose another folder"):
-        train_towers._record(tmp_path / "killed", RUN, {"base": "other"})
+        trained(tmp_path / "killed")
 
 
 def test_a_run_that_was_killed_at_its_very_end_still_writes_its_checkpoint(
@@ -270,10 +183,10 @@ def test_a_run_that_was_killed_at_its_very_end_still_writes_its_checkpoint(
     def full(*_):
         raise OSError("no space")
 
-    monkeypatch.setattr(train_towers.assemble, "write_trained", full)
-    with pytest.raises(OSError, match="no space"):
-        trained(tmp_path, steps=2, evaluations=1)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(train_towers.assemble, "write_trained", full)
+        with pytest.raises(OSError, match="no space"):
+            trained(tmp_path, steps=2, evaluations=1)
     trained(tmp_path, steps=2, evaluations=1)
     assert (tmp_path / "checkpoint" / "model_index.json").is_file()
     written = (tmp_path / "checkpoint" / "transformer" / "config.json").stat().st_mtime_ns
@@ -324,209 +237,3 @@ def test_the_plan_of_a_timed_run():
     pacer.paused(5.0)
     assert pacer.interval(150) == pytest.approx(0.1)
     assert pacer.plan(150, 20_000, 1000, 0) == 150 + int(855 / 0.103)
-
-
-# ---------------------------------------------------------------- the checkpoint
-
-
-@pytest.fixture(scope="module")
-def perturbed(base):
-    """A checkpoint none of whose towers' weights is 0 or 1: at first they predict nothing."""
-    params, _ = load_towers(base, "float32")
-    random = np.random.RandomState(0)
-    noisy = jax.tree.map(lambda x: x + 0.1 * random.standard_normal(x.shape), params)
-    return assemble.write_trained(base.parent / "trained", noisy, base, "Not at all.")
-
-
-# Relative L2 distance of latents, pixels and samples from diffusers'; and the share of 8-bit values
-# that rounding may move by one step. That share is how far a value moves on average, in steps.
-TOLERANCE, SHARE = 1e-5, 1e-3
-
-
-@pytest.fixture(scope="module")
-def ours(perturbed):
-    return Cosmos3.from_pretrained(perturbed, "float32")
-
-
-@pytest.fixture(scope="module")
-def request_for_two(ours):
-    _, sentence = grammar.held_out_sentences(1)[0]
-    return ours.prepare([sentence] * 2, sound=True, prompt_style="diffusers", system_prompt="")
-
-
-def test_tolerance(record_property, ours, request_for_two):
-    def make(params, request):
-        moved = Cosmos3(ours.config, params, ours.tokenizer)
-        latents, _ = moved.denoise(request)
-        media = moved.decode(latents)
-        return [latents, media["video"], media["sound"]]
-
-    def share(moved, expected):
-        return 255 * np.abs(np.asarray(moved[1]) - expected[1]).mean()
-
-    inputs = ours.params, request_for_two
-    check(record_property, TOLERANCE, make, *inputs)
-    check(record_property, SHARE, make, *inputs, name="8 bits", distance=share)
-
-
-def test_diffusers_makes_the_same_clip(ours, request_for_two, perturbed):
-    """As it comes: its scheduler, its schedule and no system prompt are what the recipe says."""
-    pipe = Cosmos3OmniPipeline.from_pretrained(
-        perturbed, enable_safety_checker=False, torch_dtype=torch.float32
-    )
-    pipe.set_progress_bar_config(disable=True)
-    _, sentence = grammar.held_out_sentences(1)[0]
-    request = request_for_two
-    latents, _ = ours.denoise(request)
-    result = ours.decode(latents)
-    one = jax.tree.map(lambda x: x[:1] if np.ndim(x) > 1 and len(x) == 2 else x, request)
-    names = ("num_frames", "height", "width", "fps", "num_inference_steps", "guidance_scale")
-    settings = {name: RECIPE[name] for name in names}
-    reference = run_oracle(pipe, one, sentence, None, **settings)
-    for name in ("video", "sound"):
-        assert np.std(reference.media[name]) > 1e-3
-        assert relative_l2(latents[name][:1], reference.latents[name]) <= TOLERANCE, name
-        assert relative_l2(result[name][:1], reference.media[name]) <= TOLERANCE, name
-
-
-def test_the_notice_and_the_limits(perturbed, tmp_path, monkeypatch):
-    notice = (perturbed / assemble.NOTICE_FILE).read_text()
-    assert "49 frames of 32 x 32 pixels" in notice and "316 of 3552" in notice
-    assert notice.rstrip().endswith("Not at all.")
-    size = assemble.check(perturbed)
-    assert size == sum(path.stat().st_size for path in perturbed.rglob("*") if path.is_file())
-    monkeypatch.setattr(model, "MAX_BYTES", size - 1)
-    with pytest.raises(ValueError, match=f"has {size:,} bytes"):
-        assemble.check(perturbed)
-
-
-def test_the_size_of_the_real_one(parts, tmp_path):
-    """Towers, tokenizer and the rest leave room for both autoencoders in 25 MB.
-
-    Theirs are 5.24 million numbers in bfloat16.
-    """
-    folder = assemble.write_base(tmp_path / "real", parts / "vae", parts / "sound_tokenizer")
-    towers = sum(
-        path.stat().st_size
-        for path in folder.rglob("*")
-        if path.is_file() and path.parent.name not in ("vae", "sound_tokenizer")
-    )
-    float32 = 2 * 192 * (256 + 192 + 2)  # the trained timestep embedding has twice the bytes
-    assert 12e6 < towers < model.MAX_BYTES - 2 * 5.3e6 - float32
-
-
-# ---------------------------------------------------------------- the table
-
-
-def share_that_differs(clip: evaluate.Clip, other: evaluate.Clip, steps: int = 0) -> float:
-    """The share of 8-bit values that are more than `steps` apart."""
-    return np.mean(np.abs(clip.video.astype(int) - other.video.astype(int)) > steps)
-
-
-def test_evaluate(ours, perturbed, tmp_path, monkeypatch, capsys):
-    """Two clips, judged; each has noise of its own, whatever the batch."""
-    arguments = f"--checkpoint {perturbed} --out {tmp_path} --count 2 --batch 2 --dtype float32"
-    arguments += f" --workers 0 --clips 1 --beside same={perturbed}"
-    monkeypatch.setattr(sys, "argv", ["evaluate", *arguments.split()])
-    evaluate.main()
-    report = json.loads((tmp_path / "table.json").read_text())
-    assert report["count"] == 2 and report["recipe"]["negative_prompt"] == ""
-    assert report["table"] == report["beside"]["same"]
-    assert capsys.readouterr().out == (tmp_path / "table.md").read_text()
-    assert (tmp_path / "sheet.png").is_file() and (tmp_path / "clips" / "0000.mp4").is_file()
-    texts = [text for _, text in grammar.held_out_sentences(3)]
-    together = list(evaluate.generate(ours, texts, batch=2))
-    assert len(together) == 3
-    [alone] = evaluate.generate(ours, texts[1:2], batch=2, seed=evaluate.SEED + 1)
-    assert share_that_differs(alone, together[1]) <= SHARE
-    assert share_that_differs(alone, together[1], 1) == 0
-    assert share_that_differs(*together[:2], 1) > 100 * SHARE
-
-
-def test_tuning_is_not_done_on_the_test(ours, monkeypatch):
-    tried = []
-
-    def judged(model, test, batch, pool, **settings):
-        assert not any(grammar.held_out(grammar.combination(scene)) for scene, _ in test)
-        tried.append(settings)
-        rows = [jd.Row("pitch", 1, 2, settings["flow_shift"], 0, 1, 0, 0, 0.9)]
-        return rows, []
-
-    monkeypatch.setattr(evaluate, "evaluate", judged)
-    found = evaluate.tune(ours, 3, 1, None)
-    assert len(found) == len(tried) == 9
-    assert found[0]["settings"]["flow_shift"] == max(evaluate.SHIFTS)
-    assert tried[-1]["flow_shift"] == max(evaluate.SHIFTS)
-
-
-def test_what_is_watched(base, vaes):
-    """The averaged towers are what is judged, and training may go on with their arrays."""
-    lines = []
-    watch = Watch(base, vaes, 2, None, lines.append, "float32")
-    towers, _ = load_towers(base, "float32")
-    watch.start(7, towers)
-    watch.finish()
-    [line] = lines
-    assert line["step"] == 7 and line["shares"]["colour"] == 0 and not watch.waiting
-    assert set(watch.model.params) == {"und", "gen", "video_vae", "sound_vae"}
-
-
-# ---------------------------------------------------------------- a new word
-
-
-def test_new_words():
-    rng = np.random.default_rng(0)
-    for held_out in (False, True):
-        scenes = finetune_lora.with_new_words(rng, ("orange", "E6"), 40, held_out)
-        assert {grammar.held_out(grammar.combination(scene)) for scene in scenes} == {held_out}
-        new = [(scene.colour == "orange", scene.pitch == "E6") for scene in scenes]
-        assert set(new) == {(True, False), (False, True)}
-    with pytest.raises(ValueError, match="choose of the kept words, orange, E6"):
-        finetune_lora.Tuning(("red",))
-
-
-def test_fine_tuning(perturbed, vaes, tmp_path):
-    """The adapter learns, is read again, and changes what is made."""
-    config, tokenizer = open_folder(perturbed)
-    tuning = finetune_lora.Tuning(("orange",), steps=4, batch=4, rank=2, clips=4)
-    bank = finetune_lora.clips(tuning, perturbed, config, vaes)
-    negatives = data.negative_ids(tokenizer, config.recipe)
-    towers, _ = load_towers(perturbed, "float32")
-    lines = []
-    negatives = jax.tree.map(jax.numpy.asarray, negatives)
-    step = hurried(finetune_lora.make_step(tuning, config, negatives))
-    adapter = finetune_lora.train(tuning, towers, bank, config, step, lines.append, every=1)
-    assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    assert all(np.isfinite(line["loss"]) for line in lines)
-    path = lora_files.save(adapter, tmp_path, config.transformer)
-    names = set(lora_files.load(path, config.transformer).adapters)
-    assert {"layers.*.self_attn.to_k", "layers.*.self_attn.add_k_proj"} <= names  # both towers
-    [(_, sentence)] = finetune_lora.test_sentences(("orange",), 1)
-    assert "orange" in sentence
-    before, after = (
-        next(
-            evaluate.generate(
-                Cosmos3.from_pretrained(perturbed, "float32", lora=lora), [sentence], batch=2
-            )
-        )
-        for lora in (None, path)
-    )
-    assert share_that_differs(before, after) > 100 * SHARE  # measured 300
-
-
-def test_curves_of_the_logs_that_are_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no log of sound, video or towers"):
-        curves.read(tmp_path)
-    lines = {
-        "sound": [{"step": 50 * i, "snr": 0.1 * i} for i in range(5)],
-        "towers": [{"device": "a GPU"}, {"step": 9, "shares": {"pitch": 0.5}}]
-        + [{"step": i, "loss": 2.0, "video": 1.0, "sound": 1.0} for i in range(12)],
-    }
-    for name, log in lines.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
-    assert curves.read(tmp_path) == lines
-    curves.draw(curves.read(tmp_path), tmp_path / "curves.png")
-    image = np.asarray(Image.open(tmp_path / "curves.png").convert("RGB"), int)
-    for part in np.array_split(image, 3, axis=1):  # a panel each, with a coloured line
-        assert (part.max(axis=2) - part.min(axis=2)).max() > 50
