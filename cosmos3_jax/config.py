@@ -14,6 +14,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, Self, get_args, get_origin
 
+from cosmos3_jax.recipes import MODES, RECIPES, parse_size, tier_name
+
 MEAN_WAN22 = (
     -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557,
     -0.1382, 0.0542, 0.2813, 0.0891, 0.1570, -0.0098, 0.0375, -0.1825,
@@ -388,9 +390,10 @@ class SchedulerConfig(_JsonConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Recipe(_JsonConfig):
-    """`cosmos3_recipe.json`, else Nano's: sizes and sampler settings if the caller names none.
+    """Sizes and sampler settings of one mode, where the caller names none.
 
-    `negative_prompt` None is the prompt style's default.
+    `size` is the tier of the model's that the pixels come from (see `recipes.TIERS`), None for
+    pixels of their own. `negative_prompt` None is the prompt style's default.
     """
 
     _least = {"guidance_scale": -math.inf}
@@ -404,6 +407,62 @@ class Recipe(_JsonConfig):
     flow_shift: float = 10.0
     schedule: str = "native"
     negative_prompt: str | None = None
+    size: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipes:
+    """The recipe of each mode: a row of `recipes.RECIPES`, and over it what the checkpoint says.
+
+    Attributes:
+        model: whose rows, `Nano` or `Super`.
+        file: the checkpoint's `cosmos3_recipe.json`. Fields of `Recipe`, `aspect` beside `size`,
+            for every mode; and `modes`, from a mode's name to fields for it alone. An image has
+            one frame whatever the file says.
+    """
+
+    model: str = "Nano"
+    file: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+
+    def __post_init__(self):
+        modes = self.file.get("modes", {})
+        named = isinstance(modes, dict) and all(
+            isinstance(fields, dict) for fields in modes.values()
+        )
+        _check(named, f"modes={modes!r} must be an object of objects")
+        for mode in modes:
+            _check(mode in MODES, f"modes: {mode!r} is none of {', '.join(MODES)}")
+        for mode in MODES:
+            self.of(mode)
+
+    def of(self, mode: str) -> Recipe:
+        """The recipe of one of `recipes.MODES`."""
+        own = self._own(mode)
+        fields = RECIPES[self.model][mode] | own
+        if own.keys() & {"height", "width"}:
+            fields["size"] = None
+        if fields["size"] is not None:
+            try:
+                size, aspect = str(fields["size"]), str(fields["aspect"])
+                fields["width"], fields["height"] = parse_size(size, aspect, aspect)
+            except ValueError as error:
+                raise ConfigError(str(error)) from error
+            fields["size"] = tier_name(size)
+        return Recipe.from_dict(fields)
+
+    def source(self, mode: str, name: str) -> str:
+        """Where the recipe's value of a field comes from, in words."""
+        own = self._own(mode)
+        if name in own or (name in ("height", "width") and own.keys() & {"size", "aspect"}):
+            return "the checkpoint's recipe"
+        return f"{self.model}'s recipe for {mode}"
+
+    def _own(self, mode: str) -> dict[str, Any]:
+        own = {name: value for name, value in self.file.items() if name != "modes"}
+        own |= self.file.get("modes", {}).get(mode, {})
+        if mode == "text2image":
+            own.pop("num_frames", None)
+        return own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -414,7 +473,7 @@ class Config:
     video_vae: VideoVAEConfig = VideoVAEConfig()
     sound_vae: SoundVAEConfig | None = SoundVAEConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
-    recipe: Recipe = Recipe()
+    recipes: Recipes = Recipes()
 
     def __post_init__(self):
         _check(
@@ -434,6 +493,11 @@ class Config:
                 f"the transformer's sound_latent_fps={self.transformer.sound_latent_fps} is not "
                 f"the sound VAE's sampling_rate / samples_per_latent = {rate} / {hop}",
             )
+
+    @property
+    def recipe(self) -> Recipe:
+        """Of a video from text."""
+        return self.recipes.of("text2video")
 
     @property
     def has_sound(self) -> bool:

@@ -178,6 +178,18 @@ def resolve_given(
     return {"clean_video": pixels, "frame_mask": _mask(given, batch, frames)}
 
 
+def input_shape(image: Any, video: VideoSource | None) -> tuple[int, int] | None:
+    """Height and width of the picture that is given, as it is shown: the first of several."""
+    if video is not None:
+        if getattr(video, "ndim", 0) == 5:  # of a generation, [B, 3, T, H, W]
+            return video.shape[-2], video.shape[-1]
+        return read_video(video, max_frames=1)[0].shape[1:3]
+    if image is None:
+        return None
+    first = image[0] if isinstance(image, list | tuple) else image
+    return read_image(first).shape[:2]
+
+
 def resolve_condition_frames(condition_frames: Iterable[int] | None, frames: int) -> list[int]:
     """The given latent frames, counted from 0. Negative ones count from the end.
 

@@ -12,8 +12,8 @@ from typing import Unpack
 
 import numpy as np
 
-from cosmos3_jax.config import Config
-from cosmos3_jax.io.conditioning import resolve_given
+from cosmos3_jax.config import Config, Recipe, Recipes
+from cosmos3_jax.io.conditioning import input_shape, resolve_given
 from cosmos3_jax.io.prompt import (
     ResolvedPrompt,
     Tokenizer,
@@ -23,6 +23,7 @@ from cosmos3_jax.io.prompt import (
 )
 from cosmos3_jax.io.settings import Settings, SettingsDict
 from cosmos3_jax.models import sound_vae, video_vae
+from cosmos3_jax.recipes import check_recommended, nearest_aspect, parse_size, tier_name
 from cosmos3_jax.sampling import unipc
 from cosmos3_jax.sampling.request import Request, check_request, initial_noise
 
@@ -36,6 +37,9 @@ class Prepared:
     Attributes:
         request: the arrays.
         settings: without gaps, see `Settings.filled`.
+        mode: one of `recipes.MODES`.
+        sources: for each setting that a recipe has, where its value comes from, in words.
+        notes: what was decided for the caller and is worth saying, in words.
         texts: the exact texts of each prompt.
         sigmas: float64 [K + 1]. Given again as `sigmas`, they make the same video; the request's
             are rounded, and 1000 sigma may then be truncated to another timestep.
@@ -43,6 +47,9 @@ class Prepared:
 
     request: Request
     settings: Settings
+    mode: str
+    sources: dict[str, str]
+    notes: list[str]
     texts: list[ResolvedPrompt]
     sigmas: np.ndarray
 
@@ -63,7 +70,7 @@ def prepare(
         TypeError: on a prompt that is not text.
         FileNotFoundError: on an image or a clip that is not there.
     """
-    settings = settings.filled(config.recipe)
+    settings, mode, sources, notes = resolve_settings(config.recipes, settings)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     num_frames, height, width = settings.num_frames, settings.height, settings.width
     fps, guidance_scale = settings.fps, settings.guidance_scale
@@ -118,7 +125,69 @@ def prepare(
     for name in ("noise", "sound_noise"):
         if getattr(request, name) is not None and not np.isfinite(getattr(request, name)).all():
             raise ValueError(f"{name} holds NaN or infinity; it should be standard normal")
-    return Prepared(request, settings, texts, sigmas)
+    return Prepared(request, settings, mode, sources, notes, texts, sigmas)
+
+
+def resolve_settings(
+    recipes: Recipes, settings: Settings
+) -> tuple[Settings, str, dict[str, str], list[str]]:
+    """Settings without gaps, and `Prepared`'s mode, sources and notes.
+
+    Raises:
+        ValueError: the size is said twice, or cannot be read.
+    """
+    mode = settings.mode
+    recipe = recipes.of(mode)
+    names = [field.name for field in dataclasses.fields(recipe) if field.name != "size"]
+    sources = {
+        name: "given" if getattr(settings, name) is not None else recipes.source(mode, name)
+        for name in names
+    }
+    notes = []
+    size = _size(recipe, settings, mode)
+    if size is not None:
+        width, height, source = size
+        if source != "given":
+            notes.append(f"size {width}x{height}: {source}")
+        settings = dataclasses.replace(settings, width=width, height=height)
+        sources |= {"width": source, "height": source}
+    settings = settings.filled(recipe)
+    if recipe.size is not None:
+        check_recommended(settings.num_frames, settings.height, settings.width, settings.fps)
+    return settings, mode, sources, notes
+
+
+def _size(recipe: Recipe, settings: Settings, mode: str) -> tuple[int, int, str] | None:
+    """Width, height and where they come from; None for what height, width and the recipe say."""
+    size, aspect = settings.size, settings.aspect
+    if settings.height is not None or settings.width is not None:
+        if size is not None or aspect is not None:
+            said = f"size={size!r}" if size is not None else f"aspect={aspect!r}"
+            raise ValueError(
+                f"{said} beside height={settings.height}, width={settings.width}: give one or the "
+                "other"
+            )
+        return None
+    if size is None and recipe.size is None:
+        if aspect is not None:
+            raise ValueError(
+                f"aspect={aspect!r}: this checkpoint makes {recipe.width}x{recipe.height}, of no "
+                "size that has other aspects; give size too, or height and width"
+            )
+        return None
+    if size is not None and tier_name(size) is None:
+        return *parse_size(size, aspect, ""), "given"
+    default, source = nearest_aspect(recipe.width, recipe.height), "given"
+    if aspect is None and mode in ("image2video", "video2video"):
+        shape = input_shape(settings.image, settings.video)
+        if shape is not None:
+            height, width = shape
+            default = nearest_aspect(width, height)
+            ratio = default.replace(",", ":")
+            source = f"{ratio} is nearest to the input's {width}x{height}"
+    if size is None and aspect is None and source == "given":
+        return None
+    return *parse_size(size or recipe.size, aspect, default), source
 
 
 def prepare_request(

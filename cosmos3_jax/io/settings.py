@@ -29,6 +29,8 @@ class SettingsDict(TypedDict, total=False):
     clean_latents: ArrayLike | None
     frame_mask: ArrayLike | None
     num_frames: int | None
+    size: str | None
+    aspect: str | None
     height: int | None
     width: int | None
     fps: float | None
@@ -84,6 +86,14 @@ class Settings:
     )
     frame_mask: ArrayLike | None = _setting(None, "bool [B, t], which of `clean_latents` are given")
     num_frames: int | None = _setting(None, "4k + 1; 1 is an image")
+    size: str | None = _setting(
+        None,
+        "256p, 480p, 704p, 720p, 768p or, for images, 1080p; or WIDTHxHEIGHT; instead of height "
+        "and width",
+    )
+    aspect: str | None = _setting(
+        None, "1:1, 4:3, 3:4, 16:9 or 9:16; default: the recipe's, or the nearest to the input's"
+    )
     height: int | None = _setting(None, "pixels, a multiple of 16")
     width: int | None = _setting(None, "pixels, a multiple of 16")
     fps: float | None = _setting(None, "frames per second")
@@ -107,14 +117,23 @@ class Settings:
     prompt_style: str = _setting("native", "see `prompt.resolve_prompts`")
     system_prompt: str | None = _setting(None, "default: the style's; an empty text turns it off")
 
+    @property
+    def mode(self) -> str:
+        """One of `recipes.MODES`: what is made, and from what."""
+        if self.num_frames == 1:
+            return "text2image"
+        if self.video is not None or self.clean_latents is not None:
+            return "video2video"
+        return "text2video" if self.image is None else "image2video"
+
     def filled(self, recipe: Recipe) -> "Settings":
-        """With the recipe's values where there are none."""
+        """With the recipe's values where there are none; height and width say the size."""
         chosen = {
             field.name: getattr(recipe, field.name)
             for field in dataclasses.fields(recipe)
             if getattr(self, field.name) is None
         }
-        return dataclasses.replace(self, **chosen)
+        return dataclasses.replace(self, **chosen | {"size": None, "aspect": None})
 
 
 def help_of(name: str) -> str:

@@ -28,7 +28,7 @@ from cosmos3_jax.checkpoint.load import (
 )
 from cosmos3_jax.checkpoint.rules import Rule
 from cosmos3_jax.checkpoint.transformer_layout import transformer_layout
-from cosmos3_jax.config import Recipe, SoundVAEConfig, TransformerConfig, VideoVAEConfig
+from cosmos3_jax.config import Recipes, SoundVAEConfig, TransformerConfig, VideoVAEConfig
 from cosmos3_jax.models.tokenizer import Tokenizer
 from examples.tiny import grammar, model
 from examples.tiny import tokenizer as tiny_tokenizer
@@ -125,7 +125,7 @@ def write_trained(folder: Path, params: dict, base: Path, made: str) -> Path:
 
 def write_recipe(folder: Path, recipe: dict[str, Any]) -> None:
     """Write the recipe, and the scheduler's file that makes diffusers sample alike."""
-    Recipe.from_dict(recipe)  # or it is none
+    Recipes(file=recipe)  # or it is none
     _write_json(folder / RECIPE_FILE, recipe)
     _write_json(folder / SCHEDULER_FILE, model.scheduler(recipe))
 

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 
-from cosmos3_jax.io import sizes
+from cosmos3_jax import recipes
 
 # Width x height by tier, for 1,1 4,3 3,4 16,9 9,16: the trained sizes.
 TABLE = {
@@ -24,9 +24,9 @@ CELLS = [
 
 @pytest.mark.parametrize("tier, aspect, size", CELLS)
 def test_the_table_of_sizes(tier, aspect, size):
-    assert sizes.parse_size(tier, aspect, "16,9") == size
-    assert sizes.nearest_aspect(*size) == aspect
-    assert tier == "704" or sizes.nearest_tier(*size) == tier or size == (960, 960)
+    assert recipes.parse_size(tier, aspect, "16,9") == size
+    assert recipes.nearest_aspect(*size) == aspect
+    assert tier == "704" or recipes.nearest_tier(*size) == tier or size == (960, 960)
     assert all(pixels % 16 == 0 for pixels in size)
 
 
@@ -45,7 +45,7 @@ def test_the_table_of_sizes(tier, aspect, size):
     ],
 )
 def test_spellings(size, aspect, expected):
-    assert sizes.parse_size(size, aspect, "16,9") == expected
+    assert recipes.parse_size(size, aspect, "16,9") == expected
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_spellings(size, aspect, expected):
 )
 def test_refusals_name_the_right_spelling(size, aspect, says):
     with pytest.raises(ValueError, match=says):
-        sizes.parse_size(size, aspect, "16,9")
+        recipes.parse_size(size, aspect, "16,9")
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_refusals_name_the_right_spelling(size, aspect, says):
      (3000, 2000, "4,3"), (1000, 1100, "1,1"), (100000, 1, "16,9")],
 )  # fmt: skip
 def test_the_nearest_of_the_five(width, height, aspect):
-    assert sizes.nearest_aspect(width, height) == aspect
+    assert recipes.nearest_aspect(width, height) == aspect
 
 
 @pytest.mark.parametrize(
@@ -92,6 +92,6 @@ def test_the_nearest_of_the_five(width, height, aspect):
 def test_one_warning_outside_of_what_is_recommended(num_frames, height, width, fps, says):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        sizes.check_recommended(num_frames, height, width, fps)
+        recipes.check_recommended(num_frames, height, width, fps)
     assert len(caught) == (says is not None)
     assert says is None or says in str(caught[0].message)

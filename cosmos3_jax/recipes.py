@@ -1,11 +1,44 @@
-"""Sizes as people say them: a tier and an aspect ratio, or width x height.
+"""The settings that make the best picture, by model and mode, and sizes as people say them.
 
-The model was trained on these sizes; a caption names the aspect ratio of its own (see `captions`).
+The model was trained on these. A mode is what is made and from what: an image from text, a video
+from text, or a video that goes on from an image or from a clip. Sound changes none of this.
 """
 
 import math
 import re
 import warnings
+from typing import Any
+
+MODES = ("text2image", "text2video", "image2video", "video2video")
+
+_IMAGE = {
+    "num_frames": 1, "size": "720", "aspect": "1,1", "fps": 24.0, "num_inference_steps": 50,
+    "guidance_scale": 4.0, "flow_shift": 3.0, "schedule": "native", "negative_prompt": "",
+}  # fmt: skip
+_VIDEO = {
+    "num_frames": 189, "size": "720", "aspect": "16,9", "fps": 24.0, "num_inference_steps": 35,
+    "guidance_scale": 6.0, "flow_shift": 10.0, "schedule": "native", "negative_prompt": None,
+}  # fmt: skip
+# Of Super, NVIDIA's document says a shift of 5, for every mode; some of its scripts take 10.
+_SUPER = {"flow_shift": 5.0}
+
+# Model -> mode -> settings. `negative_prompt` None is the prompt style's, a long structured one.
+RECIPES: dict[str, dict[str, dict[str, Any]]] = {
+    "Nano": {
+        "text2image": _IMAGE,
+        "text2video": _VIDEO,
+        "image2video": _VIDEO,
+        "video2video": _VIDEO,
+    },
+    "Super": {
+        "text2image": _IMAGE | _SUPER,
+        "text2video": _VIDEO | _SUPER,
+        "image2video": _VIDEO | _SUPER,
+        "video2video": _VIDEO | _SUPER,
+    },
+}
+# What a model is recognised by: layers and width of its towers.
+MODELS = {(36, 4096): "Nano", (64, 5120): "Super"}
 
 ASPECTS = ("1,1", "4,3", "3,4", "16,9", "9,16")
 
