@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.tree_util import keystr
 
 from cosmos3_jax.checkpoint.rules import raise_problems
 from cosmos3_jax.training.step import TrainState
@@ -128,11 +129,5 @@ def _leaves(tree) -> dict[str, Any]:
 
     Orbax has numbers where a tuple is, and names where a dataclass is.
     """
-
-    def name(key) -> str:
-        found = (getattr(key, kind, None) for kind in ("name", "key", "idx"))
-        return str(next(x for x in found if x is not None))
-
-    return {
-        "/".join(map(name, path)): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    leaves = jax.tree.leaves_with_path(tree)
+    return {keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.tree_util import keystr
 
 from cosmos3_jax.checkpoint import load
 from cosmos3_jax.checkpoint.find import find_checkpoint
 from cosmos3_jax.checkpoint.names import find
-from cosmos3_jax.checkpoint.rules import leaf_shapes
 from cosmos3_jax.checkpoint.transformer_layout import transformer_layout
 from cosmos3_jax.config import Config, TransformerConfig
 
@@ -41,28 +42,19 @@ def split_params(params: dict, patterns: Sequence[str]) -> tuple[dict, dict]:
         ValueError: a pattern matches no leaf.
     """
     params = {part: params[part] for part in TOWERS if part in params}
-    chosen = find(patterns, {path: (path,) for path in leaf_shapes(params)})
-
-    def take(tree: dict, prefix: str, wanted: bool) -> dict:
-        taken = {}
-        for name, value in tree.items():
-            path = f"{prefix}{name}"
-            if isinstance(value, dict):
-                if inner := take(value, f"{path}/", wanted):
-                    taken[name] = inner
-            elif (path in chosen) == wanted:
-                taken[name] = value
-        return taken
-
-    return take(params, "", True), take(params, "", False)
+    leaves = flatten_dict(params, sep="/")
+    chosen = find(patterns, {path: (path,) for path in leaves})
+    taken = {path: leaf for path, leaf in leaves.items() if path in chosen}
+    others = {path: leaf for path, leaf in leaves.items() if path not in chosen}
+    return unflatten_dict(taken, sep="/"), unflatten_dict(others, sep="/")
 
 
 def join_params(first: dict, second: dict) -> dict:
-    """One tree with the leaves of two that share none."""
-    joined = dict(first)
-    for name, value in second.items():
-        joined[name] = join_params(joined[name], value) if name in joined else value
-    return joined
+    """One tree with the leaves of two that share none; raises ValueError if they share any."""
+    leaves, others = flatten_dict(first, sep="/"), flatten_dict(second, sep="/")
+    if shared := leaves.keys() & others.keys():
+        raise ValueError(f"both trees have {min(shared)}")
+    return unflatten_dict(leaves | others, sep="/")
 
 
 def cast_params(params, dtype: jnp.dtype, config: TransformerConfig):
@@ -73,7 +65,7 @@ def cast_params(params, dtype: jnp.dtype, config: TransformerConfig):
     float32 = transformer_layout(config).float32
 
     def cast(path: tuple, leaf: jax.Array) -> jax.Array:
-        name = "/".join(str(getattr(key, "key", "")) for key in path)
+        name = keystr(path, simple=True, separator="/")
         return leaf.astype(jnp.float32 if name.startswith(float32) else dtype)
 
     return jax.tree_util.tree_map_with_path(cast, params)

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import keystr
 
 from cosmos3_jax.parallel import sharding
 from cosmos3_jax.parallel.sharding import PROMPTS, WEIGHTS
@@ -136,6 +137,6 @@ def _name(path: tuple) -> str:
 
     An optimizer has trees like that of the parameters anywhere inside of its own.
     """
-    keys = [str(getattr(key, "key", "")) for key in path]
+    keys = keystr(path, simple=True, separator="/").split("/")
     start = next((i for i, key in enumerate(keys) if key in TOWERS), len(keys))
     return "/".join(keys[start:])
