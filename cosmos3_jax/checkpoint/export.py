@@ -4,12 +4,14 @@ A base checkpoint gives everything that was not trained: tensors that we never r
 head, actions), other components, tokenizer, configurations. One shard is in memory at a time.
 """
 
+import dataclasses
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
+from jax import Array
 
 from cosmos3_jax.checkpoint import publish
 from cosmos3_jax.checkpoint.convert import DTYPES, check_target
@@ -32,7 +34,8 @@ from cosmos3_jax.checkpoint.load import (
 from cosmos3_jax.checkpoint.rules import (
     CheckpointError,
     Rule,
-    leaf_shapes,
+    is_stacked,
+    layer_path,
     raise_problems,
     split_weight_norm,
 )
@@ -54,7 +57,7 @@ def write_public_checkpoint(
     Args:
         folder: to make; it appears when it is whole.
         params: any of `und`, `gen`, `video_vae` and `sound_vae`, each whole; the media tower's
-            layers together or apart.
+            layers stacked or unstacked.
         base: a checkpoint in the public layout.
         dtype: of the trained tensors, `bfloat16` or `float32`; what inference keeps in float32 is
             stored so. All others stay as they are.
@@ -88,8 +91,7 @@ def write_public_checkpoint(
     }
     if missing := set(params) - {part for name in trained for part in PARTS[name]}:
         raise CheckpointError(f"{base} has nothing that {', '.join(sorted(missing))} would replace")
-    for component in trained.values():
-        _check(component, params)
+    tensors = {name: _replacements(component, params) for name, component in trained.items()}
 
     def not_copied(place: str, files: list[str]) -> list[str]:
         weights = (".safetensors", ".safetensors.index.json")
@@ -97,80 +99,67 @@ def write_public_checkpoint(
 
     with publish.folder(folder, overwrite=overwrite) as partial:
         shutil.copytree(base, partial, ignore=not_copied)
-        for component in trained.values():
-            _write(component, params, partial / component.name, jnp.dtype(dtype), max_shard_bytes)
+        for name, component in trained.items():
+            _write(component, tensors[name], partial / name, jnp.dtype(dtype), max_shard_bytes)
     return folder
 
 
-def _trained_rules(component: Component, params: Mapping) -> list[Rule]:
-    """The rules whose leaves are among the parameters."""
-    return [
-        rule
-        for rule in component.layout.rules
-        if (component.prefix or rule.leaf.partition("/")[0]) in params
-    ]
+def _replacements(component: Component, params: dict) -> dict[str, tuple[Rule, Array]]:
+    """Each public tensor to replace -> the leaf of `params` that it is in, and the rule for that.
 
-
-def _check(component: Component, params: Mapping) -> None:
-    """Raise CheckpointError unless every tensor that is to be replaced has its shape, and every
-    leaf is one of them.
+    Raises CheckpointError unless every tensor has its shape, and every leaf is some tensor's.
     """
-    problems: dict[str, list[str]] = {"missing": [], "wrong shape": [], "unexpected": []}
-    read = set()
-    for rule in _trained_rules(component, params):
-        try:
-            leaf, index, path = _leaf(component, params, rule)
-        except KeyError:
+    trained = {part: params[part] for part in PARTS[component.name] if part in params}
+    leaves = flatten_dict(trained, sep="/")
+    unread, replacements = set(leaves), {}
+    problems: dict[str, list[str]] = {"missing": [], "wrong shape": []}
+    for rule in component.layout.rules:
+        path, index = component.path(rule.leaf), rule.index
+        if path.partition("/")[0] not in trained:
+            continue
+        if path not in leaves and is_stacked(path):
+            path, index = layer_path(path, index[0]), index[1:]
+        if path not in leaves:
             problems["missing"].append(rule.leaf)
             continue
-        read.add(path)
+        unread.discard(path)
         expected = component.leaves[rule.leaf][len(rule.index) - len(index) :]
-        if tuple(leaf.shape) != expected:
-            problems["wrong shape"].append(f"{rule.leaf}: {tuple(leaf.shape)}, expected {expected}")
-    parts = {name: params[name] for name in PARTS[component.name] if name in params}
-    for path in leaf_shapes(parts).keys() - read:
-        adapter = path.rpartition("/")[2].startswith("lora_")
-        problems["unexpected"].append(f"{path}: merge the LoRA first" if adapter else path)
+        found = tuple(leaves[path].shape)
+        if found != expected:
+            problems["wrong shape"].append(f"{rule.leaf}: {found}, expected {expected}")
+        placed = dataclasses.replace(rule, index=index)
+        replacements |= {key: (placed, leaves[path]) for key in rule.keys}
+    problems["unexpected"] = [
+        f"{path}: merge the LoRA first" if "/lora_" in path else path for path in unread
+    ]
     problems = {kind: sorted(set(names)) for kind, names in problems.items()}
     raise_problems(f"the parameters do not fit {component.files.folder}", problems)
-
-
-def _leaf(component: Component, params: Mapping, rule: Rule) -> tuple:
-    """The array that a rule reads, the rule's index in it, less the layer if that is apart; and
-    the array's path.
-    """
-    node, index, path = params, rule.index, []
-    names = f"{component.prefix}/{rule.leaf}".strip("/").split("/")
-    for name in names:
-        node = node[name]
-        path.append(name)
-        if name == "layers" and index and str(index[0]) in node:
-            path.append(str(index[0]))
-            node, index = node[path[-1]], index[1:]
-    return node, index, "/".join(path)
+    return replacements
 
 
 def _write(
-    component: Component, params: Mapping, folder: Path, dtype: np.dtype, max_bytes: int
+    component: Component,
+    replacements: dict[str, tuple[Rule, Array]],
+    folder: Path,
+    dtype: np.dtype,
+    max_bytes: int,
 ) -> None:
-    files = component.files
-    rules = {key: rule for rule in _trained_rules(component, params) for key in rule.keys}
-    float32 = component.layout.float32
+    files, float32 = component.files, component.layout.float32
 
     def kind(key: str) -> np.dtype:
-        if key not in rules:
+        if key not in replacements:
             return FLOAT_DTYPES[files.dtypes[key]]
-        return np.dtype(np.float32) if rules[key].leaf.startswith(float32) else dtype
+        kept = replacements[key][0].leaf.startswith(float32)
+        return np.dtype(np.float32) if kept else dtype
 
     def read(key: str) -> np.ndarray:
-        if key not in rules:
+        if key not in replacements:
             return files.read(key)
-        leaf, index, _ = _leaf(component, params, rules[key])
-        tensor = np.asarray(_placed(rules[key], index).to_public(leaf)).astype(kind(key))
-        if not rules[key].weight_norm:
+        rule, leaf = replacements[key]
+        tensor = np.asarray(rule.to_public(leaf)).astype(kind(key))
+        if not rule.weight_norm:
             return tensor
-        halves = split_weight_norm(tensor)
-        return halves[rules[key].keys.index(key)].astype(kind(key))
+        return split_weight_norm(tensor)[rule.keys.index(key)].astype(kind(key))
 
     sizes = {key: int(np.prod(files.shapes[key])) * kind(key).itemsize for key in files.shapes}
     shards = plan_shards(dict(sorted(sizes.items())), max_bytes)
@@ -183,7 +172,3 @@ def _write(
         index = folder / f"{PUBLIC_STEM}.safetensors.index.json"
         write_index(index, zip(names, shards, strict=True), sum(sizes.values()))
     TensorFiles(folder, PUBLIC_STEM)  # what was written opens, and is all there
-
-
-def _placed(rule: Rule, index: tuple) -> Rule:
-    return Rule(rule.key, rule.leaf, rule.rearrange, index, rule.sizes)

@@ -7,15 +7,14 @@ device as it comes (`place.py`): neither host nor device ever holds a second cop
 """
 
 import dataclasses
-import re
 from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 
 from cosmos3_jax.checkpoint.files import FLOAT_DTYPES, TensorFiles, has_tensors
@@ -25,6 +24,8 @@ from cosmos3_jax.checkpoint.rules import (
     Layout,
     Rule,
     check,
+    is_stacked,
+    layer_path,
     leaf_shapes,
     raise_problems,
 )
@@ -33,14 +34,17 @@ from cosmos3_jax.checkpoint.transformer_layout import transformer_layout
 from cosmos3_jax.checkpoint.video_vae_layout import video_vae_layout
 from cosmos3_jax.config import (
     Config,
-    Recipe,
+    ConfigError,
+    Recipes,
     SchedulerConfig,
     SoundVAEConfig,
     TransformerConfig,
     VideoVAEConfig,
+    read_json,
 )
 from cosmos3_jax.models import sound_vae, transformer, video_vae
 from cosmos3_jax.parallel import sharding
+from cosmos3_jax.recipes import MODELS
 
 PUBLIC_STEM, CONVERTED_STEM = "diffusion_pytorch_model", "params"
 RECIPE_FILE = "cosmos3_recipe.json"
@@ -67,20 +71,24 @@ class Component:
     prefix: str
     addition: Callable[[str, int | None], np.ndarray | None] | None = None
 
+    def path(self, leaf: str) -> str:
+        """The path of a leaf in the whole tree."""
+        return f"{self.prefix}/{leaf}" if self.prefix else leaf
+
     def pieces(
         self, dtype: jnp.dtype, parts: Collection[str] | None = None, unstacked: bool = False
     ) -> list[Piece]:
         """Every leaf of these top-level parts of the tree, or of all; stacked ones layer by layer.
 
-        Their dtype is `dtype` but for those that stay in float32. With `unstacked`, a layer of the
-        media tower is a leaf of its own.
+        Their dtype is `dtype` but for those that stay in float32. With `unstacked`, each layer of
+        the media tower is a leaf.
         """
         rules: dict[str, list[Rule]] = {leaf: [] for leaf in self.leaves}
         for rule in self.layout.rules:
             rules[rule.leaf].append(rule)
         pieces = []
         for ours in converted_layout(self.layout, self.leaves).rules:
-            if parts is not None and (self.prefix or ours.leaf.partition("/")[0]) not in parts:
+            if parts is not None and self.path(ours.leaf).partition("/")[0] not in parts:
                 continue
             depth = len(ours.index)
             shape = self.leaves[ours.leaf][depth:]
@@ -92,7 +100,7 @@ class Component:
             )
             leaf, place = ours.leaf, ours.index
             if unstacked and place and leaf.startswith("gen/"):
-                leaf, place = leaf.replace("/layers/", f"/layers/{place[0]}/"), ()
+                leaf, place = layer_path(leaf, *place), ()
             pieces.append(Piece(ours.key, leaf, place, shape, kept, filling))
         return pieces
 
@@ -161,17 +169,24 @@ def load_config(folder: Path, load_sound: bool | None = None) -> Config:
             f"is {'there' if sound_config.is_file() else 'missing'}): load it without sound"
         )
     sound = has_sound and load_sound is not False
+    scheduler = folder / "scheduler" / "scheduler_config.json"
     return Config(
         transformer=dataclasses.replace(transformer_config, sound_gen=sound),
         video_vae=VideoVAEConfig.from_file(folder / "vae" / "config.json"),
         sound_vae=SoundVAEConfig.from_file(sound_config) if sound else None,
-        scheduler=_read_or_default(SchedulerConfig, folder / "scheduler" / "scheduler_config.json"),
-        recipe=_read_or_default(Recipe, folder / RECIPE_FILE),
+        scheduler=SchedulerConfig.from_file(scheduler)
+        if scheduler.is_file()
+        else SchedulerConfig(),
+        recipes=_read_recipes(folder / RECIPE_FILE, transformer_config),
     )
 
 
-def _read_or_default(kind: type[SchedulerConfig] | type[Recipe], path: Path):
-    return kind.from_file(path) if path.is_file() else kind()
+def _read_recipes(path: Path, transformer: TransformerConfig) -> Recipes:
+    sizes = (transformer.num_hidden_layers, transformer.hidden_size)
+    try:
+        return Recipes(MODELS.get(sizes, "Nano"), read_json(path) if path.is_file() else {})
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def open_components(folder: Path, config: Config) -> list[Component]:
@@ -209,7 +224,7 @@ def load_params(
         dtype: of every leaf but the few that stay in float32.
         on_bytes: called with the size of each leaf once it is placed.
         parts: the top-level parts to load, for example `{"und"}`; None loads all.
-        unstacked: the media tower's layers apart, see `transformer.unstack_layers`.
+        unstacked: the media tower's layers, see `transformer.unstack_layers`.
         mesh: whose devices get the parameters, each what `sharding.weight_sharding` says; of a file
             only what devices of this process get is read. None is the default device.
 
@@ -217,17 +232,17 @@ def load_params(
         CheckpointError: a file no longer gives what it held when it was opened.
         ValueError: of all that is added to a component, the dtype's rounding leaves nothing.
     """
-    tree: dict = {}
+    leaves = {}
     for component in components:
         pieces = component.pieces(dtype, parts, unstacked)
         where = partial(_sharding, component, mesh)
         for path, leaf in place_pieces(component.read, pieces, component.leaves, where):
-            _hang(tree, component, path, leaf)
+            leaves[component.path(path)] = leaf
             if on_bytes is not None:
                 on_bytes(leaf.nbytes)
         if pieces:
             _check_addition(component, dtype)
-    return tree
+    return unflatten_dict(leaves, sep="/")
 
 
 def _check_addition(component: Component, dtype: jnp.dtype) -> None:
@@ -257,14 +272,14 @@ def param_structs(
     mesh: Mesh | None = None,
 ) -> dict:
     """The tree of `load_params` as `jax.ShapeDtypeStruct`s. No tensor is read."""
-    tree: dict = {}
+    leaves = {}
     for component in components:
         for piece in component.pieces(dtype, unstacked=unstacked):
             shape = component.leaves[piece.leaf] if piece.place else piece.shape
             where = _sharding(component, mesh, piece.leaf, shape)
             struct = jax.ShapeDtypeStruct(shape, piece.dtype, sharding=where)
-            _hang(tree, component, piece.leaf, struct)
-    return tree
+            leaves[component.path(piece.leaf)] = struct
+    return unflatten_dict(leaves, sep="/")
 
 
 def compile_loading(
@@ -282,29 +297,20 @@ def compile_loading(
 def _sharding(
     component: Component, mesh: Mesh | None, leaf: str, shape: tuple[int, ...]
 ) -> NamedSharding | None:
-    return sharding.weight_sharding(mesh, f"{component.prefix}/{leaf}".strip("/"), shape)
+    return sharding.weight_sharding(mesh, component.path(leaf), shape)
 
 
 def _layer_of(piece: Piece) -> tuple[str, int | None]:
-    """The path of a piece's leaf, and which of its layers it is, together or apart."""
-    if apart := re.search(r"/layers/(\d+)/", piece.leaf):
-        return piece.leaf.replace(apart[0], "/layers/"), int(apart[1])
-    return piece.leaf, piece.place[0] if piece.place else None
-
-
-def _hang(tree: dict, component: Component, path: str, leaf: Any) -> None:
-    """Put a leaf of a component's tree where it belongs in the whole tree."""
-    *parents, name = f"{component.prefix}/{path}".strip("/").split("/")
-    for parent in parents:
-        tree = tree.setdefault(parent, {})
-    tree[name] = leaf
+    """The path of our leaf that a piece belongs to, and its layer if that is stacked."""
+    rule, _ = piece.parts[0]
+    return rule.leaf, rule.index[0] if is_stacked(rule.leaf) else None
 
 
 def converted_layout(public: Layout, leaves: dict[str, tuple[int, ...]]) -> Layout:
     """Our own layout: a tensor a leaf under its path, a tensor a layer where layers are stacked."""
     rules = []
     for leaf, shape in leaves.items():
-        if "/layers/" in f"/{leaf}" and public.name == "transformer":
+        if is_stacked(leaf):
             places = [(f"{leaf}/{layer}", (layer,)) for layer in range(shape[0])]
         else:
             places = [(leaf, ())]

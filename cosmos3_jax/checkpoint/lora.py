@@ -22,10 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
 from cosmos3_jax.checkpoint.names import find
-from cosmos3_jax.checkpoint.rules import leaf_shapes
+from cosmos3_jax.checkpoint.rules import is_stacked, layer_path, leaf_shapes
 from cosmos3_jax.checkpoint.transformer_layout import transformer_layout
 from cosmos3_jax.config import TransformerConfig
 from cosmos3_jax.models import transformer
@@ -91,7 +92,7 @@ def families(config: TransformerConfig) -> dict[str, Family]:
     for rule in transformer_layout(config).rules:
         if not rule.leaf.endswith("/kernel"):
             continue
-        stacked, module = "/layers/" in rule.leaf, rule.key.removesuffix(".weight")
+        stacked, module = is_stacked(rule.leaf), rule.key.removesuffix(".weight")
         name = re.sub(r"\.\d+\.", ".*.", module) if stacked else module
         if name in found:
             modules = (*found[name].modules, module)
@@ -171,9 +172,27 @@ def attach(lora: Lora, params: dict, config: TransformerConfig) -> dict:
             training it may, at first: a step that is compiled cannot know.
     """
     check_changes(lora)
+    leaves = flatten_dict(params, sep="/")
+    for kernel, pair in _pairs_of(lora, leaves, config).items():
+        leaves |= {kernel.removesuffix("kernel") + half: x for half, x in pair.items()}
+    return unflatten_dict(leaves, sep="/")
+
+
+def _pairs_of(lora: Lora, leaves: dict, config: TransformerConfig) -> dict[str, dict[str, Array]]:
+    """Path of each kernel that the adapter changes, stacked or not -> the pair for it."""
+    pairs = {}
     for leaf, pair in _fused_pairs(lora, config).items():
-        params = _with_pair(params, leaf, leaf.split("/")[:-1], pair)
-    return params
+        parts = {leaf: pair}
+        if leaf not in leaves and is_stacked(leaf):
+            layers = range(len(pair["lora_a"]))
+            parts = {layer_path(leaf, i): {half: x[i] for half, x in pair.items()} for i in layers}
+        for path in parts:
+            if path not in leaves:
+                raise KeyError(path)
+            if path.removesuffix("kernel") + "lora_a" in leaves:
+                raise ValueError(_HELD.format(leaf))
+        pairs |= parts
+    return pairs
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -199,23 +218,6 @@ def _fused_pairs(lora: Lora, config: TransformerConfig) -> dict[str, dict[str, A
     return fused
 
 
-def _with_pair(tree: dict, leaf: str, path: list[str], pair: dict[str, Array]) -> dict:
-    """A tree with a pair beside the kernel at `path`, layer by layer if they are apart."""
-    if not path:
-        if "lora_a" in tree:
-            raise ValueError(_HELD.format(leaf))
-        return tree | pair
-    name, *rest = path
-    node = tree[name]
-    if name == "layers" and "0" in node:
-        apart = {
-            i: _with_pair(layer, leaf, rest, jax.tree.map(lambda x, i=i: x[int(i)], pair))
-            for i, layer in node.items()
-        }
-        return tree | {name: apart}
-    return tree | {name: _with_pair(node, leaf, rest, pair)}
-
-
 def merge(lora: Lora, params: dict, config: TransformerConfig) -> tuple[dict, dict[str, Array]]:
     """The parameters with scale B A added, in float32 and rounded once; and what they replaced.
 
@@ -228,32 +230,21 @@ def merge(lora: Lora, params: dict, config: TransformerConfig) -> tuple[dict, di
         ValueError: the parameters have another adapter beside them; or the adapter changes nothing,
             or nothing that the weights' dtype can tell.
     """
-    if held := [path for path in leaf_shapes(params) if path.endswith("/lora_a")]:
+    leaves = flatten_dict(params, sep="/")
+    if held := [path for path in leaves if path.endswith("/lora_a")]:
         raise ValueError(_HELD.format(held[0].removesuffix("lora_a") + "kernel"))
-    attached, replaced, changed = attach(lora, params, config), {}, False
-
-    def add(tree: dict, prefix: str) -> dict:
-        nonlocal changed
-        if "lora_a" in tree:
-            kernel, a, b = tree["kernel"], tree["lora_a"], tree["lora_b"]
-            replaced[f"{prefix}kernel"] = kernel
-            rest = {name: x for name, x in tree.items() if not name.startswith("lora_")}
-            merged = _add_product(kernel, a, b)
-            traced = isinstance(merged, jax.core.Tracer)
-            changed = changed or traced or bool(_differ(merged, kernel))
-            return rest | {"kernel": merged}
-        return {
-            name: add(x, f"{prefix}{name}/") if isinstance(x, dict) else x
-            for name, x in tree.items()
-        }
-
-    merged = add(attached, "")
+    check_changes(lora)
+    replaced, changed = {}, False
+    for path, pair in _pairs_of(lora, leaves, config).items():
+        kernel = replaced[path] = leaves[path]
+        leaves[path] = merged = _add_product(kernel, pair["lora_a"], pair["lora_b"])
+        changed = changed or isinstance(merged, jax.core.Tracer) or bool(_differ(merged, kernel))
     if not changed:
         raise ValueError(
             "the adapter changes nothing: what it adds is too small for any weight of "
             f"{next(iter(replaced.values())).dtype}; merge into float32, or train it for longer"
         )
-    return merged, replaced
+    return unflatten_dict(leaves, sep="/"), replaced
 
 
 @jax.jit
@@ -280,14 +271,7 @@ def unmerge(merged: dict, replaced: dict[str, Array]) -> dict:
 
     Subtracting B A again would not give it back: the sum was rounded.
     """
-    for path, kernel in replaced.items():
-        merged = _replace(merged, path.split("/"), kernel)
-    return merged
-
-
-def _replace(tree: dict, path: list[str], value: Array) -> dict:
-    name, *rest = path
-    return tree | {name: _replace(tree[name], rest, value) if rest else value}
+    return unflatten_dict(flatten_dict(merged, sep="/") | replaced, sep="/")
 
 
 def merge_on_read(

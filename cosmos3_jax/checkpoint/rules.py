@@ -15,6 +15,7 @@ from typing import Any
 
 import einops
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 
 class CheckpointError(ValueError):
@@ -138,14 +139,19 @@ def canonical_key(key: str) -> str:
     return key.replace("parametrizations.weight.original1", "weight_v")
 
 
-def leaf_shapes(tree: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[int, ...]]:
+def leaf_shapes(tree: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """`{path: shape}` of a nested dict of arrays or `jax.ShapeDtypeStruct`s."""
-    shapes = {}
-    for name, value in tree.items():
-        path = f"{prefix}/{name}" if prefix else name
-        inner = isinstance(value, Mapping)
-        shapes |= leaf_shapes(value, path) if inner else {path: tuple(value.shape)}
-    return shapes
+    return {path: tuple(leaf.shape) for path, leaf in flatten_dict(tree, sep="/").items()}
+
+
+def is_stacked(path: str) -> bool:
+    """Whether a leaf is that of all layers of a tower, stacked [L, ...]."""
+    return re.match(r"(und|gen)/layers/(?!\d)", path) is not None
+
+
+def layer_path(path: str, layer: int) -> str:
+    """The path of one layer of a stacked leaf in a tree whose layers are unstacked."""
+    return path.replace("/layers/", f"/layers/{layer}/")
 
 
 def check(
