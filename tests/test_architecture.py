@@ -26,15 +26,16 @@ from cosmos3_jax.sampling import stages
 
 ROOT = Path(cosmos3_jax.__file__).parent
 PARTS = (
-    "config", "parallel", "models", "sampling", "checkpoint", "io", "runtime", "training",
+    "recipes", "config", "parallel", "models", "sampling", "checkpoint", "io", "runtime", "training",
     "pipeline", "cli",
 )  # fmt: skip
 # What each part may import besides itself. The package's own `__init__`, and the old names in
 # `moved`, are above all of them.
-BASE = {"config", "parallel"}
+BASE = {"recipes", "config", "parallel"}
 MAY_IMPORT = {
-    "config": set(),
-    "parallel": {"config"},
+    "recipes": set(),
+    "config": {"recipes"},
+    "parallel": {"recipes", "config"},
     "models": BASE,
     "sampling": BASE | {"models"},
     "checkpoint": BASE | {"models"},
