@@ -11,14 +11,17 @@ Axes: B prompts, S tokens (padded).
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from cosmos3_jax.config import read_json
+from cosmos3_jax.io.captions import contradictions, parse_caption, unwrap
 from cosmos3_jax.models.tokenizer import Tokenizer
+from cosmos3_jax.recipes import nearest_aspect
 
 PROMPT_STYLES = ("native", "phyai", "diffusers")
 
@@ -59,30 +62,42 @@ class _Metadata:
     def medium(self) -> str:
         return "image" if self.num_frames == 1 else "video"
 
-    def sentences(self, negated: bool = False) -> list[str]:
+    @property
+    def seconds(self) -> float:
+        return self.num_frames / self.fps
+
+    def sentences(self, negated: bool = False, medium: str | None = None) -> list[str]:
         """Duration (videos only), then resolution."""
         verb = "is not" if negated else "is"
-        size = f"This {self.medium} {verb} of {self.height}x{self.width} resolution."
+        size = f"This {medium or self.medium} {verb} of {self.height}x{self.width} resolution."
         if self.medium == "image":
             return [size]
-        seconds = self.num_frames / self.fps
         return [
-            f"The video {verb} {seconds:.1f} seconds long and {verb} of {self.fps:.0f} FPS.",
+            f"The video {verb} {self.seconds:.1f} seconds long and {verb} of {self.fps:.0f} FPS.",
             size,
         ]
 
-    def inject(self, caption: dict[str, Any], aspect_ratio: str | None) -> str:
-        """`caption` as JSON text with the metadata as fields; those present keep their place."""
-        fields = {"resolution": {"H": int(self.height), "W": int(self.width)}}
-        if self.medium == "image":  # lasts no time: cosmos-framework and PhyAI take these two out
-            caption = {
-                key: value for key, value in caption.items() if key not in ("duration", "fps")
-            }
-        else:
-            fields = {"duration": f"{int(self.num_frames / self.fps)}s", "fps": self.fps} | fields
-        if aspect_ratio:
-            fields["aspect_ratio"] = aspect_ratio
-        return json.dumps(caption | fields)
+    def fields(self, aspect_ratio: str | None) -> dict[str, Any]:
+        """The same as fields of a caption. An image lasts no time: its duration and fps are
+        None.
+        """
+        video = self.medium == "video"
+        return {
+            "duration": f"{int(self.seconds)}s" if video else None,
+            "fps": self.fps if video else None,
+            "resolution": {"H": int(self.height), "W": int(self.width)},
+            "aspect_ratio": aspect_ratio or nearest_aspect(self.width, self.height),
+        }
+
+
+def _inject(caption: Mapping[str, Any], fields: Mapping[str, Any]) -> str:
+    """`caption` as JSON text with `fields`; those present keep their place, and None takes one
+    out.
+    """
+    absent = [name for name, value in fields.items() if value is None]
+    return json.dumps(
+        {key: value for key, value in {**caption, **fields}.items() if key not in absent}
+    )
 
 
 def resolve_prompts(
@@ -94,56 +109,81 @@ def resolve_prompts(
     height: int,
     width: int,
     fps: float,
-    system_prompt: str | None = None,
+    system_prompt: str | Literal[False] | None = None,
     aspect_ratio: str | None = None,
+    metadata: bool = True,
 ) -> ResolvedPrompt:
     """Add a style's metadata to a prompt and its negative.
 
     | | native | phyai | diffusers |
     |---|---|---|---|
-    | `prompt`: text | + sentences | + sentences | + sentences |
+    | `prompt`: text | + sentences | + sentences, of a "video" always | + sentences |
     | `prompt`: JSON object | fields injected | fields injected | + sentences |
-    | `aspect_ratio` None | "16,9" whatever the size | no such field | not used |
+    | `aspect_ratio` None | the nearest of `recipes.ASPECTS` | no such field | not used |
     | `negative_prompt` | + sentences | unchanged | + negated sentences |
     | `negative_prompt` None | means the built-in | means the built-in | means "" |
     | `system_prompt` None | no system turn | no system turn | SYSTEM_PROMPT |
 
     A negative is never parsed as JSON: sentences follow its closing brace. What is appended to an
     empty text stands alone, except in the native and PhyAI positive prompt: ". The video is ...",
-    as they have it.
+    as they have it. Fields of the user's caption are replaced. Where they contradict what is made,
+    one warning names them.
 
     `num_frames` (1: an image), `height`, `width` in pixels and `fps` are the request's own,
-    unrounded; `system_prompt` "" turns the system turn off; `aspect_ratio` is written "16,9".
-    Raises ValueError for an unknown style, an impossible size or rate, or invalid Unicode;
-    TypeError for a prompt that is no string.
+    unrounded; `system_prompt` False or "" turns the system turn off; `aspect_ratio` is written
+    "16,9"; without `metadata` both texts stay as they are. Raises ValueError for an unknown style,
+    an impossible size or rate, or invalid Unicode; TypeError for a prompt that is no string.
     """
     if style not in PROMPT_STYLES:
         raise ValueError(
             f"prompt style {style!r} is unknown; choose one of {', '.join(PROMPT_STYLES)}"
         )
+    if system_prompt is False:
+        system_prompt = ""
     texts = {"prompt": prompt, "negative_prompt": negative_prompt, "system_prompt": system_prompt}
     for name, text in texts.items():
         if text is not None or name == "prompt":
             _check_text(name, text)
-    metadata = _Metadata(num_frames, height, width, float(fps))
+    made = _Metadata(num_frames, height, width, float(fps))
+    if style == "diffusers" and system_prompt is None:
+        system_prompt = SYSTEM_PROMPT.format(medium=made.medium)
+    if negative_prompt is None:
+        negative_prompt = "" if style == "diffusers" else built_in_negative_prompt()
 
-    if style == "diffusers":
-        positive = _append(prompt, metadata.sentences())
-        negative = _append(negative_prompt or "", metadata.sentences(negated=True))
-        if system_prompt is None:
-            system_prompt = SYSTEM_PROMPT.format(medium=metadata.medium)
-    else:
-        caption = parse_caption(prompt)
+    caption, fields, written = parse_caption(prompt), made.fields(aspect_ratio), {}
+    if metadata and style != "diffusers":
+        kept = "aspect_ratio" if style == "phyai" and not aspect_ratio else None
+        written = {name: value for name, value in fields.items() if name != kept}
+    if caption is not None:
+        _warn_of_contradictions(contradictions(caption, fields, made.seconds), written)
+
+    positive, negative = prompt, negative_prompt
+    if metadata and style == "diffusers":
+        positive = _append(prompt, made.sentences())
+        negative = _append(negative, made.sentences(negated=True))
+    elif metadata:
         if caption is None:
-            positive = _append_stripped(prompt, metadata.sentences())
+            medium = "video" if style == "phyai" else None
+            positive = _append_stripped(prompt, made.sentences(medium=medium))
         else:
-            positive = metadata.inject(
-                caption, aspect_ratio or ("16,9" if style == "native" else None)
-            )
-        negative = built_in_negative_prompt() if negative_prompt is None else negative_prompt
-    if style == "native":  # which takes the separator off the front of a negative again
-        negative = _append_stripped(negative, metadata.sentences()).lstrip(".").strip()
+            positive = _inject(caption, written)
+        if style == "native":  # which takes the separator off the front of a negative again
+            negative = _append_stripped(negative, made.sentences()).lstrip(".").strip()
     return ResolvedPrompt(positive, negative, system_prompt or None, style)
+
+
+def _warn_of_contradictions(
+    found: Mapping[str, tuple[Any, Any]], written: Mapping[str, Any]
+) -> None:
+    if not found:
+        return
+    fields = []
+    for name, (said, made) in found.items():
+        truth = "an image has none" if made is None else json.dumps(made)
+        fate = "is replaced by" if made is not None else "is left out:"
+        fate = fate if name in written else "stays, though not true:"
+        fields.append(f"{name} {json.dumps(said)} {fate} {truth}")
+    warnings.warn(f"the caption contradicts what is made: {'; '.join(fields)}", stacklevel=3)
 
 
 def _append(text: str, sentences: list[str]) -> str:
@@ -163,17 +203,6 @@ def _append_stripped(text: str, sentences: list[str]) -> str:
     return text
 
 
-def parse_caption(text: str) -> dict[str, Any] | None:
-    """The structured caption that `text` holds, or None: JSON arrays, numbers and strings are plain
-    text.
-    """
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
-
-
 @functools.cache
 def built_in_negative_prompt() -> str:
     """The negative where the caller gives None: unwanted qualities, as a structured caption of our
@@ -187,9 +216,10 @@ def built_in_negative_prompt() -> str:
 def read_prompt(path: str | Path) -> str:
     """The text of a prompt file, unchanged: no stripping, no newline conversion.
 
-    Raises FileNotFoundError, or ValueError if the file is not UTF-8, starts with a byte order mark,
-    is empty, or is named `.json` and holds no JSON object: each would silently become another
-    prompt.
+    It may be plain, a caption, or an upsampler's record (see `captions.unwrap`, which `prepare`
+    applies). Raises FileNotFoundError, or ValueError if the file is not UTF-8, starts with a byte
+    order mark, is empty, holds several prompts, or is named `.json` or `.jsonl` and holds no JSON
+    object: each would silently become another prompt.
     """
     path = Path(path)
     try:
@@ -204,7 +234,11 @@ def read_prompt(path: str | Path) -> str:
         raise ValueError(
             f'prompt file {path} is empty; for an empty prompt pass "" instead of a file'
         )
-    if path.suffix.lower() == ".json" and parse_caption(text) is None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `prepare` gives them
+        prompt, _ = unwrap(text, f"prompt file {path}")
+    named_json = path.suffix.lower() in (".json", ".jsonl")
+    if named_json and prompt == text and parse_caption(text) is None:
         raise ValueError(
             f"prompt file {path} holds no JSON object; a plain prompt belongs in a .txt file"
         )

@@ -40,6 +40,7 @@ def test_native_empty_negative_is_the_sentences_alone(empty):
     assert resolve("A cat", empty, style="native").negative_prompt == f"{DURATION} {SIZE}"
 
 
+@pytest.mark.filterwarnings("ignore:the caption contradicts")
 def test_native_json_caption():
     expected = (
         '{"fps": 24.0, "subjects": ["caf\\u00e9"], "aspect_ratio": "16,9", "duration": "7s", '
@@ -81,6 +82,7 @@ def test_diffusers():
         assert text == f"{NOT_DURATION} {NOT_SIZE}"
 
 
+@pytest.mark.filterwarnings("ignore:the caption contradicts")
 def test_diffusers_takes_json_for_text():
     assert resolve(CAPTION, style="diffusers").prompt == f"{CAPTION}. {DURATION} {SIZE}"
 
@@ -89,7 +91,8 @@ def test_diffusers_takes_json_for_text():
 def test_image(style):
     resolved = resolve("A cat.", "blurry.", style=style, **IMAGE)
     sentence = "This image is of 1024x768 resolution."
-    assert resolved.prompt == f"A cat. {sentence}"
+    phyai = sentence.replace("image", "video")  # as it says of one frame too
+    assert resolved.prompt == f"A cat. {phyai if style == 'phyai' else sentence}"
     negatives = {"native": f"blurry. {sentence}", "phyai": "blurry."}
     negatives["diffusers"] = "blurry. This image is not of 1024x768 resolution."
     assert resolved.negative_prompt == negatives[style]
@@ -99,13 +102,13 @@ def test_image(style):
     assert resolved.system_prompt == systems.get(style)
 
 
+@pytest.mark.filterwarnings("ignore:the caption contradicts")
 def test_image_caption_loses_its_time():
     caption = '{"duration": "5s", "subjects": ["a"], "fps": 24}'
     expected = '{"subjects": ["a"], "resolution": {"H": 1024, "W": 768}'
     assert resolve(caption, style="phyai", **IMAGE).prompt == expected + "}"
-    assert (
-        resolve(caption, style="native", **IMAGE).prompt == expected + ', "aspect_ratio": "16,9"}'
-    )
+    native = resolve(caption, style="native", **IMAGE).prompt
+    assert native == expected + ', "aspect_ratio": "3,4"}'
 
 
 @pytest.mark.parametrize("text", ['["a"]', '"a"', "3", "null", "{broken"])
@@ -122,6 +125,7 @@ def test_empty_positive_keeps_the_separator(style):
 def test_system_prompt_can_be_given_or_turned_off(style):
     assert resolve("A cat", style=style, system_prompt="Be brief.").system_prompt == "Be brief."
     assert resolve("A cat", style=style, system_prompt="").system_prompt is None
+    assert resolve("A cat", style=style, system_prompt=False).system_prompt is None
 
 
 def test_fractional_rates_round_as_the_model_reads_them():

@@ -1,0 +1,243 @@
+"""Structured captions: the forms in which people and upsamplers write them, and their keys.
+
+The generator was trained on captions as JSON objects, whose keys are in `caption_schema.json`.
+"""
+
+import difflib
+import functools
+import json
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+from cosmos3_jax.config import read_json
+from cosmos3_jax.recipes import nearest_aspect
+
+# What an upsampler thinks aloud before it writes; the generator was not trained on it.
+SCRATCHPAD = "scene_imagination"
+
+# Keys of a record that change nothing, and those that say what a setting says.
+_REMARKS = ("name", "extra")
+_SETTINGS = ("model_mode", "vision_path")
+# Where other tools keep the text that a record has under `prompt`.
+_OTHER_NAMES = ("caption", "caption_json", "text", "upsampled_prompt")
+
+_FENCED = re.compile(r"```((?i:json)|\w+(?=[ \t]*\r?\n))?\s*(.*?)\s*```", re.DOTALL)
+
+
+def parse_caption(text: str) -> dict[str, Any] | None:
+    """The structured caption that `text` holds, or None: JSON arrays, numbers and strings are plain
+    text.
+    """
+    value = _loads(text)
+    return value if isinstance(value, dict) else None
+
+
+def unwrap(text: str, name: str = "the prompt") -> tuple[str, str | None]:
+    """The prompt that a text or a file holds, and its record's negative prompt (None: no such).
+
+    | `text` | the prompt |
+    |---|---|
+    | plain text, a caption | as it is, byte for byte |
+    | `{"prompt": ..., "negative_prompt": ...}`, an upsampler's record | the record's |
+    | an array of one caption or record; a line of JSON lines | what it holds |
+    | any of these between fences of three backticks, with or without `json` | what they enclose |
+    | a caption with a `scene_imagination`, at any depth | without it, by `json.dumps` |
+
+    `name` is what messages call the text. Raises ValueError for several prompts, for a fence that
+    is not closed or not the whole text, and for a record with other keys. Warns about text that
+    looks like a caption and is no JSON: it is plain text to the model.
+    """
+    text, is_json = _unfence(text, name)
+    value = _loads(text)
+    if value is None:
+        lines = [_loads(line) for line in text.split("\n") if line.strip()]
+        if len(lines) > 1 and _all_objects(lines):
+            raise ValueError(f"{name} holds {len(lines)} prompts; give one")
+        if is_json:
+            raise ValueError(
+                f"{name} is fenced as json and is no valid JSON; it may have been cut off"
+            )
+        if re.match(r"\s*\{\s*[\"']", text):
+            warnings.warn(
+                f"{name} looks like a JSON caption but is no valid JSON, so it is plain text to "
+                "the model; write it with json.dumps",
+                stacklevel=2,
+            )
+    if isinstance(value, list) and _all_objects(value):
+        if len(value) != 1:
+            raise ValueError(f"{name} holds {len(value)} prompts; give one")
+        [value], text = value, text.strip()[1:-1].strip()
+    if not isinstance(value, dict):
+        return text, None
+    if "prompt" in value:
+        return _of_record(value, name)
+    other = [key for key in _OTHER_NAMES if key in value]
+    if other and not value.keys() & caption_schema()["properties"].keys():
+        raise ValueError(f"{name} has its text under {other[0]!r}; a record has it under 'prompt'")
+    kept = _without_scratchpad(value)
+    return text if kept == value else json.dumps(kept), None
+
+
+def contradictions(
+    caption: dict[str, Any], made: dict[str, Any], seconds: float
+) -> dict[str, tuple[Any, Any]]:
+    """The fields of a caption that say something else than what is made: name -> (said, made).
+
+    Args:
+        caption: the user's.
+        made: `duration` and `fps` (None for an image), `resolution`, `aspect_ratio`.
+        seconds: how long it is; a duration may be it rounded either way.
+    """
+    return {
+        name: (caption[name], value)
+        for name, value in made.items()
+        if caption.get(name) not in (None, "", 0, [], {})
+        and (value is None or not _agree(name, caption[name], value, seconds))
+    }
+
+
+def _agree(name: str, said: Any, made: Any, seconds: float) -> bool:
+    """Whether a field says what is made, in any spelling of it."""
+    if name == "resolution" and isinstance(said, dict):
+        return said == made
+    numbers = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", str(said))]
+    if not numbers:
+        return False
+    if name == "resolution":  # "1280x720", "720p"
+        return set(numbers) <= set(made.values())
+    if name == "aspect_ratio":  # "16:9"
+        return len(numbers) == 2 and min(numbers) > 0 and nearest_aspect(*numbers) == made
+    if name == "fps":
+        return round(numbers[0]) == round(made)
+    said_seconds = sum(60**i * number for i, number in enumerate(reversed(numbers)))  # "0:07"
+    return abs(said_seconds - seconds) < 1
+
+
+@functools.cache
+def caption_schema() -> dict[str, Any]:
+    """The JSON schema (draft 2020-12) of a caption, its keys in the order of training."""
+    return read_json(Path(__file__).with_name("caption_schema.json"))
+
+
+def check_caption(caption: dict[str, Any] | str) -> list[str]:
+    """What is wrong with the keys of a structured caption, one sentence each; [] if nothing is.
+
+    Args:
+        caption: an object, or a text as prompts may be (see `unwrap`). The keys of what is made
+            (`duration`, `fps`, `resolution`, `aspect_ratio`) may be missing: the native style
+            writes them.
+
+    Raises:
+        ValueError: on a text that holds no JSON object.
+    """
+    if isinstance(caption, str):
+        parsed = parse_caption(unwrap(caption, "the caption")[0])
+        if parsed is None:
+            raise ValueError(f"the caption is no JSON object: {caption!r:.80}")
+        caption = parsed
+    return _check(_without_scratchpad(caption), caption_schema(), "")
+
+
+def _check(value: Any, schema: dict[str, Any], path: str) -> list[str]:
+    if "items" in schema and isinstance(value, list):
+        return [
+            problem
+            for i, item in enumerate(value)
+            for problem in _check(item, schema["items"], f"{path}[{i}]")
+        ]
+    kind = schema.get("type")
+    if kind in ("object", "array") and not isinstance(value, dict if kind == "object" else list):
+        return [f"{path} is {value!r:.40}, not an {kind}"]
+    if "properties" not in schema:
+        return []
+    known, prefix = schema["properties"], f"{path}." if path else ""
+    problems, meant = [], set(value)
+    for key in value:
+        if key in known:
+            problems += _check(value[key], known[key], prefix + key)
+            continue
+        free = [name for name in known if name not in value]
+        close = difflib.get_close_matches(key.lower(), free, n=1)
+        if close:
+            problems.append(f"{prefix}{key} is unknown: did you mean {close[0]}?")
+            meant.add(close[0])
+        elif schema.get("additionalProperties") is False:
+            problems.append(f"{prefix}{key} is unknown")
+    needed = [[key] for key in schema.get("required", [])]
+    if "if" in schema and not meant & set(_alternatives(schema["if"])):
+        needed += [[key] for key in schema["else"]["required"]]
+    if "anyOf" in schema:
+        needed.append(_alternatives(schema))
+    return problems + [
+        f"{prefix}{' or '.join(keys)} is missing" for keys in needed if not meant & set(keys)
+    ]
+
+
+def _alternatives(schema: dict[str, Any]) -> list[str]:
+    return [key for one in schema["anyOf"] for key in one["required"]]
+
+
+def _loads(text: str) -> Any:
+    """A JSON value; None for `null` and for what is no JSON."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def _all_objects(values: list[Any]) -> bool:
+    return bool(values) and all(isinstance(value, dict) for value in values)
+
+
+def _unfence(text: str, name: str) -> tuple[str, bool]:
+    """What fences enclose, and whether they call it JSON; other text as it is."""
+    stripped = text.strip()
+    if not stripped.startswith("```"):
+        if re.search(r"```(?:json)?\s*[{\[]", text, re.IGNORECASE):
+            raise ValueError(f"{name} has text before its fenced caption; give the caption alone")
+        return text, False
+    fenced = _FENCED.fullmatch(stripped)
+    if fenced is None:
+        raise ValueError(
+            f"{name} does not end with the fence (three backticks) that it opens: it was cut off, "
+            "or text follows the fence"
+        )
+    tag, inner = fenced.groups()
+    if tag and tag.lower() != "json":
+        raise ValueError(f"{name} is fenced as {tag!r}; a caption is fenced as json")
+    return inner, tag is not None
+
+
+def _of_record(record: dict[str, Any], name: str) -> tuple[str, str | None]:
+    unknown = record.keys() - {"prompt", "negative_prompt", *_REMARKS, *_SETTINGS}
+    if unknown:
+        raise ValueError(
+            f"{name} is a record with {', '.join(sorted(unknown))} beside its prompt, which are "
+            "not read from there: give settings as options, and leave prompt and negative_prompt"
+        )
+    unread = [key for key in _SETTINGS if key in record]
+    if unread:
+        warnings.warn(
+            f"{name} is a record whose {' and '.join(unread)} are not read: give frames, image "
+            "or video as options",
+            stacklevel=3,
+        )
+    texts = {}
+    for key in ("prompt", "negative_prompt"):
+        text = record.get(key)
+        texts[key] = json.dumps(text) if isinstance(text, dict) else text
+        if not isinstance(texts[key], str) and (key == "prompt" or text is not None):
+            raise ValueError(f"{name} is a record whose {key} is {text!r:.40}, not a text")
+    prompt, inner_negative = unwrap(texts["prompt"], name)
+    negative = texts["negative_prompt"]
+    return prompt, inner_negative if negative is None else negative
+
+
+def _without_scratchpad(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_scratchpad(one) for one in value]
+    if isinstance(value, dict):
+        return {key: _without_scratchpad(one) for key, one in value.items() if key != SCRATCHPAD}
+    return value
