@@ -71,6 +71,11 @@ def _check_value(name: str, value: Any, kind: Any, least: float | None) -> None:
             _check(value >= least, f"{found} must be at least {least}")
 
 
+def _only(value: Any) -> Any:
+    """A field of which this one value is implemented; any other is refused when it is read."""
+    return dataclasses.field(default=value, metadata={"only": value})
+
+
 @dataclasses.dataclass(frozen=True)
 class _JsonConfig:
     """Reads the fields that it declares from a JSON object, and ignores the rest."""
@@ -79,9 +84,12 @@ class _JsonConfig:
     _least: ClassVar[Mapping[str, float]] = {}
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
+        fields = [(field, getattr(self, field.name)) for field in dataclasses.fields(self)]
+        for field, value in fields:
             _check_value(field.name, value, field.type, self._least.get(field.name))
+        for field, value in fields:
+            only = field.metadata.get("only", value)
+            _check(value == only, f"{field.name}={value!r} is not supported; only {only!r} is")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -99,12 +107,6 @@ class _JsonConfig:
             return cls.from_dict(read_json(path))
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
-
-    def refuse_other(self, **required: Any) -> None:
-        """Raise unless each named field has the one value that is implemented."""
-        for name, value in required.items():
-            found = getattr(self, name)
-            _check(found == value, f"{name}={found!r} is not supported; only {value!r} is")
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -136,7 +138,7 @@ class TransformerConfig(_JsonConfig):
     rope_theta: float = 5_000_000.0
     rope_axes_dim: tuple[int, int, int] = (24, 20, 20)
     unified_3d_mrope_temporal_modality_margin: int = 15000
-    unified_3d_mrope_reset_spatial_ids: bool = True
+    unified_3d_mrope_reset_spatial_ids: bool = _only(True)
     enable_fps_modulation: bool = True
     base_fps: float = 24.0
     latent_channel: int = 48
@@ -146,10 +148,10 @@ class TransformerConfig(_JsonConfig):
     sound_gen: bool = True
     sound_dim: int | None = 64
     sound_latent_fps: float = 25.0
-    hidden_act: str = "silu"
-    attention_bias: bool = False
-    qk_norm_for_text: bool = True
-    use_und_k_norm_for_gen: bool = False
+    hidden_act: str = _only("silu")
+    attention_bias: bool = _only(False)
+    qk_norm_for_text: bool = _only(True)
+    use_und_k_norm_for_gen: bool = _only(False)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -168,13 +170,6 @@ class TransformerConfig(_JsonConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.refuse_other(
-            hidden_act="silu",
-            attention_bias=False,
-            qk_norm_for_text=True,
-            use_und_k_norm_for_gen=False,
-            unified_3d_mrope_reset_spatial_ids=True,
-        )
         _check(
             self.num_attention_heads % self.num_key_value_heads == 0,
             f"num_attention_heads={self.num_attention_heads} is not a multiple of "
@@ -222,13 +217,12 @@ class VideoVAEConfig(_JsonConfig):
     scale_factor_temporal: int = 4
     latents_mean: tuple[float, ...] = MEAN_WAN22
     latents_std: tuple[float, ...] = STD_WAN22
-    is_residual: bool = True
-    attn_scales: tuple[float, ...] = ()
-    clip_output: bool = False
+    is_residual: bool = _only(True)
+    attn_scales: tuple[float, ...] = _only(())
+    clip_output: bool = _only(False)
 
     def __post_init__(self):
         super().__post_init__()
-        self.refuse_other(is_residual=True, attn_scales=(), clip_output=False)
         _check(
             len(self.temperal_downsample) == len(self.dim_mult) - 1,
             f"temperal_downsample={self.temperal_downsample} needs one entry fewer than "
@@ -276,55 +270,32 @@ class SoundVAEConfig(_JsonConfig):
     dec_c_mults: tuple[int, ...] = (1, 2, 4, 8, 16)
     dec_strides: tuple[int, ...] = (2, 4, 5, 6, 8)
     dec_out_channels: int = 2
-    model_type: str = "autoencoder_v2"
-    enc_type: str = "spec_convnext"
-    enc_use_snake: bool = True
-    dec_type: str = "oobleck"
-    dec_use_snake: bool = True
-    dec_final_tanh: bool = False
-    dec_anti_aliasing: bool = False
-    dec_use_nearest_upsample: bool = False
-    dec_use_tanh_at_final: bool = False
-    bottleneck_type: str = "vae"
-    activation: str = "snakebeta"
-    snake_logscale: bool = True
-    anti_aliasing: bool = False
-    causal: bool = False
-    padding_mode: str = "zeros"
-    latent_mean: None = None
-    latent_std: None = None
+    model_type: str = _only("autoencoder_v2")
+    enc_type: str = _only("spec_convnext")
+    enc_use_snake: bool = _only(True)
+    dec_type: str = _only("oobleck")
+    dec_use_snake: bool = _only(True)
+    dec_final_tanh: bool = _only(False)
+    dec_anti_aliasing: bool = _only(False)
+    dec_use_nearest_upsample: bool = _only(False)
+    dec_use_tanh_at_final: bool = _only(False)
+    bottleneck_type: str = _only("vae")
+    activation: str = _only("snakebeta")
+    snake_logscale: bool = _only(True)
+    anti_aliasing: bool = _only(False)
+    causal: bool = _only(False)
+    padding_mode: str = _only("zeros")
+    latent_mean: None = _only(None)
+    latent_std: None = _only(None)
 
     def __post_init__(self):
         super().__post_init__()
-        self.refuse_other(
-            model_type="autoencoder_v2",
-            enc_type="spec_convnext",
-            enc_use_snake=True,
-            dec_type="oobleck",
-            dec_use_snake=True,
-            dec_final_tanh=False,
-            dec_anti_aliasing=False,
-            dec_use_nearest_upsample=False,
-            dec_use_tanh_at_final=False,
-            bottleneck_type="vae",
-            activation="snakebeta",
-            snake_logscale=True,
-            anti_aliasing=False,
-            causal=False,
-            padding_mode="zeros",
-            latent_mean=None,
-            latent_std=None,
-        )
-        _check(
-            len(self.dec_c_mults) == len(self.dec_strides),
-            f"dec_c_mults={self.dec_c_mults} and dec_strides={self.dec_strides} must have one "
-            "entry a stage",
-        )
-        _check(
-            len(self.enc_c_mults) == len(self.enc_strides),
-            f"enc_c_mults={self.enc_c_mults} and enc_strides={self.enc_strides} must have one "
-            "entry a stage",
-        )
+        for part in ("dec", "enc"):
+            mults, strides = (getattr(self, f"{part}_{name}") for name in ("c_mults", "strides"))
+            _check(
+                len(mults) == len(strides),
+                f"{part}_c_mults={mults} and {part}_strides={strides} must have one entry a stage",
+            )
         _check(
             self.enc_latent_dim == 2 * self.vocoder_input_dim,
             f"enc_latent_dim={self.enc_latent_dim} must be 2 * vocoder_input_dim = "
@@ -357,35 +328,20 @@ class SchedulerConfig(_JsonConfig):
 
     _least = {"disable_corrector": 0}
 
-    num_train_timesteps: int = 1000
-    solver_order: int = 2
-    solver_type: str = "bh2"
-    predict_x0: bool = True
-    prediction_type: str = "flow_prediction"
-    lower_order_final: bool = True
-    final_sigmas_type: str = "zero"
-    thresholding: bool = False
-    use_dynamic_shifting: bool = False
-    disable_corrector: tuple[int, ...] = ()
+    num_train_timesteps: int = _only(1000)
+    solver_order: int = _only(2)
+    solver_type: str = _only("bh2")
+    predict_x0: bool = _only(True)
+    prediction_type: str = _only("flow_prediction")
+    lower_order_final: bool = _only(True)
+    final_sigmas_type: str = _only("zero")
+    thresholding: bool = _only(False)
+    use_dynamic_shifting: bool = _only(False)
+    disable_corrector: tuple[int, ...] = _only(())
     sigma_max: float | None = 200.0
     sigma_min: float | None = 0.147
     flow_shift: float = 1.0
     use_karras_sigmas: bool = True
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.refuse_other(
-            num_train_timesteps=1000,
-            solver_order=2,
-            solver_type="bh2",
-            predict_x0=True,
-            prediction_type="flow_prediction",
-            lower_order_final=True,
-            final_sigmas_type="zero",
-            thresholding=False,
-            use_dynamic_shifting=False,
-            disable_corrector=(),
-        )
 
 
 @dataclasses.dataclass(frozen=True)
