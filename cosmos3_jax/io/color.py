@@ -1,0 +1,164 @@
+"""Colours that files declare -> sRGB.
+
+A file says what its numbers mean by an ICC profile, or by code points of H.273 for its primaries
+and its transfer curve. Where both are ordinary (BT.709, BT.601, sRGB, or not stated), the numbers
+are taken as they are, as viewers and diffusers take them. All else goes through light: the declared
+curve, a matrix to sRGB's primaries, sRGB's curve. Colours that sRGB does not have are clipped, each
+channel by itself.
+
+HDR, which is PQ and HLG (BT.2100), is mapped as BT.2408 maps SDR to HDR, the other way round: a
+white of 203 cd/m2 becomes 255, darker light keeps its proportion to it, and brighter is clipped.
+"""
+
+import io
+import warnings
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+from PIL import Image, ImageCms
+
+WHITE = 203.0  # cd/m2, of graphics in HDR
+PQ, HLG = 16, 18  # transfer curves of H.273
+_PEAK = 1000.0  # cd/m2, of the display that HLG is meant for; its system gamma is then 1.2
+_LUMA = np.array([0.2627, 0.6780, 0.0593], np.float32)  # of BT.2020, for HLG's system gamma
+_ORDINARY_TRANSFERS = {0, 1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 14, 15}
+_ORDINARY_PRIMARIES = {0, 1, 2, 3, 5, 6, 7, 22}
+_ORDINARY_MATRICES = {0, 1, 2, 3, 4, 5, 6, 7, 9}  # those that swscale knows
+_NAMES = {
+    "transfer": {8: "linear light", 9: "a logarithm", 10: "a logarithm", 17: "SMPTE ST 428"},
+    "primaries": {4: "NTSC of 1953", 8: "film", 10: "CIE XYZ"},
+    "matrix": {8: "YCgCo", 10: "BT.2020 of constant luminance", 14: "ICtCp", 15: "IPT-C2"},
+}
+# x, y of red, green, blue and white.
+SRGB = (0.64, 0.33, 0.30, 0.60, 0.15, 0.06, 0.3127, 0.3290)
+_PRIMARIES = {
+    9: (0.708, 0.292, 0.170, 0.797, 0.131, 0.046, 0.3127, 0.3290),  # BT.2020
+    11: (0.680, 0.320, 0.265, 0.690, 0.150, 0.060, 0.314, 0.351),  # DCI-P3
+    12: (0.680, 0.320, 0.265, 0.690, 0.150, 0.060, 0.3127, 0.3290),  # Display P3
+}
+Convert = Callable[[np.ndarray], np.ndarray]
+
+
+def converter(name: object, primaries: int, transfer: int, matrix: int = 0) -> Convert | None:
+    """What makes sRGB of pictures with these code points of H.273; None if nothing is to be done.
+
+    Args:
+        name: of the file, for messages.
+        primaries, transfer, matrix: the last is only judged; FFmpeg undoes it.
+
+    Returns:
+        uint16 [H, W, 3] -> uint8 [H, W, 3], of the full range each.
+
+    Raises:
+        ValueError: for code points that are not known here.
+    """
+    for kind, code, known in (
+        ("transfer", transfer, _ORDINARY_TRANSFERS | {PQ, HLG}),
+        ("primaries", primaries, _ORDINARY_PRIMARIES | _PRIMARIES.keys()),
+        ("matrix", matrix, _ORDINARY_MATRICES),
+    ):
+        if code not in known:
+            meaning = f" ({_NAMES[kind][code]})" if code in _NAMES[kind] else ""
+            raise ValueError(
+                f"{name} has colours of {kind} {code}{meaning}, which are not read here; convert "
+                "it to sRGB or BT.709 first"
+            )
+    if transfer in _ORDINARY_TRANSFERS and primaries in _ORDINARY_PRIMARIES:
+        return None
+    return _by_code_points(primaries, transfer)
+
+
+@cache
+def _by_code_points(primaries: int, transfer: int) -> Convert:
+    to_light = {PQ: _pq, HLG: _hlg}.get(transfer, _srgb)
+    return through_light(to_light, _PRIMARIES.get(primaries, SRGB), system_gamma=transfer == HLG)
+
+
+def through_light(
+    to_light: Convert, chromaticities: tuple[float, ...], system_gamma: bool = False
+) -> Convert:
+    """Convert by a curve and by primaries, as `converter` returns it.
+
+    Args:
+        to_light: the curve, from [0, 1] to light, 1 for white.
+        chromaticities: x, y of red, green, blue and white.
+        system_gamma: the curve is HLG's, whose light is the scene's.
+    """
+    table = to_light(np.arange(65536) / 65535).astype(np.float32)
+    matrix = np.linalg.inv(_to_xyz(SRGB)) @ _to_xyz(chromaticities)
+    matrix = (matrix / matrix.sum(axis=1, keepdims=True)).astype(np.float32)  # white stays white
+
+    def convert(signal: np.ndarray) -> np.ndarray:
+        result = np.empty(signal.shape, np.uint8)
+        for row, made in zip(signal, result, strict=True):  # as floats, rows are enough
+            light = table[row]
+            if system_gamma:
+                light *= (_PEAK / WHITE) * (light @ _LUMA)[:, None] ** 0.2
+            made[...] = np.rint(255 * _to_srgb(light @ matrix.T))
+        return result
+
+    return convert
+
+
+def profile_to_srgb(image: Image.Image, profile: bytes, name: object) -> Image.Image:
+    """An image of mode L, RGB or CMYK by its ICC profile, as RGB.
+
+    A profile that means sRGB changes nothing. One that is damaged, or made for another mode, is
+    left out with a warning.
+    """
+    try:
+        transform = ImageCms.buildTransform(
+            ImageCms.ImageCmsProfile(io.BytesIO(profile)), _srgb_profile(), image.mode, "RGB"
+        )
+    except ImageCms.PyCMSError as error:
+        warnings.warn(f"{name}: its colour profile cannot be used ({error})", stacklevel=2)
+        return image.convert("RGB")
+    probe = _probe().convert(image.mode)
+    change = np.subtract(probe.convert("RGB"), ImageCms.applyTransform(probe, transform), dtype=int)
+    if np.abs(change).max() <= 1:
+        return image.convert("RGB")
+    return ImageCms.applyTransform(image, transform)
+
+
+@cache
+def _srgb_profile() -> ImageCms.ImageCmsProfile:
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+
+
+@cache
+def _probe() -> Image.Image:
+    """Nine levels of each channel, and all greys."""
+    levels = np.linspace(0, 255, 9).astype(np.uint8)
+    colours = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(-1, 3)
+    greys = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, axis=1)
+    return Image.fromarray(np.concatenate([colours, greys])[None])
+
+
+def _pq(signal: np.ndarray) -> np.ndarray:
+    power = signal ** (32 / 2523)
+    light = np.maximum(power - 3424 / 4096, 0) / (2413 / 128 - 2392 / 128 * power)
+    return 10000 / WHITE * light ** (16384 / 2610)
+
+
+def _hlg(signal: np.ndarray) -> np.ndarray:
+    """To the scene's light in [0, 1]; the system gamma needs all channels."""
+    a, b, c = 0.17883277, 0.28466892, 0.55991073
+    return np.where(signal <= 0.5, signal**2 / 3, (np.exp((signal - c) / a) + b) / 12)
+
+
+def _srgb(signal: np.ndarray) -> np.ndarray:
+    return np.where(signal <= 0.04045, signal / 12.92, ((signal + 0.055) / 1.055) ** 2.4)
+
+
+def _to_srgb(light: np.ndarray) -> np.ndarray:
+    light = np.clip(light, 0, 1)
+    return np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+
+
+def _to_xyz(chromaticities: tuple[float, ...]) -> np.ndarray:
+    """The matrix from RGB to CIE XYZ."""
+    x, y = np.reshape(chromaticities, (4, 2)).T
+    red_green_blue_white = np.stack([x, y, 1 - x - y]) / y
+    colours, white = red_green_blue_white[:, :3], red_green_blue_white[:, 3]
+    return colours * np.linalg.solve(colours, white)
