@@ -1,28 +1,27 @@
 """Images, videos and sounds as arrays, from files and from what callers hold.
 
+A picture comes out as a viewer shows it: upright and not mirrored, with square pixels, in sRGB
+(see `color`), and on white where it is transparent.
+
 Axes: T frames, H height, W width, C colour channels, N sound channels, S sound samples. Pixels are
 uint8, RGB and channels last, as image libraries have them; sound is float32 in [-1, 1]. PyAV and
 Pillow do the decoding.
 """
 
-import contextlib
 import dataclasses
-import itertools
 import os
-import warnings
-from collections import deque
-from collections.abc import Iterator
+import struct
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
-from pathlib import Path
-from typing import Literal
 
 import av
 import numpy as np
-from av.video.reformatter import ColorRange
 from jax.typing import ArrayLike
 from PIL import Image, ImageOps
 
-PathLike = str | os.PathLike[str]
+from cosmos3_jax.io import clips, color
+from cosmos3_jax.io.clips import End, PathLike
+
 ImageSource = PathLike | Image.Image | ArrayLike
 VideoSource = PathLike | ArrayLike | list[ImageSource] | tuple[ImageSource, ...]
 _CHANNELS = (1, 2, 3, 4)  # grey, grey and alpha, RGB, RGBA
@@ -67,18 +66,18 @@ def read_image(source: ImageSource) -> np.ndarray:
     """An image as uint8 [H, W, 3].
 
     `source` is a path, a PIL image, or an array [H, W], [H, W, C] or [C, H, W] of uint8 or floats
-    in [0, 1], C from 1 to 4. An EXIF orientation is applied, grey is repeated, alpha is dropped
-    (not blended). Raises FileNotFoundError, IsADirectoryError, or ValueError for what is not an
-    image.
+    in [0, 1], C from 1 to 4. Grey is repeated, alpha is blended with white, 16 bits are rounded to
+    8. The EXIF orientation and the colour profile of files and of PIL images are applied. Raises
+    FileNotFoundError, IsADirectoryError, or ValueError for what is not an image.
     """
     if isinstance(source, Image.Image):
-        return _rgb_from_pil(source)
+        return _rgb_from_pil(source, "the image")
     if not isinstance(source, str | os.PathLike):
         return _rgb_from_array(source, "the image", ndims=(2, 3))
-    _check_file(source)
+    clips.check_file(source)
     try:
         with Image.open(source) as image:
-            return _rgb_from_pil(image)
+            return _rgb_from_pil(image, source)
     # Pillow raises SyntaxError for some broken png files, and an error of its own for sizes that
     # would fill the memory, be they real or damage.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -86,27 +85,53 @@ def read_image(source: ImageSource) -> np.ndarray:
 
 
 def read_video(
-    source: VideoSource, *, max_frames: int | None = None, keep: Literal["first", "last"] = "first"
+    source: VideoSource,
+    *,
+    max_frames: int | None = None,
+    keep: End = "first",
+    fps: float | None = None,
 ) -> tuple[np.ndarray, float | None]:
     """A video as uint8 [T, H, W, 3], and its frames per second (None unless it is a file).
 
-    `source` is a path, an array [T, H, W, C] or [T, C, H, W] as in `read_image`, or a list of
-    sources that `read_image` takes, of one size. At most `max_frames` are kept: the first, or the
-    last. The rotation that a phone writes into its files is applied.
-    Raises FileNotFoundError, IsADirectoryError, or ValueError for what is not a video.
+    Args:
+        source: a path, an array [T, H, W, C] or [T, C, H, W] as in `read_image`, or a list of
+            sources that `read_image` takes, of one size.
+        max_frames: how many are kept at most.
+        keep: `first` or `last`, the end to take them from.
+        fps: the rate to sample a file at whose time stamps are uneven; default: its average.
+            Evenly spaced frames are kept as they are stored.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError, ValueError: for what is not a video.
+    """
+    _, frames, rate = video_frames(source, max_frames, keep, fps)
+    return np.stack(list(frames)), rate
+
+
+def video_frames(
+    source: VideoSource, max_frames: int | None, keep: End, fps: float | None = None
+) -> tuple[int, Iterator[np.ndarray], float | None]:
+    """What `read_video` stacks: how many frames, each [H, W, 3] made when it is its turn, and their
+    rate.
     """
     if max_frames is not None and max_frames < 1:
         raise ValueError(f"max_frames={max_frames} must be at least 1, or None for all")
     if keep not in ("first", "last"):
         raise ValueError(f'keep={keep!r} must be "first" or "last"')
+    if isinstance(source, str | os.PathLike):
+        decoded, aspect, rate = clips.decode(source, max_frames, keep, fps)
+        frames = (_on_white(clips.pixels(frame, aspect, source)) for frame in decoded)
+        return len(decoded), _of_one_size(frames, source), rate
     wanted = (
         slice(max_frames) if keep == "first" or max_frames is None else slice(-max_frames, None)
     )
-    if isinstance(source, str | os.PathLike):
-        return _read_video_file(source, max_frames, keep)
     if not isinstance(source, list | tuple):
-        return _rgb_from_array(source, "the video", ndims=(4,), wanted=wanted), None
-    return _stack([read_image(image) for image in source[wanted]], "the list of images"), None
+        video = _rgb_from_array(source, "the video", ndims=(4,), wanted=wanted)
+        return len(video), iter(video), None
+    if not source:
+        raise ValueError("the list of images has no frames")
+    images = source[wanted]
+    return len(images), _of_one_size(map(read_image, images), "the list of images"), None
 
 
 def read_sound(path: PathLike) -> tuple[np.ndarray, int]:
@@ -115,7 +140,7 @@ def read_sound(path: PathLike) -> tuple[np.ndarray, int]:
 
     Raises FileNotFoundError, IsADirectoryError, or ValueError for a file without sound.
     """
-    with _opened(path) as container:
+    with clips.opened(path) as container:
         if not container.streams.audio:
             raise ValueError(f"{path} has no sound track")
         stream = container.streams.audio[0]
@@ -137,16 +162,16 @@ def read_sound(path: PathLike) -> tuple[np.ndarray, int]:
 def probe(path: PathLike) -> MediaInfo:
     """Decode the whole file, and report what is really in it. Raises as `read_video` does."""
     info = {}
-    with _opened(path) as container:
+    with clips.opened(path) as container:
         has_sound = bool(container.streams.audio)
-        if container.streams.video:
-            stream = container.streams.video[0]
+        stream = clips.video_stream(container)
+        if stream is not None:
             frames, codec = sum(1 for _ in container.decode(stream)), stream.codec_context
+            rate = stream.average_rate
+            info |= dict(frames=frames, height=codec.height, width=codec.width, fps=rate)
             info |= dict(
-                frames=frames, height=codec.height, width=codec.width, fps=stream.average_rate
-            )
-            info |= dict(
-                duration=float(frames / stream.average_rate), video_codec=codec.codec.canonical_name
+                duration=float(frames / rate) if rate else 0.0,
+                video_codec=codec.codec.canonical_name,
             )
         if has_sound:
             info |= dict(audio_codec=container.streams.audio[0].codec_context.codec.canonical_name)
@@ -162,88 +187,63 @@ def probe(path: PathLike) -> MediaInfo:
     return MediaInfo(**info)
 
 
-def _check_file(path: PathLike) -> None:
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; give a file")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty")
-
-
-@contextlib.contextmanager
-def _opened(path: PathLike) -> Iterator[av.container.InputContainer]:
-    """Open a file to decode it. Whatever FFmpeg cannot read becomes a ValueError that names the
-    file.
-    """
-    _check_file(path)
-    try:
-        with av.open(path) as container:
-            streams = container.streams
-            if container.format.name == "tty" or not (
-                streams.video or streams.audio
-            ):  # ffmpeg films plain text
-                raise ValueError(f"{path} is not a media file; try another")
-            yield container
-    except av.FFmpegError as error:
-        raise ValueError(
-            f"{path} is not a media file, or is damaged ({error.strerror}); try another"
-        ) from error
-
-
-def _read_video_file(
-    path: PathLike, max_frames: int | None, keep: Literal["first", "last"]
-) -> tuple[np.ndarray, float | None]:
-    with _opened(path) as container:
-        if not container.streams.video:
-            raise ValueError(f"{path} has no video stream")
-        stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
-        decoded = enumerate(container.decode(stream), 1)
-        frames = (
-            itertools.islice(decoded, max_frames) if keep == "first" else deque(decoded, max_frames)
-        )
-        frames = list(frames)
-        video = _stack([_rgb_from_frame(frame) for _, frame in frames], path)
-        # What the file says may be more than it shows (an edit list hides frames): no error.
-        if keep == "last" and frames[-1][0] < 0.95 * stream.frames:
-            warnings.warn(
-                f"{path} should have {stream.frames} frames and {frames[-1][0]} can be read: if it "
-                "is cut off, this is not its end",
-                stacklevel=2,
-            )
-        return video, float(stream.average_rate) if stream.average_rate else None
-
-
-def _stack(frames: list[np.ndarray], name: PathLike) -> np.ndarray:
-    if not frames:
-        raise ValueError(f"{name} has no frames")
+def _of_one_size(frames: Iterable[np.ndarray], name: PathLike) -> Iterator[np.ndarray]:
+    size = None
     for t, frame in enumerate(frames):
-        if frame.shape != frames[0].shape:
-            (height, width), (first_height, first_width) = frame.shape[:2], frames[0].shape[:2]
+        size = size or frame.shape[:2]
+        if frame.shape[:2] != size:
+            (height, width), (first_height, first_width) = frame.shape[:2], size
             raise ValueError(
                 f"{name}: frame {t} is {height}x{width} but frame 0 is "
                 f"{first_height}x{first_width};"
                 " all must have one size, so resize them first"
             )
-    return np.stack(frames)
+        yield frame
 
 
-def _rgb_from_frame(frame: av.VideoFrame) -> np.ndarray:
-    """A decoded frame as uint8 [H, W, 3], upright. Its tags choose the matrix; BT.601 if none, as
-    ffmpeg.
-    """
-    pixels = frame.to_ndarray(format="rgb24", dst_color_range=ColorRange.JPEG)
-    return np.rot90(pixels, round(frame.rotation / 90))
-
-
-def _rgb_from_pil(image: Image.Image) -> np.ndarray:
-    if image.mode[0] in "IF":  # Pillow's convert would clip these to 255, and give a white image
+def _rgb_from_pil(image: Image.Image, name: PathLike) -> np.ndarray:
+    convert = color.converter(name, *_code_points(image))
+    image = ImageOps.exif_transpose(image)
+    profile = image.info.get("icc_profile")
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
+    elif image.mode[0] in "IF":  # their range is unknown; Pillow's convert clips them to 255
         raise ValueError(
-            f"the image has mode {image.mode}, more than 8 bits a channel; convert it to 8 first"
+            f"the image has mode {image.mode}, more than 16 bits a channel; convert it to 8 first"
         )
-    return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    if image.mode not in ("L", "RGB", "CMYK"):
+        image = image.convert("L" if image.mode in ("1", "LA", "La") else "RGB")
+    if convert:
+        rgb = convert(np.asarray(image.convert("RGB")).astype(np.uint16) * 257)
+    else:
+        image = color.profile_to_srgb(image, profile, name) if profile else image.convert("RGB")
+        rgb = np.asarray(image)
+    return rgb if alpha is None else _on_white(np.dstack([rgb, alpha]))
+
+
+def _code_points(image: Image.Image) -> tuple[int, int]:
+    """Primaries and transfer, numbers of H.273, of an image that is opened from a file; 2, which is
+    unspecified, if it has none. Pillow does not read them.
+    """
+    path = getattr(image, "filename", "")
+    if image.format not in ("PNG", "AVIF") or not os.path.isfile(path):
+        return 2, 2
+    with open(path, "rb") as file:
+        head = file.read(1 << 16)
+    if image.format == "PNG":
+        at = head[: head.find(b"IDAT")].find(b"\0\0\0\4cICP")
+        return (2, 2) if at < 0 else (head[at + 8], head[at + 9])
+    at = head.find(b"colrnclx")
+    return (2, 2) if at < 0 else struct.unpack(">HH", head[at + 8 : at + 12])
+
+
+def _on_white(pixels: np.ndarray) -> np.ndarray:
+    """uint8 [..., 4], or [..., 3], which is opaque -> uint8 [..., 3]."""
+    if pixels.shape[-1] == 3:
+        return pixels
+    rgb, alpha = pixels[..., :3], pixels[..., 3:].astype(np.uint16)
+    return ((rgb * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
 def _rgb_from_array(
@@ -272,5 +272,7 @@ def _rgb_from_array(
             f"{name} has values from {array.min()} to {array.max()};"
             " floats must be in [0, 1], so divide by 255 or give uint8"
         )
-    colour = array[..., :3] if array.shape[-1] >= 3 else np.repeat(array[..., :1], 3, axis=-1)
-    return to_uint8(colour)
+    pixels = to_uint8(array)
+    if pixels.shape[-1] < 3:
+        pixels = np.concatenate([pixels[..., :1]] * 3 + [pixels[..., 1:]], axis=-1)
+    return _on_white(pixels)

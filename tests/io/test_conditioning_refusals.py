@@ -64,7 +64,7 @@ def broken_files(folder) -> dict:
     (folder / "empty.png").write_bytes(b"")
     (folder / "text.png").write_text("not a picture")
     save(ONE, folder / "whole.png")
-    Image.fromarray(ONE[..., 0].astype(np.uint16)).save(folder / "16bit.png")
+    Image.fromarray(ONE[..., 0].astype(np.float32)).save(folder / "32bit.tiff")
     size = (30000).to_bytes(4, "little") * 2  # a header of 900 megapixels, and no pixels
     (folder / "bomb.bmp").write_bytes(
         b"BM" + bytes(12) + b"\x28\0\0\0" + size + b"\1\0\x18" + bytes(25)
@@ -82,7 +82,7 @@ def broken_files(folder) -> dict:
             "empty.png",
             "text.png",
             "cut.png",
-            "16bit.png",
+            "32bit.tiff",
             "bomb.bmp",
             "sound.mp4",
             "absent.png",

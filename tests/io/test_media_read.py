@@ -15,20 +15,26 @@ from cosmos3_jax.io import media
 
 RGB = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
 GREY = RGB[..., :1]
-ALPHA = np.full((20, 30, 1), 10, np.uint8)  # nearly transparent: blending would be plain to see
 GREY3 = np.repeat(GREY, 3, 2)
+ALPHA = np.full((20, 30, 1), 10, np.uint8)  # nearly transparent
+
+
+def on_white(image: np.ndarray, alpha: int) -> np.ndarray:
+    return np.rint(image * (alpha / 255) + 255 - alpha)
+
+
 IMAGE_ARRAYS = {
     "last": (RGB, RGB),
     "first": (RGB.transpose(2, 0, 1), RGB),
     "float": (RGB / 255, RGB),
     "float32 first": ((RGB / 255).astype(np.float32).transpose(2, 0, 1), RGB),
     "jax": (jnp.asarray(RGB), RGB),
-    "rgba": (np.concatenate([RGB, ALPHA], 2), RGB),
-    "rgba first": (np.concatenate([RGB, ALPHA], 2).transpose(2, 0, 1), RGB),
+    "rgba": (np.concatenate([RGB, ALPHA], 2), on_white(RGB, 10)),
+    "rgba first": (np.concatenate([RGB, ALPHA], 2).transpose(2, 0, 1), on_white(RGB, 10)),
     "grey": (GREY[..., 0], GREY3),
     "grey last": (GREY, GREY3),
     "grey first": (GREY.transpose(2, 0, 1), GREY3),
-    "grey + alpha": (np.concatenate([GREY, ALPHA], 2), GREY3),
+    "grey + alpha": (np.concatenate([GREY, ALPHA], 2), on_white(GREY3, 10)),
 }
 
 
@@ -48,6 +54,8 @@ def test_image_files_and_pil(tmp_path, mode):
     path = tmp_path / ("a.tiff" if mode == "CMYK" else "a.png")
     image.save(path)
     expected = np.asarray(image.convert("RGB"))
+    if "A" in mode:
+        expected = on_white(expected, 10)
     for source in (image, path, str(path)):
         np.testing.assert_array_equal(media.read_image(source), expected)
 
@@ -77,8 +85,9 @@ def test_bad_image_arrays():
             media.read_image(array)
     with pytest.raises(TypeError, match="int64"):
         media.read_image(RGB.astype(np.int64))
-    with pytest.raises(ValueError, match="mode I;16"):  # Pillow would make it white
-        media.read_image(Image.fromarray(np.full((4, 4), 9000, np.uint16)))
+    for dtype, mode in ((np.int32, "I"), (np.float32, "F")):  # Pillow would make it white
+        with pytest.raises(ValueError, match=f"mode {mode}, more than 16 bits"):
+            media.read_image(Image.fromarray(np.full((4, 4), 9000, dtype)))
 
 
 # Reading videos
