@@ -17,9 +17,18 @@ from jax.typing import ArrayLike
 from PIL import Image
 
 from cosmos3_jax.config import Config
-from cosmos3_jax.io.media_read import ImageSource, VideoSource, read_image, read_video
+from cosmos3_jax.io.media_read import (
+    End,
+    ImageSource,
+    VideoSource,
+    read_image,
+    read_video,
+    video_frames,
+)
 
 CONDITION_FRAMES = (0, 1)  # of a clip, as in the model's training: five pixel frames
+_LITTLE_WASTE = 4  # times the picture that is made: up to it, all is resized and then cropped
+_LITTLE_KEPT = 0.1  # of a picture, which is worth a warning
 
 
 def resize_and_crop(frames: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -34,32 +43,37 @@ def resize_and_crop(frames: np.ndarray, height: int, width: int) -> np.ndarray:
     Returns:
         float32 [T, height, width, 3] in [0, 255], not rounded.
     """
-    rows, columns = frames.shape[1:3]
-    scale = max(width / columns, height / rows)
-    resized = math.ceil(scale * rows), math.ceil(scale * columns)
-    top, left = round((resized[0] - height) / 2), round((resized[1] - width) / 2)
-    crop = slice(top, top + height), slice(left, left + width)
     result = np.empty((len(frames), height, width, 3), np.float32)
-    for frame, made in zip(frames, result, strict=True):  # one at a time, and small when it is kept
-        made[...] = _resize(frame, *resized)[crop]
+    for frame, made in zip(frames, result, strict=True):
+        _fill(made, frame)
     return result
 
 
-def _resize(frame: np.ndarray, height: int, width: int) -> np.ndarray:
-    """[H, W, 3] -> [height, width, 3]. In float32: Pillow would round 8-bit pixels twice."""
-    planes = [
-        Image.fromarray(plane).resize((width, height), Image.Resampling.BILINEAR)
-        for plane in np.moveaxis(frame, -1, 0).astype(np.float32, order="C")
-    ]
-    return np.stack(planes, axis=-1)
+def _fill(made: np.ndarray, frame: np.ndarray) -> None:
+    """Write the middle of `frame` [H, W, 3] into `made` [height, width, 3], float32."""
+    (rows, columns), (height, width) = frame.shape[:2], made.shape[:2]
+    scale = max(width / columns, height / rows)
+    resized = math.ceil(scale * rows), math.ceil(scale * columns)
+    top, left = round((resized[0] - height) / 2), round((resized[1] - width) / 2)
+    if resized[0] * resized[1] <= _LITTLE_WASTE * height * width:
+        size, box, crop = resized, (0, 0, columns, rows), np.s_[top:, left:]
+    else:  # Pillow rounds the box to float32, by which the pixels differ in the fifth digit
+        y, x = rows / resized[0], columns / resized[1]
+        box = left * x, top * y, (left + width) * x, (top + height) * y
+        box = (*box[:2], min(box[2], columns), min(box[3], rows))
+        size, crop = (height, width), np.s_[:, :]
+    for channel in range(3):  # in float32: Pillow would round 8-bit pixels twice
+        plane = Image.fromarray(frame[..., channel].astype(np.float32))
+        plane = plane.resize(size[::-1], Image.Resampling.BILINEAR, box)
+        made[..., channel] = np.asarray(plane)[crop][:height, :width]
 
 
 def image_pixels(image: ImageSource, height: int, width: int) -> np.ndarray:
     """An image as the pixels of one frame: float32 [3, 1, height, width] in [0, 1].
 
     Resized by `resize_and_crop`, then rounded to 8 bits, as in diffusers and cosmos-framework.
-    An EXIF rotation is applied, which diffusers does not do; alpha is dropped, not blended, as
-    there.
+    Orientation and colour profile are applied, and alpha is blended with white, none of which
+    diffusers does.
 
     Args:
         image: see `media.read_image`.
@@ -68,12 +82,19 @@ def image_pixels(image: ImageSource, height: int, width: int) -> np.ndarray:
     Raises:
         FileNotFoundError, ValueError: see `media.read_image`.
     """
-    frame = resize_and_crop(read_image(image)[None], height, width)
+    frame = read_image(image)
+    _warn_of_shape(image, frame, height, width)
+    frame = resize_and_crop(frame[None], height, width)
     return np.rint(frame).astype(np.float32).transpose(3, 0, 1, 2) / 255
 
 
 def clip_pixels(
-    video: VideoSource, num_frames: int, height: int, width: int, keep: str = "first"
+    video: VideoSource,
+    num_frames: int,
+    height: int,
+    width: int,
+    keep: End = "first",
+    fps: float | None = None,
 ) -> tuple[np.ndarray, float | None]:
     """One end of a clip as pixels: float32 [3, num_frames, height, width] in [0, 1], and its fps.
 
@@ -85,23 +106,40 @@ def clip_pixels(
         num_frames: taken from the clip.
         height, width: in pixels.
         keep: `first` or `last`, the end to take them from.
+        fps: the rate to sample a file at whose time stamps are uneven; default: its average.
 
     Returns:
-        The pixels, and the file's frames per second, or None.
+        The pixels, and their frames per second, or None if it is no file.
 
     Raises:
         FileNotFoundError, ValueError: see `media.read_video`; or the clip is too short, where
             diffusers would repeat its last frame.
     """
-    frames, fps = read_video(video, max_frames=num_frames, keep=keep)
-    if len(frames) < num_frames:
-        name = video if isinstance(video, str | os.PathLike) else "the video"
+    count, frames, rate = video_frames(video, num_frames, keep, fps)
+    name = video if isinstance(video, str | os.PathLike) else "the video"
+    if count < num_frames:
         raise ValueError(
-            f"{name} has {len(frames)} frames and {num_frames} are needed: give a longer one, "
+            f"{name} has {count} frames and {num_frames} are needed: give a longer one, "
             "or fewer condition_frames (latent frame i needs 4i + 1)"
         )
-    pixels = resize_and_crop(frames, height, width)
-    return pixels.transpose(3, 0, 1, 2) / 255, fps
+    pixels = np.empty((num_frames, height, width, 3), np.float32)
+    for t, frame in enumerate(frames):  # one at a time, and small when it is kept
+        if t == 0:
+            _warn_of_shape(name, frame, height, width)
+        _fill(pixels[t], frame)
+    return pixels.transpose(3, 0, 1, 2) / 255, rate
+
+
+def _warn_of_shape(name: object, frame: np.ndarray, height: int, width: int) -> None:
+    rows, columns = frame.shape[:2]
+    kept = min(rows * width / (columns * height), columns * height / (rows * width))
+    if kept < _LITTLE_KEPT:
+        name = name if isinstance(name, str | os.PathLike) else "the picture"
+        warnings.warn(
+            f"{name} is {columns}x{rows}: filling {width}x{height} keeps {kept:.1%} of it, the "
+            "middle; crop it to what should be seen",
+            stacklevel=4,
+        )
 
 
 def resolve_given(
@@ -168,7 +206,7 @@ def resolve_given(
         }
     given = resolve_condition_frames(condition_frames, frames)
     needed = config.video_vae.scale_factor_temporal * max(given) + 1
-    pixels, source_fps = _clips(video, batch, needed, height, width, keep or "first")
+    pixels, source_fps = _clips(video, batch, needed, height, width, keep or "first", fps)
     if source_fps is not None and abs(source_fps - fps) > 0.01 * fps:
         warnings.warn(
             f"the clip has {source_fps:g} frames per second, the video {fps:g}: what moves in it "
@@ -223,7 +261,13 @@ def resolve_condition_frames(condition_frames: Iterable[int] | None, frames: int
 
 
 def _clips(
-    video: VideoSource, batch: int, num_frames: int, height: int, width: int, keep: str
+    video: VideoSource,
+    batch: int,
+    num_frames: int,
+    height: int,
+    width: int,
+    keep: End,
+    fps: float,
 ) -> tuple[np.ndarray, float | None]:
     """[B, 3, num_frames, height, width] of one clip for all or, of a generation's result
     [B, 3, T, H, W], of one for each; and the fps of a file.
@@ -235,7 +279,7 @@ def _clips(
         raise ValueError(
             f"{len(clips)} clips for {batch} prompts: give one for all, or one for each"
         )
-    read = [clip_pixels(clip, num_frames, height, width, keep) for clip in clips]
+    read = [clip_pixels(clip, num_frames, height, width, keep, fps) for clip in clips]
     pixels = np.stack([pixels for pixels, _ in read])
     return np.repeat(pixels, batch // len(clips), axis=0), read[0][1]
 

@@ -55,7 +55,7 @@ def test_another_crop_or_filter_would_be_seen():
         lambda image, folder: image,
         lambda image, folder: np.moveaxis(image, -1, 0),
         lambda image, folder: image.astype(np.float32) / 255,
-        lambda image, folder: np.dstack([image, image[..., :1]]),
+        lambda image, folder: np.dstack([image, np.full_like(image[..., :1], 255)]),
         lambda image, folder: Image.fromarray(image).convert("RGBA"),
         lambda image, folder: save(image, folder / "a.png"),
         lambda image, folder: str(save(image, folder / "a.png")),
