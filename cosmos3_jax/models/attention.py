@@ -71,7 +71,7 @@ def _attention(query: Array, key: Array, value: Array, text: Text | None, causal
         return _fused_attention(False, causal, query, key, value, length)
     batch, queries, heads, _ = query.shape
     check_logits(logit_bytes(batch, heads, queries, key.shape[1]), obstacle)
-    return _xla_attention(query, key, value, length, causal)
+    return xla_attention(query, key, value, length, causal)
 
 
 def fused_obstacle(dtype: jnp.dtype, head_dim: int, device: AnyDevice | None = None) -> str | None:
@@ -130,8 +130,8 @@ def _library_attention(
         )
 
 
-_xla_attention = partial(_library_attention, implementation="xla")
-_cudnn_attention = partial(_library_attention, implementation="cudnn")
+xla_attention = partial(_library_attention, implementation="xla")
+cudnn_attention = partial(_library_attention, implementation="cudnn")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -141,7 +141,7 @@ def _fused_attention(
     """By a kernel that holds few logits at a time: our own, or cuDNN's."""
     if flash:
         return flash_attention.flash_attention(query, key, value, length)
-    return _cudnn_attention(query, key, value, length, causal)
+    return cudnn_attention(query, key, value, length, causal)
 
 
 def _fused_forward(
@@ -157,7 +157,7 @@ def _fused_forward(
         length = jnp.full(key.shape[0], key.shape[1], jnp.int32)
 
     def padded(query: Array, key: Array, value: Array) -> Array:
-        mixed = _cudnn_attention(_even(query), _even(key), _even(value), length, causal)
+        mixed = cudnn_attention(_even(query), _even(key), _even(value), length, causal)
         return mixed[:, : query.shape[1]]
 
     return jax.vjp(padded, query, key, value)

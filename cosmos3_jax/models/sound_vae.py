@@ -344,12 +344,12 @@ class DilatedConv(nn.Module):
         width = x.shape[-1]
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (7, width, width))
         bias = self.param("bias", nn.initializers.zeros_init(), (width,))
-        y = _dilated(x.astype(self.dtype), kernel.astype(self.dtype), self.dilation)
+        y = dilated_convolution(x.astype(self.dtype), kernel.astype(self.dtype), self.dilation)
         return y + bias.astype(self.dtype)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _dilated(x: jax.Array, kernel: jax.Array, dilation: int) -> jax.Array:
+def dilated_convolution(x: jax.Array, kernel: jax.Array, dilation: int) -> jax.Array:
     """Padded with zeros to keep T. x: [B, T, C], kernel: [taps, C, C'], an odd number of taps."""
     return jax.lax.conv_general_dilated(
         x,
@@ -362,7 +362,7 @@ def _dilated(x: jax.Array, kernel: jax.Array, dilation: int) -> jax.Array:
     )
 
 
-@_dilated.defjvp
+@dilated_convolution.defjvp
 def _dilated_jvp(dilation: int, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
     """By the kernel tap by tap, as products of matrices.
 
@@ -372,10 +372,10 @@ def _dilated_jvp(dilation: int, primals: tuple, tangents: tuple) -> tuple[jax.Ar
     (x, kernel), (dx, dkernel) = primals, tangents
     reach, T = len(kernel) // 2 * dilation, x.shape[1]
     padded = jnp.pad(x, ((0, 0), (reach, reach), (0, 0)))
-    dy = _dilated(dx, kernel, dilation)
+    dy = dilated_convolution(dx, kernel, dilation)
     for i, tap in enumerate(dkernel):
         dy += jnp.matmul(padded[:, i * dilation :][:, :T], tap, precision=precision(x.dtype))
-    return _dilated(x, kernel, dilation), dy
+    return dilated_convolution(x, kernel, dilation), dy
 
 
 def _conv(width: int, size: int, dtype: Any, name: str, **options: Any) -> nn.Conv:

@@ -219,7 +219,7 @@ class MediaTower(nn.Module):
         }
         counts = [part.shape[1] for part in parts.values()]
         x, tokens = jnp.concatenate(list(parts.values()), axis=1), sum(counts)
-        if len(parts) > 1 or tokens % sharding.ways(TOKENS):
+        if len(parts) > 1 or tokens % sharding.num_shards(TOKENS):
             # Whole for once: parts of odd lengths could not be divided, put together and divided
             # anew without moving all of them.
             x = constrain(x, BRANCHES, None, None)
@@ -278,7 +278,7 @@ class MediaTower(nn.Module):
         else:
             features, layer = getattr(config, f"{name}_dim"), f"{name}_proj_out"
         out = dense(features, self.dtype, layer, bias=True)
-        if sharding.ways(TOKENS) == 1:
+        if sharding.num_shards(TOKENS) == 1:
             return out(x[:, tokens])
         return constrain(out(x), BRANCHES, None, None)[:, tokens]
 
@@ -404,7 +404,7 @@ def velocity(
     """
     latents = condition.keep_given(latents)
     timestep = jnp.broadcast_to(jnp.asarray(timestep), condition.text_length.shape)
-    if sharding.ways(sharding.WEIGHTS) > 1:
+    if sharding.num_shards(sharding.WEIGHTS) > 1:
         # The weights now depend on the step. If not, XLA would gather those of all layers once,
         # before the loop over steps, and each device would have to hold them whole.
         params, timestep = jax.lax.optimization_barrier((params, timestep))

@@ -30,7 +30,7 @@ SMALL_PICTURE = 320  # latent pixels; 192x320 has 240
 
 
 def _latent_statistics(config: VideoVAEConfig, dtype: DTypeLike) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and reciprocal deviation of each channel, all rounded to `dtype` as in training."""
+    """Mean and reciprocal standard deviation of each channel, all rounded to `dtype` as in training."""
     std = np.asarray(config.latents_std, dtype)
     return np.asarray(config.latents_mean, dtype), np.ones_like(std) / std
 
@@ -261,7 +261,7 @@ def _plan(dtype: DTypeLike, rows: Rows, convolve: Convolve | None) -> Plan:
 
 def _divided(video: jax.Array) -> jax.Array:
     """Video [B, C, T, H, W], its rows divided by the ambient mesh, if they are a multiple."""
-    axes = sharding.ROWS if video.shape[3] % sharding.ways(sharding.ROWS) == 0 else None
+    axes = sharding.ROWS if video.shape[3] % sharding.num_shards(sharding.ROWS) == 0 else None
     return sharding.constrain(video, sharding.PROMPTS, None, None, axes, None)
 
 

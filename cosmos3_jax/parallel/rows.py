@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from cosmos3_jax.parallel.sharding import PROMPTS, ROWS, constrain, spec, ways
+from cosmos3_jax.parallel.sharding import PROMPTS, ROWS, constrain, num_shards, spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Rows:
     @classmethod
     def of(cls, real: int) -> Self:
         """Of pictures of `real` rows of latents, on the ambient mesh."""
-        return cls(real, real + -real % ways(ROWS))
+        return cls(real, real + -real % num_shards(ROWS))
 
     def real_of(self, padded: int) -> int:
         """Of the rows of a picture, at any scale, those that are not padding."""
@@ -63,7 +63,7 @@ def divide_rows(x: Array) -> Array:
 
 def are_divided(rows: int) -> bool:
     """Whether a mesh divides this many rows, evenly."""
-    n = ways(ROWS)
+    n = num_shards(ROWS)
     return n > 1 and rows % n == 0
 
 
@@ -71,7 +71,7 @@ def blocks_of_rows(x: Array) -> Array:
     """x [B, T, H, W, C] -> [B, T, n, H / n + 2, W, C]: each device's rows, and one of each
     neighbour's; zeros beyond the picture.
     """
-    n = ways(ROWS)
+    n = num_shards(ROWS)
     blocks = divide_rows(x.reshape(*x.shape[:2], n, -1, *x.shape[3:]))
     # Placed once more, or else XLA would first move whole blocks and then take their ends.
     last, first = (divide_rows(x) for x in (blocks[:, :, :, -1:], blocks[:, :, :, :1]))

@@ -44,8 +44,8 @@ def mesh_sizes() -> dict[str, int]:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return {}
-    found = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
-    ours = [(name, size, kind) for name, size, kind in found if name in AXES and size > 1]
+    axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    ours = [(name, size, kind) for name, size, kind in axes if name in AXES and size > 1]
     explicit = [name for name, _, kind in ours if kind == AxisType.Explicit]
     if explicit:
         raise ValueError(
@@ -55,7 +55,7 @@ def mesh_sizes() -> dict[str, int]:
     return {name: size for name, size, kind in ours if kind == AxisType.Auto}
 
 
-def ways(axes: Axes) -> int:
+def num_shards(axes: Axes) -> int:
     """Into how many parts these axes of the ambient mesh divide an array."""
     sizes = mesh_sizes()
     return math.prod(sizes.get(name, 1) for name in axes or ())
@@ -103,10 +103,10 @@ def part(x: Array, count: int) -> list[Array]:
 
 def whole(weight: Array) -> Array:
     """A weight, gathered if `fsdp` divides it."""
-    return constrain(weight, *[None] * weight.ndim) if ways(WEIGHTS) > 1 else weight
+    return constrain(weight, *[None] * weight.ndim) if num_shards(WEIGHTS) > 1 else weight
 
 
-def weight_axes(path: str, shape: tuple[int, ...], ways: int) -> tuple[Axes, ...]:
+def weight_axes(path: str, shape: tuple[int, ...], num_shards: int) -> tuple[Axes, ...]:
     """How `fsdp` divides a leaf of the parameters: the first axis of a tower's matrix that it can.
 
     Vectors, biases and the autoencoders stay whole on each device: they weigh little.
@@ -114,12 +114,12 @@ def weight_axes(path: str, shape: tuple[int, ...], ways: int) -> tuple[Axes, ...
     Args:
         path: of the leaf, `gen/layers/0/mlp/down/kernel`.
         shape: of the leaf.
-        ways: the size of `fsdp`.
+        num_shards: the size of `fsdp`.
     """
     axes: list[Axes] = [None] * len(shape)
     stacked = int("/layers/" in path and not path.split("/layers/")[1][0].isdigit())
     if path.startswith(("und/", "gen/")) and path.endswith(("/kernel", "/embedding")):
-        divisible = [i for i in range(stacked, len(shape)) if shape[i] % ways == 0]
+        divisible = [i for i in range(stacked, len(shape)) if shape[i] % num_shards == 0]
         if divisible:
             axes[divisible[0]] = WEIGHTS
     return tuple(axes)
@@ -139,7 +139,7 @@ def divide_weights(prefix: str, params: dict) -> dict:
 
     def divide(path: tuple, leaf: Array) -> Array:
         name = "/".join([prefix, *(key.key for key in path)])
-        return constrain(leaf, *weight_axes(name, leaf.shape, ways(WEIGHTS)))
+        return constrain(leaf, *weight_axes(name, leaf.shape, num_shards(WEIGHTS)))
 
     return jax.tree_util.tree_map_with_path(divide, params)
 
@@ -158,7 +158,7 @@ def place_params(params: dict, mesh: Mesh | None) -> dict:
 
 def pad_tokens(x: Array) -> Array:
     """x [B, M, ...] with zeros behind its tokens, so that they divide evenly."""
-    missing = -x.shape[1] % ways(TOKENS)
+    missing = -x.shape[1] % num_shards(TOKENS)
     return jnp.pad(x, [(0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)]) if missing else x
 
 
@@ -180,7 +180,7 @@ def over_heads(function: Callable, *arrays: Array | None, batch: tuple[str, ...]
     for x in arrays:
         if x is not None and x.ndim == 4:
             check_heads(x.shape[2], mesh_sizes())
-    batch_axes = batch if arrays[0].shape[0] % ways(batch) == 0 else None
+    batch_axes = batch if arrays[0].shape[0] % num_shards(batch) == 0 else None
     specs = [
         None if x is None else spec(batch_axes) if x.ndim == 1 else spec(batch_axes, None, HEADS)
         for x in arrays

@@ -44,10 +44,10 @@ def divide_batch(batch: Tree, axis: int = 0) -> Tree:
 
 def divide_state(tree: Tree) -> Tree:
     """Inside a program, each leaf of a state, or of a part of it, as `state_shardings` says."""
-    ways = sharding.ways(WEIGHTS)
+    num_shards = sharding.num_shards(WEIGHTS)
 
     def divide(path: tuple, leaf: Array) -> Array:
-        return sharding.constrain(leaf, *sharding.weight_axes(_name(path), leaf.shape, ways))
+        return sharding.constrain(leaf, *sharding.weight_axes(_name(path), leaf.shape, num_shards))
 
     return jax.tree_util.tree_map_with_path(divide, tree)
 
