@@ -23,12 +23,10 @@ import ml_dtypes
 import numpy as np
 
 from cosmos3_jax.checkpoint.files import plan_shards, shard_name, write_index, write_shard
+from cosmos3_jax.checkpoint.layouts import sound_vae_layout, transformer_layout, video_vae_layout
 from cosmos3_jax.checkpoint.load import CONVERTED_STEM, TOKENIZER_FOLDER, converted_layout
 from cosmos3_jax.checkpoint.rules import Layout, leaf_shapes
-from cosmos3_jax.checkpoint.sound_vae_layout import sound_vae_layout
 from cosmos3_jax.checkpoint.tiny_tokenizer import write_tokenizer
-from cosmos3_jax.checkpoint.transformer_layout import transformer_layout
-from cosmos3_jax.checkpoint.video_vae_layout import video_vae_layout
 from cosmos3_jax.config import Config
 from cosmos3_jax.models import sound_vae, transformer, video_vae
 from cosmos3_jax.runtime.random_inputs import distribution

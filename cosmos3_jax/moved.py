@@ -27,6 +27,9 @@ MOVED = {
     "weights": "runtime.weights", "cli_generate": "cli.generate", "bench": "cli.bench",
     "bench_measure": "runtime.measure", "bench_inputs": "runtime.random_inputs",
     "training.export": "checkpoint.export",
+    "checkpoint.transformer_layout": "checkpoint.layouts",
+    "checkpoint.video_vae_layout": "checkpoint.layouts",
+    "checkpoint.sound_vae_layout": "checkpoint.layouts",
 }  # fmt: skip
 
 

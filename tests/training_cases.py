@@ -10,7 +10,7 @@ from oracle import TRANSFORMER, perturb, tree_from_state_dict
 from training_oracle import oracle_loss
 from training_run import CONFIG, compiled
 
-from cosmos3_jax.checkpoint.transformer_layout import transformer_layout
+from cosmos3_jax.checkpoint.layouts import transformer_layout
 from cosmos3_jax.models.transformer import Latents, param_shapes
 from cosmos3_jax.training import flow
 

@@ -16,7 +16,7 @@ from diffusers import Cosmos3OmniTransformer
 from oracle import TRANSFORMER, oracle_velocity, perturb, tree_from_state_dict
 from rounding import farthest
 
-from cosmos3_jax.checkpoint.transformer_layout import transformer_layout
+from cosmos3_jax.checkpoint.layouts import transformer_layout
 from cosmos3_jax.config import TransformerConfig
 from cosmos3_jax.models.transformer import encode_condition, param_shapes, velocity
 

@@ -1,6 +1,6 @@
 """Where each public tensor belongs in our parameter tree, written independently of the package.
 
-`checkpoint/*_layout.py` has the rules that loading uses; a mistake in them would also be in a check
+`checkpoint/layouts.py` has the rules that loading uses; a mistake in them would also be in a check
 made of them. So names, transposes and the order of parts are written out here a second time.
 
 Axes: D model, F hidden, N query heads, K key/value heads, H head dimension; I inputs and O outputs

@@ -18,6 +18,7 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 
 from cosmos3_jax.checkpoint.files import FLOAT_DTYPES, TensorFiles, has_tensors
+from cosmos3_jax.checkpoint.layouts import sound_vae_layout, transformer_layout, video_vae_layout
 from cosmos3_jax.checkpoint.place import Piece, compile_placing, place_pieces
 from cosmos3_jax.checkpoint.rules import (
     CheckpointError,
@@ -29,9 +30,6 @@ from cosmos3_jax.checkpoint.rules import (
     leaf_shapes,
     raise_problems,
 )
-from cosmos3_jax.checkpoint.sound_vae_layout import sound_vae_layout
-from cosmos3_jax.checkpoint.transformer_layout import transformer_layout
-from cosmos3_jax.checkpoint.video_vae_layout import video_vae_layout
 from cosmos3_jax.config import (
     Config,
     ConfigError,

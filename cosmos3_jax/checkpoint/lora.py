@@ -25,9 +25,9 @@ from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
+from cosmos3_jax.checkpoint.layouts import transformer_layout
 from cosmos3_jax.checkpoint.names import find
 from cosmos3_jax.checkpoint.rules import is_stacked, layer_path, leaf_shapes
-from cosmos3_jax.checkpoint.transformer_layout import transformer_layout
 from cosmos3_jax.config import TransformerConfig
 from cosmos3_jax.models import transformer
 

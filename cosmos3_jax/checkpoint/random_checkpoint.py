@@ -24,12 +24,10 @@ from cosmos3_jax.checkpoint.files import (
     write_index,
     write_shard,
 )
+from cosmos3_jax.checkpoint.layouts import sound_vae_layout, transformer_layout, video_vae_layout
 from cosmos3_jax.checkpoint.load import PUBLIC_STEM, RECIPE_FILE, TOKENIZER_FOLDER
 from cosmos3_jax.checkpoint.rules import Layout, Rule, leaf_shapes
-from cosmos3_jax.checkpoint.sound_vae_layout import sound_vae_layout
 from cosmos3_jax.checkpoint.tiny_tokenizer import write_tokenizer
-from cosmos3_jax.checkpoint.transformer_layout import transformer_layout
-from cosmos3_jax.checkpoint.video_vae_layout import video_vae_layout
 from cosmos3_jax.config import SoundVAEConfig, TransformerConfig, VideoVAEConfig
 from cosmos3_jax.models import sound_vae, transformer, video_vae
 from cosmos3_jax.models.tokenizer import Tokenizer

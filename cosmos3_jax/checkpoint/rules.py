@@ -1,10 +1,9 @@
 """How a public tensor becomes a place in our parameter tree: strict, invertible rules.
 
-A layout (`transformer_layout.py`, `video_vae_layout.py`, `sound_vae_layout.py`) is a list of
-`Rule`s, one for each public tensor that generation reads, and a list of patterns for those that it
-never reads. A leaf of our tree may be filled by several tensors: layers are stacked; q, k and v
-share one kernel. `check` compares a layout with the keys and shapes of a checkpoint and raises with
-all that differs.
+A layout (see `layouts.py`) is a list of `Rule`s, one for each public tensor that generation reads,
+and a list of patterns for those that it never reads. A leaf of our tree may be filled by several
+tensors: layers are stacked; q, k and v share one kernel. `check` compares a layout with the keys
+and shapes of a checkpoint and raises with all that differs.
 """
 
 import dataclasses

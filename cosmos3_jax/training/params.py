@@ -10,8 +10,8 @@ from jax.tree_util import keystr
 
 from cosmos3_jax.checkpoint import load
 from cosmos3_jax.checkpoint.find import find_checkpoint
+from cosmos3_jax.checkpoint.layouts import transformer_layout
 from cosmos3_jax.checkpoint.names import find
-from cosmos3_jax.checkpoint.transformer_layout import transformer_layout
 from cosmos3_jax.config import Config, TransformerConfig
 
 TOWERS = ("und", "gen")

@@ -19,6 +19,7 @@ import numpy as np
 from cosmos3_jax.checkpoint import publish, random_checkpoint
 from cosmos3_jax.checkpoint.export import write_public_checkpoint
 from cosmos3_jax.checkpoint.files import FLOAT_DTYPES, TensorFiles, write_shard
+from cosmos3_jax.checkpoint.layouts import transformer_layout
 from cosmos3_jax.checkpoint.load import (
     PUBLIC_STEM,
     RECIPE_FILE,
@@ -27,7 +28,6 @@ from cosmos3_jax.checkpoint.load import (
     open_components,
 )
 from cosmos3_jax.checkpoint.rules import Rule
-from cosmos3_jax.checkpoint.transformer_layout import transformer_layout
 from cosmos3_jax.config import Recipes, SoundVAEConfig, TransformerConfig, VideoVAEConfig
 from cosmos3_jax.models.tokenizer import Tokenizer
 from examples.tiny import grammar, model

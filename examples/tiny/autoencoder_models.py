@@ -16,10 +16,9 @@ import numpy as np
 from jax import Array
 
 from cosmos3_jax.checkpoint.files import TensorFiles, write_shard
+from cosmos3_jax.checkpoint.layouts import sound_vae_layout, video_vae_layout
 from cosmos3_jax.checkpoint.load import PUBLIC_STEM
 from cosmos3_jax.checkpoint.rules import Layout, check, leaf_shapes, split_weight_norm
-from cosmos3_jax.checkpoint.sound_vae_layout import sound_vae_layout
-from cosmos3_jax.checkpoint.video_vae_layout import video_vae_layout
 from cosmos3_jax.config import SoundVAEConfig, VideoVAEConfig
 from cosmos3_jax.models import sound_vae, video_vae
 from cosmos3_jax.training import autoencoder_init, autoencoders

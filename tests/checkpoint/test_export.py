@@ -13,8 +13,8 @@ from training_run import CONFIG, draw, make_batch, normal
 from cosmos3_jax import Cosmos3
 from cosmos3_jax.checkpoint import load
 from cosmos3_jax.checkpoint.export import write_public_checkpoint
+from cosmos3_jax.checkpoint.layouts import transformer_layout
 from cosmos3_jax.checkpoint.rules import CheckpointError, fold_weight_norm, split_weight_norm
-from cosmos3_jax.checkpoint.transformer_layout import transformer_layout
 from cosmos3_jax.models.transformer import unstack_layers
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from checkpoint_files import link_checkpoint, update_json, write_tensors
 
+from cosmos3_jax.checkpoint.layouts import transformer_layout
 from cosmos3_jax.checkpoint.rules import leaf_shapes
-from cosmos3_jax.checkpoint.transformer_layout import transformer_layout
 from cosmos3_jax.config import TransformerConfig
 from cosmos3_jax.models import transformer
 

@@ -9,8 +9,7 @@ from oracle import perturb, tree_from_state_dict
 from transformer_cases import MODELS, Model, build
 from video_vae_cases import CONFIG, build_oracle
 
-from cosmos3_jax.checkpoint.transformer_layout import transformer_layout
-from cosmos3_jax.checkpoint.video_vae_layout import video_vae_layout
+from cosmos3_jax.checkpoint.layouts import transformer_layout, video_vae_layout
 from cosmos3_jax.models import video_vae
 
 

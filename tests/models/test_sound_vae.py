@@ -17,7 +17,7 @@ from oracle import perturb, tree_from_state_dict
 from rounding import check, relative_l2
 
 from cosmos3_jax.checkpoint import rules
-from cosmos3_jax.checkpoint.sound_vae_layout import sound_vae_layout
+from cosmos3_jax.checkpoint.layouts import sound_vae_layout
 from cosmos3_jax.config import SoundVAEConfig
 from cosmos3_jax.models import sound_vae
 

@@ -13,7 +13,7 @@ from rounding import check, relative_l2
 from transformer_cases import FAR, MODELS, TOLERANCE, TOLERANCES, build, error, example, load, ours
 
 from cosmos3_jax.checkpoint import rules
-from cosmos3_jax.checkpoint.transformer_layout import transformer_layout
+from cosmos3_jax.checkpoint.layouts import transformer_layout
 from cosmos3_jax.config import TransformerConfig
 from cosmos3_jax.models.transformer import param_shapes, unstack_layers
 

@@ -25,7 +25,7 @@ from video_vae_cases import (
 )
 
 from cosmos3_jax.checkpoint import rules
-from cosmos3_jax.checkpoint.video_vae_layout import video_vae_layout
+from cosmos3_jax.checkpoint.layouts import video_vae_layout
 from cosmos3_jax.models import video_vae, video_vae_modules
 
 STATISTICS = 1e-6  # of latents brought to mean 0 and deviation 1, or back

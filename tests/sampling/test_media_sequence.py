@@ -14,7 +14,7 @@ from diffusers import Cosmos3OmniTransformer
 from oracle import TRANSFORMER, perturb, tree_from_state_dict
 from rounding import check, relative_l2
 
-from cosmos3_jax.checkpoint.transformer_layout import transformer_layout
+from cosmos3_jax.checkpoint.layouts import transformer_layout
 from cosmos3_jax.config import TransformerConfig
 from cosmos3_jax.models.rope import Item
 from cosmos3_jax.models.transformer import encode_condition, param_shapes, velocity

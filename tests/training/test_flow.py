@@ -14,7 +14,7 @@ from rounding import check, relative_l2
 from training_cases import GRADIENT, LOSS, WEIGHTS, loss_and_gradients, params, reference
 from training_run import CONFIG, compiled, draw, make_batch
 
-from cosmos3_jax.checkpoint.transformer_layout import transformer_layout
+from cosmos3_jax.checkpoint.layouts import transformer_layout
 from cosmos3_jax.training import flow
 
 
