@@ -47,8 +47,12 @@ def unwrap(text: str, name: str = "the prompt") -> tuple[str, str | None]:
 
     `name` is what messages call the text. Raises ValueError for several prompts, for a fence that
     is not closed or not the whole text, and for a record with other keys. Warns about text that
-    looks like a caption and is no JSON: it is plain text to the model.
+    looks like a caption and is no JSON: it is plain text to the model. TypeError for what is no
+    string.
     """
+    if not isinstance(text, str):
+        advice = "; give a caption by json.dumps" if isinstance(text, dict) else ""
+        raise TypeError(f"{name} is a {type(text).__name__}, not a string{advice}: {text!r:.80}")
     text, is_json = _unfence(text, name)
     value = _loads(text)
     if value is None:

@@ -13,6 +13,7 @@ from typing import Unpack
 import numpy as np
 
 from cosmos3_jax.config import Config, Recipe, Recipes
+from cosmos3_jax.io.captions import unwrap
 from cosmos3_jax.io.conditioning import input_shape, resolve_given
 from cosmos3_jax.io.prompt import (
     ResolvedPrompt,
@@ -62,7 +63,8 @@ def prepare(
     Args:
         config: the checkpoint's.
         tokenizer: the checkpoint's.
-        prompt: text, or a structured caption as JSON; a list is a batch.
+        prompt: text, or a structured caption as JSON, also in an upsampler's record (see
+            `captions.unwrap`), whose negative prompt counts where none is given; a list is a batch.
         settings: see `Settings`; what is None comes from the recipe.
 
     Raises:
@@ -71,7 +73,14 @@ def prepare(
         FileNotFoundError: on an image or a clip that is not there.
     """
     settings, mode, sources, notes = resolve_settings(config.recipes, settings)
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    prompts = [prompt] if isinstance(prompt, str | dict) else list(prompt)
+    unwrapped = [unwrap(one) for one in prompts]
+    prompts, negatives = [one for one, _ in unwrapped], [negative for _, negative in unwrapped]
+    if sources["negative_prompt"] != "given" and any(one is not None for one in negatives):
+        default = settings.negative_prompt
+        negatives = [default if one is None else one for one in negatives]
+        settings = dataclasses.replace(settings, negative_prompt=negatives)
+        sources["negative_prompt"] = "the prompt's record"
     num_frames, height, width = settings.num_frames, settings.height, settings.width
     fps, guidance_scale = settings.fps, settings.guidance_scale
     if not (np.isscalar(guidance_scale) and np.isfinite(guidance_scale)):
@@ -217,8 +226,8 @@ def resolve_texts(prompts: Sequence[str], settings: Settings) -> list[ResolvedPr
     return [
         resolve_prompts(
             text, negative, style=settings.prompt_style, system_prompt=settings.system_prompt,
-            num_frames=settings.num_frames, height=settings.height, width=settings.width,
-            fps=settings.fps,
+            metadata=settings.prompt_metadata, num_frames=settings.num_frames,
+            height=settings.height, width=settings.width, fps=settings.fps,
         )
         for text, negative in zip(prompts, negatives, strict=True)
     ]  # fmt: skip

@@ -44,7 +44,8 @@ class SettingsDict(TypedDict, total=False):
     sound_noise: ArrayLike | None
     sound: bool
     prompt_style: str
-    system_prompt: str | None
+    system_prompt: str | Literal[False] | None
+    prompt_metadata: bool
 
 
 def _setting(default: Any, text: str) -> Any:
@@ -115,7 +116,12 @@ class Settings:
     )
     sound: bool = _setting(False, "denoise sound along with the video")
     prompt_style: str = _setting("native", "see `prompt.resolve_prompts`")
-    system_prompt: str | None = _setting(None, "default: the style's; an empty text turns it off")
+    system_prompt: str | Literal[False] | None = _setting(
+        None, "default: the style's; an empty text, or False, turns it off"
+    )
+    prompt_metadata: bool = _setting(
+        True, "tell the model size, duration and rate along with the prompt, as the style does"
+    )
 
     @property
     def mode(self) -> str:
