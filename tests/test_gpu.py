@@ -18,11 +18,11 @@ pytestmark = pytest.mark.gpu
 def kernels(dry, monkeypatch):
     """With --dry XLA's attention stands for cuDNN's, and for our kernel."""
     if dry:
-        monkeypatch.setattr(attention_module, "_cudnn_attention", attention_module._xla_attention)
+        monkeypatch.setattr(attention_module, "cudnn_attention", attention_module.xla_attention)
 
 
 def cudnn(*arguments):
-    return attention_module._cudnn_attention(*arguments)
+    return attention_module.cudnn_attention(*arguments)
 
 
 # Two roundings to bfloat16, of 1.7e-3 each on average.

@@ -8,6 +8,7 @@ Axes: B batch, S query tokens, T key tokens, N query heads, K key/value heads, H
 
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -117,7 +118,7 @@ def _library_attention(
     length: Array | None = None,
     causal: bool = False,
     *,
-    implementation: str,
+    implementation: Literal["xla", "cudnn"],
 ) -> Array:
     with jax.default_matmul_precision("highest" if query.dtype == jnp.float32 else None):
         return jax.nn.dot_product_attention(

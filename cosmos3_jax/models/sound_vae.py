@@ -118,8 +118,7 @@ def _moments(
     if "encoder" not in params:
         raise ValueError(
             "these sound VAE weights have a decoder only; to encode sound, load or convert a "
-            "checkpoint "
-            "whose sound_tokenizer/ has encoder.* tensors"
+            "checkpoint whose sound_tokenizer/ has encoder.* tensors"
         )
     channels = config.audio_channels
     if waveform.ndim != 3 or waveform.shape[1] != channels or waveform.shape[2] == 0:
@@ -307,7 +306,7 @@ class ConvTranspose(nn.Module):
             padding=((before, after),),
             lhs_dilation=(self.stride,),
             dimension_numbers=("NWC", "WIO", "NWC"),
-            precision=precision(jnp.dtype(self.dtype)),
+            precision=precision(self.dtype),
         )
         return y + bias.astype(self.dtype)
 
@@ -380,7 +379,5 @@ def _dilated_jvp(dilation: int, primals: tuple, tangents: tuple) -> tuple[jax.Ar
 
 def _conv(width: int, size: int, dtype: Any, name: str, **options: Any) -> nn.Conv:
     """A convolution over T that keeps its length, unless `options` say otherwise."""
-    options = {"padding": size // 2} | options
-    return nn.Conv(
-        width, (size,), dtype=dtype, precision=precision(jnp.dtype(dtype)), name=name, **options
-    )
+    options = {"padding": size // 2, **options}
+    return nn.Conv(width, (size,), dtype=dtype, precision=precision(dtype), name=name, **options)

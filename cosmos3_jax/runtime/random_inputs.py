@@ -66,7 +66,7 @@ def random_params(config: Config, dtype: jnp.dtype, mesh: Mesh | None = None) ->
     for seed, (path, leaf) in enumerate(paths):
         name = "/".join(key.key for key in path)
         placed = sharding.weight_sharding(mesh, name, leaf.shape)
-        scatter = _scattering(leaf.shape, leaf.dtype, placed)
+        scatter = leaf_program(leaf.shape, leaf.dtype, placed)
         made.append(scatter(block, seed, *distribution(name)))
     return tree.unflatten(made)
 
@@ -77,7 +77,7 @@ def distribution(name: str) -> tuple[float, float]:
 
 
 @functools.cache
-def _scattering(shape: tuple[int, ...], dtype: jnp.dtype, placed: NamedSharding | None):
+def leaf_program(shape: tuple[int, ...], dtype: jnp.dtype, placed: NamedSharding | None):
     """The program that makes a leaf: each value's place, hashed, says which of the block it is."""
 
     def scatter(block: Array, seed: Array, mean: Array, spread: Array) -> Array:

@@ -141,7 +141,7 @@ def _follow(colour: str, cover: np.ndarray, fps: float, scale: float) -> Seen | 
     centre = [np.interp(when, when[visible], path[visible]) for path in (x, y)]
     path = scale * np.stack(centre, 1)
     shape, radius = _portrait(cover[::2], [path[::2] for path in centre], scale)
-    velocity, times = zip(*(_turns(path[:, axis], fps) for axis in (0, 1)), strict=True)
+    velocity, times = zip(*(fit_path(path[:, axis], fps) for axis in (0, 1)), strict=True)
     turns = [
         Turn(time, *(float(np.interp(time * fps, when, path[:, axis])) for axis in (0, 1)))
         for time in sorted(itertools.chain(*times))
@@ -163,7 +163,7 @@ def _direction(velocity: tuple[float, float]) -> str:
     return max(sc.DIRECTIONS, key=lambda name: np.dot(sc.DIRECTIONS[name], velocity))
 
 
-def _turns(path: np.ndarray, fps: float) -> tuple[float, list[float]]:
+def fit_path(path: np.ndarray, fps: float) -> tuple[float, list[float]]:
     """Fit a path along one axis, [T], with straight pieces; returns the first velocity, and when
     it turns back.
 

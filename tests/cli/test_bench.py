@@ -55,7 +55,7 @@ def no_weights(monkeypatch):
         pytest.fail("weights were made or loaded")
 
     monkeypatch.setattr(Cosmos3, "load", fail)
-    monkeypatch.setattr(random_inputs, "_scattering", fail)
+    monkeypatch.setattr(random_inputs, "leaf_program", fail)
 
 
 def product_flops(jaxpr) -> int:

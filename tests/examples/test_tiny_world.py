@@ -376,7 +376,7 @@ def test_turns_are_found_on_uneven_and_noisy_paths():
     time = np.arange(49) / 24
     shake = np.random.default_rng(0).normal(0, 0.4, 49)
     path = 60 - 30 * time + 54 * np.maximum(time - 0.9, 0) + shake
-    velocity, turns = sight._turns(path, 24.0)
+    velocity, turns = sight.fit_path(path, 24.0)
     assert velocity == pytest.approx(-30, abs=2)
     assert turns == pytest.approx([0.9], abs=1 / 24)
-    assert sight._turns(60 - 20 * time + shake, 24.0)[1] == []
+    assert sight.fit_path(60 - 20 * time + shake, 24.0)[1] == []

@@ -90,7 +90,7 @@ def test_obstacles(device, change, reason):
 def test_padding_makes_no_keys(monkeypatch, media, taken):
     """60 media tokens and 30 of text are 90 keys, however far the text is padded."""
     monkeypatch.setattr(attention_module, "default_device", Hopper)
-    monkeypatch.setattr(attention_module, "_cudnn_attention", lambda query, *_: query)
+    monkeypatch.setattr(attention_module, "cudnn_attention", lambda query, *_: query)
     seen = []
 
     def kernel(query, key, value, length):
@@ -109,13 +109,13 @@ def test_gradients_ask_the_library_for_even_numbers_of_tokens(
     monkeypatch, record_property, queries, causal
 ):
     """What stands for cuDNN here is XLA's; the padding changes no gradient."""
-    seen, library = [], attention_module._xla_attention
+    seen, library = [], attention_module.xla_attention
 
     def even_alone(query, key, *others):
         seen.append((query.shape[1], key.shape[1]))
         return library(query, key, *others)
 
-    monkeypatch.setattr(attention_module, "_cudnn_attention", even_alone)
+    monkeypatch.setattr(attention_module, "cudnn_attention", even_alone)
     monkeypatch.setattr(attention_module, "fused_obstacle", lambda *_: None)
     keys = queries if causal else 9
     query, key, value, weights = (
@@ -145,7 +145,7 @@ print(text.count("@mosaic_gpu"), hashlib.sha256(text.encode()).hexdigest())
 def lowered_loop(monkeypatch) -> str:
     """The denoising loop for a Hopper GPU, as the compilation cache sees it."""
     monkeypatch.setattr(attention_module, "default_device", Hopper)
-    monkeypatch.setattr(attention_module, "_cudnn_attention", lambda query, *_: query)  # the text's
+    monkeypatch.setattr(attention_module, "cudnn_attention", lambda query, *_: query)  # the text's
     model = dataclasses.replace(Config().transformer, num_hidden_layers=2, vocab_size=512)
     config = dataclasses.replace(Config(), transformer=model).silent()
     shapes = random_inputs.weight_shapes(config, jnp.bfloat16)

@@ -64,7 +64,7 @@ def test_weights_without_sound_and_in_bfloat16():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_no_row_repeats_another(shape, dtype):
     block = jax.random.normal(jax.random.key(0), 2**random_inputs.BLOCK_BITS)
-    leaf = random_inputs._scattering(shape, jnp.dtype(dtype), None)(block, 3, 0.0, 0.02)
+    leaf = random_inputs.leaf_program(shape, jnp.dtype(dtype), None)(block, 3, 0.0, 0.02)
     assert (leaf.shape, leaf.dtype) == (shape, dtype)
     values = np.asarray(leaf, np.float32)
     if len(shape) > 1:
@@ -76,7 +76,7 @@ def test_no_row_repeats_another(shape, dtype):
 def test_a_leaf_takes_nothing_beside_itself():
     """Or the peak of making them would hide the generation's."""
     shape, block = (6, 512, 2, 1024), jax.ShapeDtypeStruct((2**random_inputs.BLOCK_BITS,), FLOAT32)
-    program = random_inputs._scattering(shape, FLOAT32, None).lower(block, 5, 0.0, 0.02).compile()
+    program = random_inputs.leaf_program(shape, FLOAT32, None).lower(block, 5, 0.0, 0.02).compile()
     analysis = program.memory_analysis()
     assert analysis.output_size_in_bytes == 4 * math.prod(shape)
     assert analysis.temp_size_in_bytes < analysis.output_size_in_bytes / 8
@@ -92,6 +92,6 @@ def test_a_mesh_changes_no_weight(params):
 
 def test_weights_that_cannot_fit_are_refused_before_they_are_made(monkeypatch):
     monkeypatch.setattr(random_inputs.os, "sysconf", lambda _: 1024)
-    monkeypatch.setattr(random_inputs, "_scattering", lambda *_: pytest.fail("weights were made"))
+    monkeypatch.setattr(random_inputs, "leaf_program", lambda *_: pytest.fail("weights were made"))
     with pytest.raises(ValueError, match="the weights take .* GiB, cpu has 0.0 GiB: use a larger"):
         random_inputs.random_params(CONFIG, FLOAT32)

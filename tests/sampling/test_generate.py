@@ -34,7 +34,7 @@ def test_tolerance(record_property, jitted, model, request_, scale):
 
 @pytest.mark.parametrize("noise_from", ["arrays", "seed"])
 def test_compiles_once(model, request_, noise_from, compiled):
-    """Traces, cached programs and XLA's own compilations are counted. Every change is effective."""
+    """Traces and what XLA compiles are counted. Every change is effective."""
     traces = []
 
     @jax.jit
@@ -64,14 +64,13 @@ def test_compiles_once(model, request_, noise_from, compiled):
     results = {}
     for name, change in changes.items():
         results[name] = jax.block_until_ready(run(model.params, request.replace(**change)))
-    assert (len(traces), run._cache_size(), len(compiled)) == (1, 1, 0)
+    assert (len(traces), len(compiled)) == (1, 0)
     for name, result in results.items():
         assert relative_l2(result["video"], first["video"]) > DIFFERENT, name
     # the counters count: another number of steps is another program
     steps = unipc.tableau(unipc.sigmas("native", 2))
     run(model.params, request.replace(num_inference_steps=2, sampler=steps))
-    assert (len(traces), run._cache_size()) == (2, 2)
-    assert compiled
+    assert len(traces) == 2 and compiled
 
 
 def test_given_noise_leaves_no_host_call(model, request_):
