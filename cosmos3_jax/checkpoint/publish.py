@@ -5,6 +5,8 @@ complete. A failure, Ctrl-C included, leaves what was there before.
 """
 
 import contextlib
+import dataclasses
+import itertools
 import os
 import secrets
 import shutil
@@ -30,6 +32,48 @@ def file(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@dataclasses.dataclass
+class Target:
+    """A file that is written as `temporary`; `path` is its final name, once it is published."""
+
+    temporary: Path
+    path: Path
+
+
+@contextlib.contextmanager
+def free_file(path: Path) -> Iterator[Target]:
+    """As `file`, but nothing is replaced: the first free one of `car.mp4`, `car-1.mp4` and so on is
+    taken, also when others write there at the same time.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    target = Target(_hidden(path), path)
+    try:
+        yield target
+        for number in itertools.count(1):
+            try:
+                _rename_new(target.temporary, target.path)
+                break
+            except FileExistsError:
+                target.path = path.with_name(f"{path.stem}-{number}{path.suffix}")
+    finally:
+        target.temporary.unlink(missing_ok=True)
+
+
+def _rename_new(temporary: Path, path: Path) -> None:
+    """Rename, but raise FileExistsError if there is something at `path`."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        path.touch(exist_ok=False)
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            path.unlink()
+            raise
 
 
 @contextlib.contextmanager

@@ -1,30 +1,33 @@
-"""Media files in and out: mp4 (h264 and AAC), wav, png and jpg. The readers are in media_read.py.
+"""Media files in and out: videos, images and sound. How each kind is encoded is in encode.py, the
+readers are in media_read.py.
 
 Axes: B batch, T frames, H height, W width, N sound channels, S sound samples. What the model makes
 is channels first and float: video [B, 3, T, H, W] in [0, 1], sound [B, N, S] in [-1, 1]; of numpy
 or JAX.
 
 A writer fills a temporary file beside its target and renames it when it is complete, so a failure
-leaves neither half a file nor a damaged older one. An existing path is refused unless
-`overwrite=True`.
+leaves neither half a file nor a damaged older one. What is there is replaced only with
+`overwrite=True`; without it, a free name beside it is taken, with a warning, and returned.
 """
 
 import contextlib
+import itertools
 import os
 import tempfile
+import warnings
 import wave
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
-from av.video.reformatter import ColorRange, Colorspace
 from jax.typing import ArrayLike
 from PIL import Image
 
 from cosmos3_jax.checkpoint import publish
+from cosmos3_jax.io import encode
+from cosmos3_jax.io.encode import CONTAINERS, IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from cosmos3_jax.io.media_read import (
     MediaInfo,
     PathLike,
@@ -36,18 +39,13 @@ from cosmos3_jax.io.media_read import (
 )
 
 __all__ = [
-    "MediaInfo", "check_writable", "frame_rate", "probe", "read_image", "read_sound", "read_video",
-    "save_frames", "save_image", "save_mp4", "save_wav", "to_uint8", "write_text",
+    "IMAGE_SUFFIXES", "MediaInfo", "VIDEO_SUFFIXES", "check_writable", "frame_rate", "probe",
+    "read_image", "read_sound", "read_video", "save_frames", "save_image", "save_mp4", "save_video",
+    "save_wav", "to_uint8", "write_text",
 ]  # fmt: skip
 
-IMAGE_SUFFIXES = (".png", ".jpg")
-MEDIA_SUFFIXES = (".mp4", ".wav", *IMAGE_SUFFIXES)
-SOUND_BITS_PER_SECOND = 256_000
-AAC_FRAME = 1024  # samples
-# ffmpeg's default coder garbles the first 20 ms of a sound that starts at once. Noise substitution
-# and intensity stereo save bits that 256 kb/s has to spare.
-AAC_OPTIONS = {"aac_coder": "fast", "aac_pns": "0", "aac_is": "0"}
-BT709 = 1  # H.273 gives its matrix, its primaries and its transfer curve the same number
+MEDIA_SUFFIXES = (*dict.fromkeys((*VIDEO_SUFFIXES, ".wav", *IMAGE_SUFFIXES)),)
+DEFAULT_FPS = 24.0
 
 
 def check_writable(
@@ -85,13 +83,30 @@ def check_writable(
     return path
 
 
+@contextlib.contextmanager
+def _writing(path: PathLike, overwrite: bool, suffixes: Sequence[str] | None) -> Iterator:
+    """A target to write (see `publish.Target`), after `check_writable`'s checks of its folder."""
+    path = check_writable(path, True, suffixes)
+    if overwrite:
+        with publish.file(path) as temporary:
+            yield publish.Target(temporary, path)
+        return
+    with publish.free_file(path) as target:
+        yield target
+    if target.path != path:
+        warnings.warn(
+            f"{path} exists: wrote {target.path} (overwrite=True, or --overwrite, replaces it)",
+            stacklevel=4,
+        )
+
+
 def write_text(path: PathLike, text: str, overwrite: bool = False) -> Path:
-    """Write `text` as UTF-8, whole or not at all. Raises as `check_writable` does; any suffix will
-    do.
+    """Write `text` as UTF-8, whole or not at all. Returns the path. Raises as `check_writable` does
+    of a folder; any suffix will do.
     """
-    with publish.file(check_writable(path, overwrite, None)) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    return Path(path)
+    with _writing(path, overwrite, None) as target:
+        target.temporary.write_text(text, encoding="utf-8")
+    return target.path
 
 
 def frame_rate(fps: float | Fraction) -> Fraction:
@@ -107,96 +122,81 @@ def frame_rate(fps: float | Fraction) -> Fraction:
     return ntsc if abs(ntsc - exact) < 2e-6 * exact else exact.limit_denominator(1001)
 
 
+def save_video(
+    output: Mapping[str, Any],
+    path: PathLike,
+    *,
+    fps: float | Fraction | None = None,
+    overwrite: bool = False,
+    example: int = 0,
+    crf: int = 18,
+    comment: str | None = None,
+) -> Path:
+    """Write one example of what `generate` returns, as the suffix says: .mp4, .mov, .webm, and
+    without sound .gif and .webp (see encode.py).
+
+    Args:
+        output: "video" [B, 3, T, H, W] or [3, T, H, W] in [0, 1]; optionally "sound" [B, N, S] or
+            [N, S] in [-1, 1], with one or two channels, and then "sample_rate" in Hz; optionally
+            "fps". The sound is trimmed, or padded with silence, to T / fps seconds: the model makes
+            whole 40 ms latent frames, a little too many.
+        fps: frames per second, made exact by `frame_rate`. None is the output's own, else 24.
+        example: which of the batch.
+        crf: the quality of mp4, mov and webm, from 0 (best) to 51 (worst); 63 in webm.
+        comment: a text to keep inside of the file, such as the record of how it was made.
+
+    Returns:
+        The path that was written: another name if `path` was taken and `overwrite` is not set.
+
+    Raises:
+        ValueError: shapes, odd sizes, rates or values that cannot be written, or a suffix that is
+            not of these.
+        OSError: the folder cannot be made or written to.
+    """
+    return _save_video(output, path, VIDEO_SUFFIXES, fps, overwrite, example, crf, comment)
+
+
 def save_mp4(
     output: Mapping[str, Any],
     path: PathLike,
     *,
-    fps: float | Fraction = 24.0,
+    fps: float | Fraction | None = None,
     overwrite: bool = False,
     example: int = 0,
     crf: int = 18,
+    comment: str | None = None,
 ) -> Path:
-    """Write one example of what `generate` returns as an mp4: h264 yuv420p (BT.709, limited range)
-    and AAC.
-
-    Args:
-        output: "video" [B, 3, T, H, W] or [3, T, H, W] in [0, 1]; optionally "sound" [B, N, S] or
-            [N, S] in [-1, 1], with one or two channels, and then "sample_rate" in Hz. The sound is
-            trimmed, or padded with silence, to T / fps seconds: the model makes whole 40 ms latent
-            frames, a little too many.
-        fps: frames per second, made exact by `frame_rate`.
-        example: which of the batch.
-        crf: x264's quality, from 0 (lossless) to 51 (worst).
-
-    Raises ValueError for shapes, odd sizes, rates or values that cannot be written, and as
-    `check_writable`.
-    """
-    rate = frame_rate(fps)
-    video = _check_video(_example(output, "video", example, "3 T H W"), even=True)
-    sound, sample_rate = None, output.get("sample_rate")
-    if output.get("sound") is not None:
-        sound = _check_sound(_example(output, "sound", example, "N S"), sample_rate, max_channels=2)
-        sample_rate = int(sample_rate)
-        sound = _fit(sound, round(video.shape[1] / rate * sample_rate))
-    # Edit lists count in the movie's time scale: the default, 1 ms, would round the sound to 48
-    # samples.
-    options = {
-        "movflags": "faststart",
-        "movie_timescale": str(sample_rate if sound is not None else 90_000),
-    }
-    with publish.file(check_writable(path, overwrite, (".mp4",))) as temporary:
-        with av.open(temporary, "w", format="mp4", options=options) as container:
-            packets = _encode_video(container, video, rate, crf)
-            if sound is not None:
-                packets += _encode_sound(container, sound, sample_rate)
-            # In order of time, so that a player can start before it has the whole file.
-            for packet in sorted(packets, key=lambda packet: packet.dts * packet.time_base):
-                container.mux(packet)
-    return Path(path)
+    """`save_video` to a name that ends in .mp4: h264 yuv420p (BT.709, limited range) and AAC."""
+    return _save_video(output, path, (".mp4",), fps, overwrite, example, crf, comment)
 
 
-def _encode_video(
-    container: av.container.OutputContainer, video: np.ndarray, rate: Fraction, crf: int
-) -> list[av.Packet]:
-    if not 0 <= crf <= 51:
-        raise ValueError(f"crf={crf} is not between 0 (lossless) and 51 (worst)")
-    stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf)})
-    stream.height, stream.width = video.shape[2:]
-    stream.pix_fmt = "yuv420p"
-    codec = stream.codec_context  # untagged files are read as BT.601, which shifts reds and greens
-    codec.colorspace = codec.color_primaries = codec.color_trc = BT709
-    codec.color_range = ColorRange.MPEG
-    packets = []
-    for t in range(video.shape[1]):
-        frame = av.VideoFrame.from_ndarray(_frame(video, t), format="rgb24").reformat(
-            format="yuv420p",
-            src_color_range=ColorRange.JPEG,
-            dst_color_range=ColorRange.MPEG,
-            dst_colorspace=Colorspace.ITU709,
-        )
-        frame.pts, frame.time_base = t, 1 / rate
-        packets += stream.encode(frame)
-    return packets + stream.encode()
-
-
-def _encode_sound(
-    container: av.container.OutputContainer, sound: np.ndarray, sample_rate: int
-) -> list[av.Packet]:
-    layout = "mono" if sound.shape[0] == 1 else "stereo"
-    stream = container.add_stream("aac", rate=sample_rate, layout=layout, options=AAC_OPTIONS)
-    rates = stream.codec_context.codec.audio_rates
-    if sample_rate not in rates:
-        raise ValueError(
-            f"sample_rate={sample_rate} is not one of AAC's: {rates}; resample, or use save_wav"
-        )
-    stream.bit_rate = SOUND_BITS_PER_SECOND
-    packets = []
-    for start in range(0, sound.shape[1], AAC_FRAME):
-        chunk = np.ascontiguousarray(sound[:, start : start + AAC_FRAME])
-        frame = av.AudioFrame.from_ndarray(chunk, format="fltp", layout=layout)
-        frame.sample_rate, frame.pts, frame.time_base = sample_rate, start, Fraction(1, sample_rate)
-        packets += stream.encode(frame)
-    return packets + stream.encode()
+def _save_video(
+    output: Mapping[str, Any],
+    path: PathLike,
+    suffixes: Sequence[str],
+    fps: float | Fraction | None,
+    overwrite: bool,
+    example: int,
+    crf: int,
+    comment: str | None,
+) -> Path:
+    with _writing(path, overwrite, suffixes) as target:
+        contained = target.path.suffix.lower() in CONTAINERS
+        rate = frame_rate(output.get("fps", DEFAULT_FPS) if fps is None else fps)
+        video = _check_video(_example(output, "video", example, "3 T H W"), even=contained)
+        sound, sample_rate = None, output.get("sample_rate")
+        if output.get("sound") is not None and not contained:
+            warnings.warn(f"{target.path} has no sound: files of its kind hold none", stacklevel=3)
+        elif output.get("sound") is not None:
+            sound = _example(output, "sound", example, "N S")
+            sound = _check_sound(sound, sample_rate, max_channels=2)
+            sample_rate = int(sample_rate)
+            sound = _fit(sound, round(video.shape[1] / rate * sample_rate))
+        if contained:
+            encode.write_container(target.temporary, video, rate, sound, sample_rate, crf, comment)
+        else:
+            encode.write_animation(target.temporary, video, rate, comment)
+    return target.path
 
 
 def save_wav(
@@ -208,48 +208,61 @@ def save_wav(
     sound = _check_sound(waveform, sample_rate, max_channels=8)
     samples = np.rint(sound * 32768).clip(max=32767).astype("<i2")  # 32768: what readers divide by
     with (
-        publish.file(check_writable(path, overwrite, (".wav",))) as temporary,
-        wave.open(str(temporary), "wb") as file,
+        _writing(path, overwrite, (".wav",)) as target,
+        wave.open(str(target.temporary), "wb") as file,
     ):
         file.setnchannels(sound.shape[0])
         file.setsampwidth(2)
         file.setframerate(int(sample_rate))
         file.writeframes(np.ascontiguousarray(samples.T).tobytes())
-    return Path(path)
+    return target.path
 
 
-def save_image(image: ArrayLike, path: PathLike, overwrite: bool = False) -> Path:
-    """Write `image` [3, H, W] or [3, 1, H, W] in [0, 1] as png, or as jpg if the suffix says so."""
+def save_image(
+    image: ArrayLike | Mapping[str, Any],
+    path: PathLike,
+    overwrite: bool = False,
+    *,
+    example: int = 0,
+    comment: str | None = None,
+) -> Path:
+    """Write `image` [3, H, W] or [3, 1, H, W] in [0, 1], or one example of what `generate` returns,
+    as the suffix says: .png, .jpg, .jpeg or .webp. Raises as `save_video` does.
+    """
+    if isinstance(image, Mapping):
+        image = _example(image, "video", example, "3 T H W")
     shape = np.shape(image)
     video = _check_video(image if len(shape) == 4 else np.asarray(image)[:, None])
     if video.shape[1] != 1:
         raise ValueError(
-            f"the image is {list(shape)}: {video.shape[1]} frames; use save_frames or save_mp4"
+            f"the image is {list(shape)}: {video.shape[1]} frames; use save_frames or save_video"
         )
-    with publish.file(check_writable(path, overwrite, IMAGE_SUFFIXES)) as temporary:
-        # Both are jpg's: full resolution of colours too.
-        Image.fromarray(_frame(video, 0)).save(temporary, quality=95, subsampling=0)
-    return Path(path)
+    with _writing(path, overwrite, IMAGE_SUFFIXES) as target:
+        encode.write_image(target.temporary, encode.frame(video, 0), comment)
+    return target.path
 
 
 def save_frames(video: ArrayLike, folder: PathLike, overwrite: bool = False) -> list[Path]:
     """Write `video` [3, T, H, W] in [0, 1] as folder/frame_0000.png and on; returns the paths.
 
     With `overwrite`, the folder's older frame_*.png are removed; its other files are never touched.
-    Raises FileExistsError if there are older frames and no `overwrite`, and as `check_writable`
-    does.
+    Without it, a folder with older frames is left alone: folder-1, folder-2 and so on is taken,
+    with a warning. Raises as `check_writable` does.
     """
     video, folder = _check_video(video), Path(folder)
-    older = sorted(folder.glob("frame_*.png"))
-    if older and not overwrite:
-        raise FileExistsError(
-            f"{folder} has {older[0].name}; pass overwrite=True (--overwrite) or another folder"
-        )
+    wanted = folder
+    for number in itertools.count(1):
+        older = sorted(folder.glob("frame_*.png"))
+        if overwrite or not older:
+            break
+        folder = wanted.with_name(f"{wanted.name}-{number}")
+    if folder != wanted:
+        warnings.warn(f"{wanted} holds frames: writing to {folder}", stacklevel=2)
     check_writable(folder / "frame_0000.png", overwrite)
     paths = [folder / f"frame_{t:04d}.png" for t in range(video.shape[1])]
     with contextlib.ExitStack() as writing:
         for t, path in enumerate(paths):
-            Image.fromarray(_frame(video, t)).save(writing.enter_context(publish.file(path)))
+            Image.fromarray(encode.frame(video, t)).save(writing.enter_context(publish.file(path)))
     for path in {*older} - {*paths}:
         path.unlink()
     return paths
@@ -307,10 +320,3 @@ def _check_sound(sound: ArrayLike, sample_rate: int | None, max_channels: int) -
 
 def _fit(sound: np.ndarray, samples: int) -> np.ndarray:
     return np.pad(sound[:, :samples], ((0, 0), (0, max(0, samples - sound.shape[1]))))
-
-
-def _frame(video: np.ndarray, t: int) -> np.ndarray:
-    """Frame `t` of [3, T, H, W] as uint8 [H, W, 3]: one at a time, so a long video is never copied
-    whole.
-    """
-    return np.ascontiguousarray(to_uint8(video[:, t]).transpose(1, 2, 0))

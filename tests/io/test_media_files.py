@@ -33,12 +33,14 @@ def test_an_existing_file_is_replaced_only_on_request(tmp_path, name):
     assert WRITERS[name](path) == path
     written = path.read_bytes()
     path.write_bytes(b"precious")
-    with pytest.raises(FileExistsError, match=f"{name} exists; pass overwrite=True .--overwrite."):
-        WRITERS[name](path)
+    for number in (1, 2):  # what is finished is never refused
+        with pytest.warns(UserWarning, match=f"{name} exists: wrote .*-{number}{path.suffix}"):
+            free = WRITERS[name](path)
+        assert free == path.with_stem(f"{path.stem}-{number}") and free.read_bytes() == written
     assert path.read_bytes() == b"precious"
     WRITERS[name](str(path), overwrite=True)
     assert path.read_bytes() == written
-    assert everything_in(path.parent) == [name]
+    assert len(everything_in(path.parent)) == 3
     assert path.stat().st_mode & 0o777 == 0o666 & ~_umask()  # not the 0600 of a temporary file
 
 
@@ -55,7 +57,8 @@ def test_a_failure_leaves_no_trace(tmp_path, name, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(media.os, "replace", fail)
+    monkeypatch.setattr(os, "replace", fail)
+    monkeypatch.setattr(os, "link", fail)
     path = tmp_path / name
     with pytest.raises(OSError, match="disk full"):
         WRITERS[name](path)
@@ -82,7 +85,7 @@ def test_a_failure_while_encoding_leaves_no_trace(tmp_path):
 def test_check_writable(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     assert media.check_writable(tmp_path / "new" / "a.MP4") == tmp_path / "new" / "a.MP4"
-    with pytest.raises(ValueError, match="'.avi' is not supported here; use .mp4, .wav"):
+    with pytest.raises(ValueError, match="'.avi' is not supported here; use .mp4, .mov, .webm"):
         media.check_writable(tmp_path / "a.avi")
     with pytest.raises(ValueError, match="'.png' is not supported here; use .mp4"):
         media.check_writable(tmp_path / "a.png", suffixes=(".mp4",))
@@ -105,7 +108,7 @@ def test_check_writable(tmp_path):
 def test_a_writer_refuses_other_suffixes(tmp_path):
     for write in (WRITERS["a.mp4"], WRITERS["a.wav"], WRITERS["a.png"]):
         with pytest.raises(ValueError, match="not supported here"):
-            write(tmp_path / "a.webm")
+            write(tmp_path / "a.avi")
 
 
 # wav
@@ -186,8 +189,9 @@ def test_frames(tmp_path):
     np.testing.assert_array_equal(frames, media.to_uint8(video).transpose(1, 2, 3, 0))
     assert fps is None
     (folder / "notes.txt").touch()
-    with pytest.raises(FileExistsError, match="frame_0000.png; pass overwrite"):
-        media.save_frames(video, folder)
+    with pytest.warns(UserWarning, match="clip holds frames: writing to .*clip-1"):
+        again = media.save_frames(video, folder)
+    assert again[0] == tmp_path / "clip-1" / "frame_0000.png" and len(again) == 5
     with pytest.raises(ValueError, match="NaN"):
         media.save_frames(video * np.nan, folder, overwrite=True)
     assert len(everything_in(folder)) == 6
