@@ -4,7 +4,7 @@ Axes: B batch, C channels; T frames, H rows, W columns of pixels, t, h, w of lat
 """
 
 import copy
-from pathlib import Path
+import itertools
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,7 +13,8 @@ import torch
 
 from convert.verify import reference, weights
 from convert.verify.compare import FLOAT32, Outcome, Pool
-from convert.verify.names import autoencoder_target
+from convert.verify.names import Target, autoencoder_target
+from convert.verify.sides import Sides
 from cosmos3_jax import Cosmos3
 from cosmos3_jax.checkpoint.load import Component, load_params
 from cosmos3_jax.config import Config
@@ -28,55 +29,42 @@ LIMITS = {"video_vae": (0.0, 1.0), "sound_vae": (-1.0, 1.0)}  # decoded values a
 GREY = np.float32(0.5)  # the zero of pictures: else a common brightness makes errors look smaller
 
 
-def compare(
-    outcome: Outcome,
-    name: str,
-    checkpoint: Path,
-    component: Component,
-    config: Config,
-    dtypes: tuple[str, ...],
-    *,
-    rounded: str,
-    device: str,
-) -> None:
-    """Compare one autoencoder, `video_vae` or `sound_vae`, both ways; see `transformer.compare`."""
-    modality = name.removesuffix("_vae")
-    module = reference.load_module(checkpoint, name, "float32", rounded, device)
-    wrong = _compare_weights(outcome, name, component, module, rounded)
+def compare(outcome: Outcome, sides: Sides) -> None:
+    """Compare the autoencoder that `outcome` names, `video_vae` or `sound_vae`, both ways."""
+    name, config, dtypes = outcome.component, sides.config, sides.dtypes
+    component, modality = sides.component(name), name.removesuffix("_vae")
+    module = reference.load_module(sides, name)
+    has_encoder = any(leaf.startswith("encoder/") for leaf in component.leaves)
+    wrong = _compare_weights(outcome, component, module, sides.rounded(name), has_encoder)
     inputs = {"decode": _latents(config, modality), "encode": _signals(config, modality)}
-    if not any(leaf.startswith("encoder/") for leaf in component.leaves):
+    if not has_encoder:
         del inputs["encode"]
         outcome.skipped.append(f"{name}: encoding, the weights are a decoder's alone")
-
-    def all_theirs() -> dict[str, list[np.ndarray]]:
-        run = {"video": their_video, "sound": their_sound}[modality]
-        return {way: [run(module, way, x) for x in several] for way, several in inputs.items()}
-
-    exact = all_theirs()
-    low = None
-    if "bfloat16" in dtypes:
-        reference.to_bfloat16(module)
-        low = all_theirs()
+    run = {"video": their_video, "sound": their_sound}[modality]
+    theirs = {}
+    for dtype in ("float32", *dtypes):  # the module is rounded in between
+        if dtype == "bfloat16":
+            reference.to_bfloat16(module)
+        if dtype not in theirs:
+            theirs[dtype] = {w: [run(module, w, x) for x in xs] for w, xs in inputs.items()}
     for dtype in dtypes:
         model = Cosmos3(config, load_params([component], jnp.dtype(dtype)), None)
         for way, several in inputs.items():
-            pool, middle = Pool(), GREY if (modality, way) == ("video", "decode") else 0
-            run = getattr(model, f"{way}_{modality}")
-            for i, x in enumerate(several):
-                made, right = np.asarray(run(x), np.float32), exact[way][i]
-                rough = low[way][i] - middle if dtype == "bfloat16" else None
-                pool.add(made - middle, right - middle, rough)
-                if dtype == "float32" and i == 0:
-                    half = f"{way}r/"  # decoder/ or encoder/
-                    blame = not any(target.leaf.startswith(half) for target in wrong)
-                    outcome.check_step(
-                        name, f"{way}: the computation of the {way}r", made - middle,
-                        right - middle, FLOAT32[name], blame,
-                    )  # fmt: skip
             picture = (modality, way) == ("video", "decode")
+            pool, middle = Pool(), GREY if picture else 0
+            ours = getattr(model, f"{way}_{modality}")
+            made = [np.asarray(ours(x), np.float32) - middle for x in several]
+            right = [x - middle for x in theirs["float32"][way]]
+            low = [x - middle for x in theirs[dtype][way]] if dtype == "bfloat16" else []
+            for results in itertools.zip_longest(made, right, low):
+                pool.add(*results)
             outcome.rows.append(pool.row(name, way, dtype, picture=picture))
+            if dtype == "float32":
+                blame = not any(target.leaf.startswith(f"{way}r/") for target in wrong)
+                step = f"{way}: the computation of the {way}r"
+                outcome.check_step(step, made[0], right[0], FLOAT32[name], blame)
     lowest, highest = LIMITS[name]
-    decoded = exact["decode"][0]
+    decoded = theirs["float32"]["decode"][0]
     hidden = float(np.mean((decoded <= lowest) | (decoded >= highest)))
     outcome.details["share_at_limit"] = hidden
     if hidden > SMALL:
@@ -86,18 +74,17 @@ def compare(
 
 
 def _compare_weights(
-    outcome: Outcome, name: str, component: Component, module: torch.nn.Module, rounded: str
-) -> list:
+    outcome: Outcome, component: Component, module: torch.nn.Module, rounded: str, encoder: bool
+) -> list[Target]:
     plain = copy.deepcopy(module)
     normed = reference.fold_weight_norms(plain)
-    encoder = any(leaf.startswith("encoder/") for leaf in component.leaves)
     tensors = {
         key: tensor.detach().float().cpu().numpy() for key, tensor in plain.named_parameters()
         if encoder or not key.startswith("encoder.")
     }  # fmt: skip
     in_order = sorted(tensors.items(), key=lambda item: weights.natural_order(item[0]))
     return weights.compare(
-        outcome, name, component, in_order, autoencoder_target, folded=normed.__contains__,
+        outcome, component, in_order, autoencoder_target, folded=normed,
         dtype="bfloat16" if rounded else "float32",
     )  # fmt: skip
 

@@ -5,9 +5,8 @@ something could not be compared.
 """
 
 import argparse
-import contextlib
+import importlib.util
 import json
-import os
 import sys
 import tempfile
 import time
@@ -19,16 +18,13 @@ from typing import Any
 import jax
 
 from convert.verify import report as reports
-from convert.verify.compare import Outcome, keep_failures, one_line
+from convert.verify.compare import Outcome, one_line
+from convert.verify.sides import FOLDERS, Sides
 from cosmos3_jax.checkpoint import find, load
-from cosmos3_jax.checkpoint.files import TensorFiles
-from cosmos3_jax.checkpoint.load import Component
-from cosmos3_jax.config import Config
 
-COMPONENTS = ("transformer", "video_vae", "sound_vae", "sampler", "pipeline")
-FOLDERS = {"transformer": "transformer", "video_vae": "vae", "sound_vae": "sound_tokenizer"}
+COMPONENTS = (*FOLDERS, "sampler", "pipeline")
 DTYPES = {"float32": ("float32",), "bfloat16": ("bfloat16",), "both": ("float32", "bfloat16")}
-EXTRA = 'pip install ".[convert]"'
+LIBRARIES = ("torch", "diffusers", "transformers", "accelerate")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         if options.markdown:
-            print(reports.markdown(_read_report(options.markdown)))
+            print(_read_table(options.markdown))
             return 0
         return _verify(options)
     except (ValueError, OSError) as error:
@@ -73,20 +69,22 @@ def _verify(options: argparse.Namespace) -> int:
     start = time.perf_counter()
     if options.checkpoint is None:
         raise ValueError("no checkpoint: give a folder in the public layout, or a Hub id")
-    _check_libraries()
+    missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f'{", ".join(missing)} not installed; the reference needs it: pip install ".[convert]"'
+        )
     if options.report is not None:
         _check_writable(options.report)
-    checkpoint = find.find_checkpoint(options.checkpoint)
-    folder = options.converted or checkpoint
-    config, components, skipped = _open(checkpoint, folder)
-    chosen = _choose(options, config, checkpoint)
+    sides, skipped = _open(options)
+    chosen = _choose(options, sides)
     device = _device(options.device)
-    print(f"{checkpoint} in diffusers, {folder} here: {', '.join(chosen)}", flush=True)
+    print(f"{sides.checkpoint} in diffusers, {sides.folder} here: {', '.join(chosen)}", flush=True)
     outcomes: dict[str, Outcome] = {}
     for name in chosen:
         try:
             with jax.default_device(device):
-                outcome = compare_component(name, checkpoint, folder, config, components, options)
+                outcome = compare_component(name, sides)
         except Exception as error:
             if all(outcome.passed for outcome in outcomes.values()):
                 raise
@@ -94,13 +92,7 @@ def _verify(options: argparse.Namespace) -> int:
             return 1
         outcome.skipped[:0] = [] if outcomes else skipped
         outcomes[name] = outcome
-        if outcome.rows:
-            print(f"\n{reports.table(outcome.rows)}", flush=True)
-        if not outcome.passed:
-            print(f"\nfirst failure: {outcome.first_failure}")
-            print(f"{len(outcome.mismatches)} mismatch(es) in all", flush=True)
-        for line in outcome.skipped:
-            print(f"skipped: {line}", flush=True)
+        print(reports.text(outcome), flush=True)
         report = reports.make(
             outcomes,
             options.checkpoint,
@@ -124,14 +116,7 @@ def _verify(options: argparse.Namespace) -> int:
     return 0 if report["passed"] else 1
 
 
-def compare_component(
-    name: str,
-    checkpoint: Path,
-    folder: Path,
-    config: Config,
-    components: dict[str, Component],
-    options: argparse.Namespace,
-) -> Outcome:
+def compare_component(name: str, sides: Sides) -> Outcome:
     """One component's comparison; see its module."""
     # Only now: torch and diffusers take seconds to import, and errors above need neither.
     from diffusers.utils import logging
@@ -140,54 +125,12 @@ def compare_component(
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-
-    dtypes = DTYPES[options.dtype]
-
-    def rounded(part: str) -> str:
-        ours = components[FOLDERS[part]].files
-        theirs = TensorFiles(checkpoint / FOLDERS[part], load.PUBLIC_STEM)
-        if "BF16" not in ours.dtypes.values():
-            return ""
-        if load.is_converted(ours.folder):
-            return "folded"
-        return "stored" if {"F32"} & set(theirs.dtypes.values()) and folder != checkpoint else ""
-
-    outcome = Outcome()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
+    modules = {"transformer": transformer, "sampler": sampler, "pipeline": pipeline}
+    outcome = Outcome(name)
+    with warnings.catch_warnings(), reference.exact_arithmetic(), outcome.keeping_failures():
         warnings.simplefilter("ignore")  # of libraries about each other
-        stack.enter_context(reference.exact_arithmetic())
-        stack.enter_context(keep_failures(outcome, name))
-        if name == "sampler":
-            sampler.compare(outcome, checkpoint, config)
-        elif name == "pipeline":
-            pipeline.compare(
-                outcome, checkpoint, folder, config, dtypes, rounded=rounded("transformer"),
-                device=options.device, free_gib=free_gib(options.device),
-            )  # fmt: skip
-        else:
-            component = components[FOLDERS[name]]
-            shared: dict[str, Any] = {"rounded": rounded(name), "device": options.device}
-            if name == "transformer":
-                transformer.compare(
-                    outcome, checkpoint, component, config.transformer, dtypes,
-                    layers=options.layers, say=lambda line: print(line, flush=True), **shared,
-                )  # fmt: skip
-            else:
-                autoencoders.compare(
-                    outcome, name, checkpoint, component, config, dtypes, **shared
-                )  # fmt: skip
+        modules.get(name, autoencoders).compare(outcome, sides)
     return outcome
-
-
-def _check_libraries() -> None:
-    """Raise ValueError unless the reference can be imported."""
-    from importlib.util import find_spec
-
-    needed = ("torch", "diffusers", "transformers", "accelerate")
-    missing = [name for name in needed if find_spec(name) is None]
-    if missing:
-        raise ValueError(f"{', '.join(missing)} not installed; the reference needs it: {EXTRA}")
 
 
 def _check_writable(folder: Path) -> None:
@@ -202,11 +145,13 @@ def _check_writable(folder: Path) -> None:
         ) from error
 
 
-def _open(checkpoint: Path, folder: Path) -> tuple[Config, dict[str, Component], list[str]]:
-    """The configuration, our components by folder name, and what is left out.
+def _open(options: argparse.Namespace) -> tuple[Sides, list[str]]:
+    """What is compared, and what is left out.
 
-    Raises ValueError if the reference cannot read `checkpoint`, or `folder` is another's.
+    Raises ValueError if the reference cannot read the checkpoint, or the conversion is another's.
     """
+    checkpoint = find.find_checkpoint(options.checkpoint)
+    folder = options.converted or checkpoint
     config, skipped = load.load_config(checkpoint), []
     for name in ("transformer", "vae"):
         if load.is_converted(checkpoint / name):
@@ -219,10 +164,11 @@ def _open(checkpoint: Path, folder: Path) -> tuple[Config, dict[str, Component],
         if config.has_sound and not ours.has_sound:
             skipped.append(f"sound: {folder} has none")
             config = load.load_config(checkpoint, load_sound=False)
-        for name in ("transformer", "video_vae", "sound_vae"):
+        for name in FOLDERS:
             _check_same(checkpoint, folder, name, getattr(config, name), getattr(ours, name))
-    components = {c.name: c for c in load.open_components(folder, config)}
-    return config, components, skipped
+    components = {part.name: part for part in load.open_components(folder, config)}
+    dtypes, layers, device = DTYPES[options.dtype], options.layers, options.device
+    return Sides(checkpoint, folder, config, components, dtypes, layers, device), skipped
 
 
 def _check_same(checkpoint: Path, folder: Path, name: str, theirs: Any, ours: Any) -> None:
@@ -238,18 +184,19 @@ def _check_same(checkpoint: Path, folder: Path, name: str, theirs: Any, ours: An
     raise ValueError(f"{folder} belongs to another checkpoint: {checkpoint} has no {name}")
 
 
-def _choose(options: argparse.Namespace, config: Config, checkpoint: Path) -> list[str]:
-    count = config.transformer.num_hidden_layers
+def _choose(options: argparse.Namespace, sides: Sides) -> list[str]:
+    """The components to compare, in order. Raises ValueError on options that do not fit."""
+    count = sides.config.transformer.num_hidden_layers
     if options.layers is not None and not 1 <= options.layers <= count:
         raise ValueError(f"--layers {options.layers} is not between 1 and {count}, the model's")
-    if options.component == "sound_vae" and not config.has_sound:
+    if options.component == "sound_vae" and not sides.config.has_sound:
         raise ValueError(
-            f"--component sound_vae, but {options.converted or checkpoint} has no sound: choose "
-            "another component, or all"
+            f"--component sound_vae, but {sides.folder} has no sound: choose another component, "
+            "or all"
         )
     if options.component != "all":
         return [options.component]
-    return [name for name in COMPONENTS if name != "sound_vae" or config.has_sound]
+    return [name for name in COMPONENTS if name != "sound_vae" or sides.config.has_sound]
 
 
 def _device(name: str) -> jax.Device:
@@ -266,30 +213,9 @@ def _device(name: str) -> jax.Device:
         ) from error
 
 
-def free_gib(device: str, cgroup: Path = Path("/sys/fs/cgroup")) -> float:
-    """Memory that is free on the host, all of it where the system does not say; within the limit of
-    a container; and on the GPU, where the work is done there.
-    """
+def _read_table(path: Path) -> str:
+    """A report as a table. Raises ValueError if it is none."""
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        found = {line.split(":")[0]: line.split()[1] for line in lines}
-        free = int(found["MemAvailable"]) * 1024
-    except (OSError, KeyError):
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with contextlib.suppress(OSError, ValueError):  # none, or "max"
-        limit, used = (int((cgroup / f"memory.{n}").read_text()) for n in ("max", "current"))
-        free = min(free, max(limit - used, 0))
-    if device == "cuda":
-        import torch
-
-        free = min(free, torch.cuda.mem_get_info()[0])
-    return free / 2**30
-
-
-def _read_report(path: Path) -> dict:
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        reports.markdown(report)
-        return report
+        return reports.markdown(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no report of this command: {error!r}") from error

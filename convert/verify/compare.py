@@ -85,10 +85,10 @@ class Mismatch:
 
     component: str
     operation: str
-    tensors: tuple[str, ...]
-    leaf: str
-    relative_l2: float
-    bar: float
+    tensors: tuple[str, ...] = ()
+    leaf: str = ""
+    relative_l2: float = np.inf
+    bar: float = 0.0
     hint: str = ""
     alone: bool = True
 
@@ -104,6 +104,7 @@ class Outcome:
     """What the comparison of one component found.
 
     Attributes:
+        component: its name.
         rows: the lines of the table.
         mismatches: tensors first, then steps of the computation in their order. A step that reads
             tensors that differ is left out.
@@ -111,6 +112,7 @@ class Outcome:
         skipped: what was not compared, and why.
     """
 
+    component: str
     rows: list[Row] = dataclasses.field(default_factory=list)
     mismatches: list[Mismatch] = dataclasses.field(default_factory=list)
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -131,13 +133,15 @@ class Outcome:
                 return f"{row.component}: {row.case} in {row.dtype}, {note}"
         return ""
 
-    def check_step(
-        self, component: str, step: str, ours: Any, exact: Any, bar: float, blame: bool = True
-    ) -> float:
+    def add(self, operation: str, **what: Any) -> None:
+        """A mismatch; see there."""
+        self.mismatches.append(Mismatch(self.component, operation, **what))
+
+    def check_step(self, step: str, ours: Any, exact: Any, bar: float, blame: bool = True) -> float:
         """Compare one step of the computation on the reference's own inputs.
 
         Args:
-            component, step: see `Mismatch`.
+            step: in words.
             ours, exact: arrays of one shape, or it is a mismatch.
             bar: the largest relative L2 error that passes.
             blame: False notes the error alone, where tensors that the step reads differ.
@@ -151,31 +155,29 @@ class Outcome:
         self.details.setdefault("operations", []).append((step, error))
         known = any(step == mismatch.operation for mismatch in self.mismatches)  # by another input
         if blame and not known and not error <= bar:  # NaN misses every bar
-            self.mismatches.append(Mismatch(component, step, (), "", error, bar))
+            self.add(step, relative_l2=error, bar=bar)
         return error
 
     @contextlib.contextmanager
-    def naming(self, component: str, step: str) -> Iterator[None]:
+    def naming(self, step: str) -> Iterator[None]:
         """Shapes that do not fit in our computation are a mismatch of this step, and raised."""
         try:
             yield
         except (TypeError, ValueError) as error:
-            step = f"{step}: {one_line(error)}"
-            self.mismatches.append(Mismatch(component, step, (), "", np.inf, 0.0))
+            self.add(f"{step}: {one_line(error)}")
             raise
 
-
-@contextlib.contextmanager
-def keep_failures(outcome: Outcome, component: str) -> Iterator[None]:
-    """An exception ends the comparison. Where a verdict has failed by then, which may be the cause,
-    the outcome stands and says so; otherwise the exception is raised.
-    """
-    try:
-        yield
-    except Exception as error:
-        if outcome.passed:
-            raise
-        outcome.skipped.append(f"{component}: the rest, stopped by {one_line(error)}")
+    @contextlib.contextmanager
+    def keeping_failures(self) -> Iterator[None]:
+        """An exception ends the comparison. Where a verdict has failed by then, which may be the
+        cause, the outcome stands and says so; otherwise the exception is raised.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self.passed:
+                raise
+            self.skipped.append(f"{self.component}: the rest, stopped by {one_line(error)}")
 
 
 def one_line(error: Exception) -> str:
@@ -183,7 +185,7 @@ def one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
 
 
-def relative_l2(ours: np.ndarray, exact: np.ndarray) -> float:
+def relative_l2(ours: Any, exact: Any) -> float:
     """|ours - exact| / |exact| in float64; against zeros 0 or infinity, as for other shapes."""
     if np.shape(ours) != np.shape(exact):
         return np.inf
@@ -194,15 +196,14 @@ def relative_l2(ours: np.ndarray, exact: np.ndarray) -> float:
 
 
 class Pool:
-    """Sums over inputs of what `Row` needs. Arrays of one pool have one number of axes."""
+    """Results for several inputs, compared as if they were one array."""
 
     def __init__(self):
-        self.inputs, self.max_abs, self.shape = 0, 0.0, ()
-        self.values = 0
-        self.error = self.low_error = self.exact = self.ours = self.product = 0.0
-        self.has_low, self.note = False, ""
+        self._ours, self._exact, self._low = [], [], []
+        self.shape: tuple[int, ...] = ()
+        self.note = ""
 
-    def add(self, ours: np.ndarray, exact: np.ndarray, low: np.ndarray | None = None) -> None:
+    def add(self, ours: Any, exact: Any, low: Any = None) -> None:
         """One input's result: ours, the reference's in float32 and, in bfloat16, its own there.
 
         Another shape than the reference's is infinitely far away.
@@ -211,41 +212,34 @@ class Pool:
         if np.shape(ours) != np.shape(exact):
             self.note = f"whose shape is {np.shape(ours)} here, {np.shape(exact)} in the reference"
             ours = np.full(np.shape(exact), np.inf)
-        ours, exact = np.asarray(ours, np.float64), np.asarray(exact, np.float64)
-        self.inputs += 1
-        self.values += exact.size
-        self.max_abs = np.maximum(self.max_abs, np.abs(ours - exact).max())  # keeps NaN
-        self.error += np.sum((ours - exact) ** 2)
-        self.exact += np.sum(exact**2)
-        self.ours += np.sum(ours**2)
-        self.product += np.sum(ours * exact)
+        self._ours.append(np.ravel(ours))
+        self._exact.append(np.ravel(exact))
         if low is not None:
-            self.has_low = True
-            self.low_error += np.sum((np.asarray(low, np.float64) - exact) ** 2)
+            self._low.append(np.ravel(low))
+
+    @property
+    def inputs(self) -> int:
+        return len(self._exact)
 
     @property
     def relative_l2(self) -> float:
         """Of ours, over all inputs."""
-        return self._relative(self.error)
+        return relative_l2(np.concatenate(self._ours), np.concatenate(self._exact))
 
     @property
     def reference_error(self) -> float | None:
         """Of the reference in bfloat16, over all inputs; None if there was none."""
-        return self._relative(self.low_error) if self.has_low else None
-
-    def _relative(self, error: float) -> float:
-        if not self.exact:
-            return 0.0 if error == 0 else np.inf
-        return float(np.sqrt(error / self.exact))
+        if not self._low:
+            return None
+        return relative_l2(np.concatenate(self._low), np.concatenate(self._exact))
 
     def row(
         self, component: str, case: str, dtype: str, *, bar: float | None = None, picture=False
     ) -> Row:
         """The pool as a line, held to `bar`, the component's in float32, or the reference's own."""
-        error = self.relative_l2
-        sane, note = True, self.note
-        if self.has_low:
-            low = self.reference_error
+        ours, exact = (np.float64(np.concatenate(x)) for x in (self._ours, self._exact))
+        error, low, note, sane = self.relative_l2, self.reference_error, self.note, True
+        if low is not None:
             bar, sane = RATIO * low, low <= NONSENSE and error >= FLOOR * low
             if error < FLOOR * low:
                 note = note or f"less than {FLOOR} of the reference's error: not in {dtype} at all"
@@ -253,26 +247,22 @@ class Pool:
                 note = note or "where the reference itself is broken"
         elif bar is None:
             bar = FLOAT32[component]
-        norms = np.sqrt(self.ours * self.exact)
-        both_zero = float(self.ours == self.exact == 0)
-        mean_square = self.error / self.values
+        norms = np.linalg.norm(ours) * np.linalg.norm(exact)
+        both_zero = float(not ours.any() and not exact.any())
+        # In dB, of values in [0, 1], and no more than float32 can tell.
+        psnr = float(-10 * np.log10(max(np.mean((ours - exact) ** 2), 2.0**-48)))
         return Row(
             component=component,
             case=case,
             dtype=dtype,
             shape=tuple(int(n) for n in self.shape),
             inputs=self.inputs,
-            max_abs=float(self.max_abs),
+            max_abs=float(np.abs(ours - exact).max()),
             relative_l2=error,
-            cosine=float(self.product / norms) if norms else both_zero,
-            psnr=_psnr(mean_square) if picture else None,
-            reference_error=self.reference_error,
+            cosine=float(ours @ exact / norms) if norms else both_zero,
+            psnr=psnr if picture else None,
+            reference_error=low,
             bar=bar,
             passed=bool(error <= bar and sane),  # NaN misses every bar
             note=note,
         )
-
-
-def _psnr(mean_square: float) -> float:
-    """Of values in [0, 1], in dB, and no more than float32 can tell."""
-    return float(-10 * np.log10(max(mean_square, 2.0**-48)))

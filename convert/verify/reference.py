@@ -1,16 +1,10 @@
 """diffusers' modules from the public files of a checkpoint, in float32 or bfloat16.
 
-A converted checkpoint in bfloat16 holds rounded weights. Against the public float32 ones its error
-would be that rounding, and a mistake could hide in it; so the reference can be given weights that
-are rounded alike: `rounded` is `folded`, after weight norm is folded, as our converter does it, or
-`stored`, tensor by tensor, as in a checkpoint of the public layout; or "".
-
 Axes: t latent frames, h rows, w columns, C channels, s sound latents.
 """
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,10 +18,12 @@ from diffusers import (
 )
 from torch.nn.utils import parametrize, remove_weight_norm
 
-FOLDERS = {
-    "transformer": ("transformer", Cosmos3OmniTransformer),
-    "video_vae": ("vae", AutoencoderKLWan),
-    "sound_vae": ("sound_tokenizer", Cosmos3AVAEAudioTokenizer),
+from convert.verify.sides import FOLDERS, Sides
+
+KINDS = {
+    "transformer": Cosmos3OmniTransformer,
+    "video_vae": AutoencoderKLWan,
+    "sound_vae": Cosmos3AVAEAudioTokenizer,
 }
 SHARP = "time_embedder"  # float32 whatever is asked for, in the reference as in ours
 
@@ -47,10 +43,10 @@ def exact_arithmetic() -> Iterator[None]:
             flag.allow_tf32 = value
 
 
-def load_module(checkpoint: Path, component: str, dtype: str, rounded: str, device: str):
+def load_module(sides: Sides, component: str, dtype: str = "float32"):
     """A whole component by its own loader, in `dtype`, ready to run."""
-    folder, kind = FOLDERS[component]
-    module = kind.from_pretrained(checkpoint / folder, torch_dtype=torch.float32)
+    folder, rounded = sides.checkpoint / FOLDERS[component], sides.rounded(component)
+    module = KINDS[component].from_pretrained(folder, torch_dtype=torch.float32)
     if rounded == "folded":
         fold_weight_norms(module)
     if rounded:
@@ -59,7 +55,7 @@ def load_module(checkpoint: Path, component: str, dtype: str, rounded: str, devi
                 parameter.data = parameter.data.bfloat16().float()
     if dtype == "bfloat16":
         module = to_bfloat16(module)
-    return module.to(device).eval()
+    return module.to(sides.device).eval()
 
 
 def system_prompt(pipe: Cosmos3OmniPipeline) -> str | None:

@@ -6,8 +6,6 @@ latents.
 
 import copy
 import json
-import re
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +16,15 @@ from diffusers import Cosmos3OmniTransformer
 from safetensors import safe_open
 
 from convert.verify import reference
-from convert.verify.transformer_inputs import Case
+from convert.verify.our_transformer import Case
 from cosmos3_jax.checkpoint.load import PUBLIC_STEM
 
 # Never run: the head of the language model, and the weights of actions.
 UNUSED = ("lm_head", "action_proj_in", "action_proj_out", "action_modality_embed")
+LAYER_FIELDS = (
+    "hidden_size", "head_dim", "num_attention_heads", "num_key_value_heads", "intermediate_size",
+    "attention_bias", "rms_norm_eps", "hidden_act", "qk_norm_for_text", "use_und_k_norm_for_gen",
+)  # fmt: skip
 
 
 class PublicTensors:
@@ -35,48 +37,34 @@ class PublicTensors:
         if index.is_file():
             files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         self.rounded = rounded
-        self._files: dict[str, Any] = {}
+        self.files: dict[str, Any] = {}  # by the name of a tensor
         for name in sorted(files):
             # Not mapped into memory: what the process holds is what it uses.
             file = safe_open(folder / name, framework="pt", backend="pread")
-            self._files |= dict.fromkeys(file.keys(), file)
+            self.files |= dict.fromkeys(file.keys(), file)
 
-    def read(self, chosen: Callable[[str], Any]) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors whose names are chosen, in float32, by name."""
-        for name in filter(chosen, self._files):
-            tensor = self._files[name].get_tensor(name)
-            if self.rounded and reference.SHARP not in name:
-                tensor = tensor.bfloat16()
-            yield name, tensor.float()
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor in float32."""
+        tensor = self.files[name].get_tensor(name)
+        if self.rounded and reference.SHARP not in name:
+            tensor = tensor.bfloat16()
+        return tensor.float()
 
-    def names(self, layers: int) -> list[str]:
-        """All names but those of layers from number `layers` on."""
-        layer = re.compile(r"layers\.(\d+)\.").match
-        return [n for n in self._files if not (found := layer(n)) or int(found[1]) < layers]
+    def under(self, prefix: str) -> dict[str, torch.Tensor]:
+        """All tensors whose names begin so, by the rest of their names."""
+        names = [name for name in self.files if name.startswith(prefix)]
+        return {name.removeprefix(prefix): self.read(name) for name in names}
 
 
 class StandIn(torch.nn.Module):
     """Stands in for all layers: keeps their inputs, and returns what it is told to."""
 
-    def __init__(self):
-        super().__init__()
-        self.inputs: tuple | None = None
-        self.outputs: tuple[torch.Tensor, torch.Tensor] | None = None
+    inputs: tuple | None = None
+    outputs: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def forward(self, und, gen, rotary):
         self.inputs = (und, gen, rotary)
         return self.outputs or (und, gen)
-
-
-class ZeroEmbedding(torch.nn.Module):
-    """An embedding of zeros, in place of one of gigabytes that is not needed any more."""
-
-    def __init__(self, like: torch.Tensor):
-        super().__init__()
-        self.zero = torch.zeros_like(like)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.zero.expand(len(ids), -1)
 
 
 class ReferenceTransformer:
@@ -84,47 +72,52 @@ class ReferenceTransformer:
 
     Attributes:
         dtype: of the computation.
-        config: diffusers' own.
         streams: by case and example `(und, gen, rotary)`: text tokens [S, D], media tokens [M, D],
             rotary tables.
     """
 
-    def __init__(self, folder: Path, tensors: PublicTensors, device: str):
+    def __init__(self, folder: Path, tensors: PublicTensors, device: str, cases: list[Case]):
         """The float32 transformer of `folder`, `transformer/` of a checkpoint."""
-        self.device, self.dtype, self.streams = device, torch.float32, []
+        self.device, self.dtype, self.tensors, self.cases = device, torch.float32, tensors, cases
         with init_empty_weights():
             self.model = Cosmos3OmniTransformer.from_config(
                 Cosmos3OmniTransformer.load_config(folder)
             )
-        self.config, self._layer_type = self.model.config, type(self.model.layers[0])
+        self.layer_type = type(self.model.layers[0])
         for name in UNUSED:
             if hasattr(self.model, name):
                 delattr(self.model, name)
-        self._stand_in = StandIn()
-        self.model.layers = torch.nn.ModuleList([self._stand_in])
-        found = dict(tensors.read(lambda n: not n.startswith(("layers.", "lm_head.", "action_"))))
+        self.model.layers = torch.nn.ModuleList([StandIn()])
+        around = [n for n in tensors.files if not n.startswith(("layers.", "lm_head.", "action_"))]
+        found = {name: tensors.read(name) for name in around}
         self.model.load_state_dict(found, assign=True, strict=False)
         missing = {name for name, _ in self.model.named_parameters()} - found.keys()
         if missing:
             raise ValueError(f"{folder} lacks {', '.join(sorted(missing))}: download it again")
         self.model.to(device).eval()
+        self.start()
 
     def in_bfloat16(self) -> "ReferenceTransformer":
-        """A copy in bfloat16, without streams."""
+        """A copy in bfloat16, before the first layer."""
         other = copy.copy(self)
         other.model = reference.to_bfloat16(copy.deepcopy(self.model))
-        other._stand_in = other.model.layers[0]
-        other.dtype, other.streams = torch.bfloat16, []
+        other.dtype = torch.bfloat16
+        other.start()
         return other
 
-    def start(self, cases: list[Case]) -> None:
-        """Set the streams to what enters the first layer; the embeddings are freed."""
-        for case in cases:
+    def start(self) -> None:
+        """Set the streams to what enters the first layer."""
+        self.stand_in, self.streams = self.model.layers[0], []
+        for case in self.cases:
             self.streams.append([])
-            for example in range(len(case.examples)):
-                self._run(case, example)
-                self.streams[-1].append(self._stand_in.inputs)
-        self.model.embed_tokens = ZeroEmbedding(self.model.embed_tokens.weight[:1])
+            for example, ids in enumerate(case.ids):
+                self._run(case, example, ids)
+                self.streams[-1].append(self.stand_in.inputs)
+
+    def forget_embedding(self) -> None:
+        """Free all of it, which is gigabytes, but the row of token 0."""
+        embed = self.model.embed_tokens
+        embed.weight = torch.nn.Parameter(embed.weight[:1].clone(), requires_grad=False)
 
     def advance(self, layer: torch.nn.Module) -> None:
         """Take all streams through a layer, in the dtype of the layer."""
@@ -133,38 +126,44 @@ class ReferenceTransformer:
             for examples in self.streams
         ]
 
-    def velocity(self, case: Case, number: int, example: int) -> dict[str, np.ndarray]:
-        """`video` [t, h, w, C] and `sound` [s, C] that follow from an example's stream.
-
-        Args:
-            case: the inputs; `number` is its place among the cases.
-            example: index.
+    def tokens(self, number: int) -> dict[str, np.ndarray]:
+        """Of a case, `und`, the text tokens [*, D] of all examples, and `gen`, the media tokens
+        [B, M, D].
         """
-        self._stand_in.outputs = self.streams[number][example][:2]
-        out = self._run(case, example)
-        self._stand_in.outputs = None
-        found = {"video": out.sample[0][0]} | ({"sound": out.sound[0]} if out.sound else {})
-        return {name: x.movedim(0, -1).float().cpu().numpy() for name, x in found.items()}
+        und, gen, _ = zip(*self.streams[number], strict=True)
+        return {"und": to_numpy(torch.cat(und)), "gen": to_numpy(torch.stack(gen))}
 
-    def _run(self, case: Case, index: int) -> Any:
-        example = case.examples[index]
+    def velocity(self, number: int) -> dict[str, np.ndarray]:
+        """`video` [B, t, h, w, C] and `sound` [B, s, C] that follow from the streams of a case."""
+        made: dict[str, list[np.ndarray]] = {}
+        for example, (und, gen, _) in enumerate(self.streams[number]):
+            self.stand_in.outputs = und, gen
+            case = self.cases[number]  # its tokens change nothing here, and are no longer known
+            out = self._run(case, example, [0] * len(case.ids[example]))
+            found = {"video": out.sample[0][0]} | ({"sound": out.sound[0]} if out.sound else {})
+            for name, x in found.items():
+                made.setdefault(name, []).append(to_numpy(x.movedim(0, -1)))
+        self.stand_in.outputs = None
+        return {name: np.stack(several) for name, several in made.items()}
+
+    def _run(self, case: Case, example: int, ids: list[int]) -> Any:
+        sound = case.latents["sound"][example] if case.sound_frames else None
         return self.model(
             **reference.pack(
-                self.config, example.ids, example.video, example.sound, timestep=example.timestep,
-                fps=case.fps, given=case.given, device=self.device, dtype=self.dtype,
+                self.model.config, ids, case.latents["video"][example], sound,
+                timestep=int(case.timestep[example]), fps=case.fps, given=case.given,
+                device=self.device, dtype=self.dtype,
             )
         )  # fmt: skip
 
-    def layer(self, index: int, tensors: PublicTensors) -> torch.nn.Module:
+    def layer(self, index: int) -> torch.nn.Module:
         """Layer `index` in float32: its own module and nothing else."""
-        fields = (
-            "hidden_size", "head_dim", "num_attention_heads", "num_key_value_heads",
-            "intermediate_size", "attention_bias", "rms_norm_eps", "hidden_act",
-            "qk_norm_for_text", "use_und_k_norm_for_gen",
-        )  # fmt: skip
+        config = self.model.config
         with init_empty_weights():
-            layer = self._layer_type(**{name: getattr(self.config, name) for name in fields})
-        prefix = f"layers.{index}."
-        found = tensors.read(lambda name: name.startswith(prefix))
-        layer.load_state_dict({n.removeprefix(prefix): x for n, x in found}, assign=True)
+            layer = self.layer_type(**{name: getattr(config, name) for name in LAYER_FIELDS})
+        layer.load_state_dict(self.tensors.under(f"layers.{index}."), assign=True)
         return layer.to(self.device).eval()
+
+
+def to_numpy(x: torch.Tensor) -> np.ndarray:
+    return x.detach().float().cpu().numpy()

@@ -23,8 +23,16 @@ PACKAGES = ("cosmos3-jax", "jax", "jaxlib", "flax", "numpy", "torch", "diffusers
 FILE = "verify.json"
 
 
-def table(rows: list[Row]) -> str:
-    """For a terminal: a line a row."""
+def text(outcome: Outcome) -> str:
+    """For a terminal: a line a row, the first failure, and what was skipped."""
+    lines = ["", _table(outcome.rows)] if outcome.rows else []
+    if not outcome.passed:
+        lines += ["", f"first failure: {outcome.first_failure}"]
+        lines.append(f"{len(outcome.mismatches)} mismatch(es) in all")
+    return "\n".join(lines + [f"skipped: {line}" for line in outcome.skipped])
+
+
+def _table(rows: list[Row]) -> str:
     head = (
         "component", "case", "dtype", "shape", "inputs", "max abs", "rel. L2", "cosine", "PSNR",
         "reference", "bar", "verdict",
@@ -88,7 +96,8 @@ def make(outcomes: dict[str, Outcome], checkpoint: str, **what: Any) -> dict[str
         "passed": all(outcome.passed for outcome in outcomes.values()),
         "checkpoint": checkpoint,
         **what,
-        "versions": {"python": platform.python_version()} | _versions(),
+        "versions": {"python": platform.python_version()}
+        | {name: version for name in PACKAGES if (version := _version(name))},
         "bars": {
             "float32": FLOAT32,
             "bfloat16_ratio": RATIO,
@@ -127,16 +136,16 @@ def plot(report: dict[str, Any], folder: Path) -> Path | None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5))
-    for tower, name in (("und", "text tower"), ("gen", "media tower")):
-        for dtype in ("float32", "bfloat16"):
-            curve = [e for e in layers if (e["tower"], e["dtype"]) == (tower, dtype)]
-            for key, style, whose in (
-                ("relative_l2", ".-", ""),
-                ("reference_error", "--", ", diffusers"),
-            ):
-                if curve and curve[0][key] is not None:
-                    x, y = [e["layer"] for e in curve], [e[key] for e in curve]
-                    axes.plot(x, y, style, label=f"{name}, {dtype}{whose}")
+    lines: dict[str, tuple[list, list]] = {}
+    for entry in layers:
+        tower = {"und": "text tower", "gen": "media tower"}[entry["tower"]]
+        for key, whose in (("relative_l2", ""), ("reference_error", ", diffusers")):
+            if entry[key] is not None:
+                line = lines.setdefault(f"{tower}, {entry['dtype']}{whose}", ([], []))
+                line[0].append(entry["layer"])
+                line[1].append(entry[key])
+    for label, line in lines.items():
+        axes.plot(*line, "--" if "diffusers" in label else ".-", label=label)
     axes.set(yscale="log", xlabel="after layer", ylabel="relative L2 error")
     axes.set(title="Transformer: error after each layer, against diffusers in float32")
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -153,14 +162,11 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _finite(value: Any) -> Any:

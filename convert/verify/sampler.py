@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from diffusers import UniPCMultistepScheduler
 
-from convert.verify.compare import FLOAT32, Mismatch, Outcome, Pool, relative_l2
+from convert.verify.compare import FLOAT32, Outcome, Pool, relative_l2
+from convert.verify.sides import Sides
 from cosmos3_jax.config import Config
 from cosmos3_jax.io.prepare import resolve_sigmas
 from cosmos3_jax.io.settings import Settings
@@ -14,21 +15,28 @@ from cosmos3_jax.sampling import unipc
 
 STEPS = (1, 2, 5, 35)
 SHIFT = 10.0
+BARS = {"timesteps": 0.0, "sigmas": FLOAT32["sampler"], "latents": FLOAT32["sampler"]}
 
 
-def compare(outcome: Outcome, checkpoint: Path, config: Config) -> None:
+def compare(outcome: Outcome, sides: Sides) -> None:
     """Compare the sampler that a checkpoint's scheduler file asks for; float32 in both."""
     for schedule in unipc.SCHEDULES:
         pool = Pool()
         for steps in STEPS:
-            ours, exact = (
-                _our_steps(config, schedule, steps),
-                _their_steps(checkpoint, schedule, steps),
-            )
-            outcome.mismatches += _first_difference(schedule, steps, ours, exact)
+            ours = _our_steps(sides.config, schedule, steps)
+            exact = _their_steps(sides.checkpoint, schedule, steps)
             pool.add(ours["latents"][-1], exact["latents"][-1])
-        name = f"{schedule} schedule, {', '.join(map(str, STEPS))} steps"
-        outcome.rows.append(pool.row("sampler", name, "float32"))
+            errors = (
+                (name, i, relative_l2(ours[name][i], exact[name][i]), bar)
+                for name, bar in BARS.items() for i in range(steps)
+            )  # fmt: skip
+            for name, i, error, bar in errors:
+                if not error <= bar:  # the first of them alone
+                    step = f"{schedule} schedule, {steps} steps: {name} of step {i}"
+                    outcome.add(step, relative_l2=error, bar=bar)
+                    break
+        case = f"{schedule} schedule, {', '.join(map(str, STEPS))} steps"
+        outcome.rows.append(pool.row("sampler", case, "float32"))
 
 
 def _velocity(x, random):
@@ -43,19 +51,14 @@ def _random(steps: int) -> np.ndarray:
 
 
 def _our_steps(config: Config, schedule: str, steps: int) -> dict[str, np.ndarray]:
-    levels = resolve_sigmas(
-        config, Settings(num_inference_steps=steps, flow_shift=SHIFT, schedule=schedule)
-    )
-    table, (noise, *random) = unipc.tableau(levels), _random(steps)
+    settings = Settings(num_inference_steps=steps, flow_shift=SHIFT, schedule=schedule)
+    table, (noise, *random) = unipc.tableau(resolve_sigmas(config, settings)), _random(steps)
     _, latents = unipc.advance(
         lambda x, timestep, random: _velocity(x, random), unipc.initial_state(noise), table,
         np.stack(random), collect=lambda state: state.latents,
     )  # fmt: skip
-    return {
-        "timesteps": np.asarray(table.timestep),
-        "sigmas": np.asarray(table.sigma),
-        "latents": np.asarray(latents),
-    }
+    made = {"timesteps": table.timestep, "sigmas": table.sigma, "latents": latents}
+    return {name: np.asarray(values) for name, values in made.items()}
 
 
 def _their_steps(checkpoint: Path, schedule: str, steps: int) -> dict[str, np.ndarray]:
@@ -83,15 +86,3 @@ def _their_steps(checkpoint: Path, schedule: str, steps: int) -> dict[str, np.nd
         "sigmas": scheduler.sigmas[:-1].numpy(),
         "latents": np.stack(latents),
     }
-
-
-def _first_difference(schedule: str, steps: int, ours: dict, exact: dict) -> list[Mismatch]:
-    """The first of timesteps, sigmas and steps that is off."""
-    for name in ("timesteps", "sigmas", "latents"):
-        bar = 0.0 if name == "timesteps" else FLOAT32["sampler"]
-        for i in range(steps):
-            error = relative_l2(ours[name][i], exact[name][i])
-            if not error <= bar:
-                what = f"{schedule} schedule, {steps} steps: {name} of step {i}"
-                return [Mismatch("sampler", what, (), "", error, bar)]
-    return []

@@ -3,120 +3,114 @@
 First every tensor is compared (see `weights`). Then the inputs of all cases go through the layers
 of both sides, in each dtype, each side on what its own last layer made, so that errors add up as in
 a generation. In float32 each of our layers also runs on what the reference's layer read: that finds
-the layer whose computation differs. How our towers combine their layers is compared on the first
-few (see `transformer_towers`).
+the layer whose computation differs. Last, the first few layers run as the whole towers that
+generation runs: the order of the layers, and the text that each media layer reads.
 
 Axes: B batch, S text tokens, M media tokens, D model.
 """
 
+import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
 
-from convert.verify import our_transformer as ours
 from convert.verify import reference, weights
-from convert.verify.compare import FLOAT32, RATIO, Mismatch, Outcome, Pool, relative_l2
+from convert.verify.compare import FLOAT32, RATIO, Outcome, Pool, relative_l2
 from convert.verify.names import Target, transformer_target
-from convert.verify.reference_transformer import PublicTensors, ReferenceTransformer
-from convert.verify.transformer_inputs import Case, make_cases
-from convert.verify.transformer_towers import LEAST, FirstLayers
+from convert.verify.our_transformer import OurTransformer, Stream, cast, make_cases, run_layer
+from convert.verify.reference_transformer import PublicTensors, ReferenceTransformer, to_numpy
+from convert.verify.sides import Sides
 from cosmos3_jax.checkpoint.load import Component
 from cosmos3_jax.config import TransformerConfig
-from cosmos3_jax.models import rope
+from cosmos3_jax.models import rope, transformer
 
 PADDING = 9.0  # what stands behind a prompt's tokens, and is not to be read
 AXES = ("time", "height", "width")
 SLOT = 1e-3  # a slot of a rotary table that is further off has another frequency or axis
+BAR = FLOAT32["operation"]
+TOWERS = {"und": "text tower", "gen": "media tower"}
+# Layers that run as whole towers: the least at which two text layers are stacked and another one
+# ends them. Two are the least that a model has.
+DEPTH, LEAST = 3, 2
+FORMS: dict[str, Callable[[dict], dict]] = {
+    "stacked": lambda gen: gen, "unrolled": transformer.unstack_layers,
+}  # fmt: skip
 
 
-def compare(
-    outcome: Outcome,
-    checkpoint: Path,
-    component: Component,
-    config: TransformerConfig,
-    dtypes: tuple[str, ...],
-    *,
-    layers: int | None,
-    rounded: str,
-    device: str,
-    say: Callable[[str], None] = lambda line: None,
-) -> None:
-    """Compare the transformer of a public checkpoint with ours.
+def compare(outcome: Outcome, sides: Sides) -> None:
+    """Compare the transformer; what is found is added to the outcome as soon as it is.
 
-    Args:
-        outcome: what is found is added to it, as soon as it is.
-        checkpoint: the public one.
-        component: our transformer, opened.
-        config: its configuration.
-        dtypes: of `float32` and `bfloat16`, what to compare in. Layers by themselves are always
-            compared in float32.
-        layers: how many to run, of both sides, from the first; None runs all.
-        rounded: see `reference`.
-        device: torch's name of it.
-        say: called with a line after each part.
+    Layers by themselves are always compared in float32.
     """
+    component, config = sides.component("transformer"), sides.config.transformer
+    dtypes, layers = sides.dtypes, sides.layers
     depth = config.num_hidden_layers
     count = depth if layers is None else layers
     if count < depth:
         outcome.skipped.append(f"transformer: layers {count} to {depth - 1}, by --layers {count}")
     if count < LEAST:
         outcome.skipped.append("transformer: how the towers combine their layers, which takes two")
-    folder = checkpoint / "transformer"
-    tensors = PublicTensors(folder, rounded)
+    folder = sides.checkpoint / "transformer"
+    tensors = PublicTensors(folder, sides.rounded("transformer"))
     wrong = _compare_weights(outcome, component, config, tensors, count)
-    say(f"{outcome.details['tensors']} tensors, {len(wrong)} differ")
+    print(f"{outcome.details['tensors']} tensors, {len(wrong)} differ", flush=True)
+    around = [target for target in wrong if target.layer is None]
+    right_gen = not any(target.leaf.startswith("gen/") for target in around)
 
     cases = make_cases(config)
     outcome.details["cases"] = [case.name for case in cases]
-    exact = ReferenceTransformer(folder, tensors, device)
+    exact = ReferenceTransformer(folder, tensors, sides.device, cases)
     theirs = {"float32": exact}
     if "bfloat16" in dtypes:
         theirs["bfloat16"] = exact.in_bfloat16()
     for side in theirs.values():
-        side.start(cases)
-    params = ours.read_around(component)
-    first_layers = FirstLayers(config, count, cases, params)
-    params = {dtype: ours.cast(params, dtype) for dtype in {"float32", *dtypes}}
-    with outcome.naming("transformer", "what enters layers.0"):
-        starts = [ours.start(params["float32"], config, "float32", case) for case in cases]
-    _check_start(outcome, config, cases, exact, starts, wrong)
-    streams = {
-        dtype: [ours.start(params[dtype], config, dtype, case) for case in cases]
-        for dtype in dtypes
-    }
-    for part in params.values():  # the embeddings take gigabytes, and are not read again
-        del part["und"]
+        side.forget_embedding()
+    ours = OurTransformer(component, config, cases)
+    with outcome.naming("what enters layers.0"):
+        starts = [ours.start(case, "float32") for case in cases]
+    axes = rope.axis_of_slot(config)
+    right_und = not any(target.leaf.startswith("und/embed") for target in around)
+    for number, start in enumerate(starts):
+        _check_start(outcome, exact, number, start, axes, right_und, right_gen)
+    streams = {dtype: [ours.start(case, dtype) for case in cases] for dtype in dtypes}
 
+    first: list[dict] = []
     curves = outcome.details["layers"] = []
     for index in range(count):
         last = index == depth - 1
-        layer, tree = exact.layer(index, tensors), ours.read_layer(component, index, last)
-        before = [_as_ours(exact, c, stream) for c, stream in enumerate(starts)]
+        layer, tree = exact.layer(index), ours.read_layer(index)
+        before = [_as_ours(exact, number, start) for number, start in enumerate(starts)]
         exact.advance(layer)
-        how = {"config": config, "last": last}
-        with outcome.naming("transformer", f"layers.{index}"):
-            after = [ours.run_layer(tree, stream, dtype="float32", **how) for stream in before]
+        with outcome.naming(f"layers.{index}"):
+            after = [run_layer(tree, x, config=config, dtype="float32") for x in before]
         # A layer with other weights is not blamed for its computation.
-        blame = not any(_is_of_layer(target, index, last) for target in wrong)
-        worst = _check_layer(outcome, index, last, cases, exact, after, blame)
+        blame = not any(
+            target.layer == index or (last and "/last_layer/" in target.leaf) for target in wrong
+        )
+        worst = _check_layer(outcome, exact, index, last, after, blame)
         for dtype in dtypes:
-            own = ours.cast(tree, dtype)
-            streams[dtype] = [ours.run_layer(own, x, dtype=dtype, **how) for x in streams[dtype]]
+            own = cast(tree, dtype)
+            streams[dtype] = [run_layer(own, x, config=config, dtype=dtype) for x in streams[dtype]]
         if "bfloat16" in theirs:
             theirs["bfloat16"].advance(reference.to_bfloat16(layer))
-        del own, layer
-        if first_layers.add(tree):
-            first_layers.compare(outcome, params["float32"]["gen"], exact, not wrong)
-        del tree
-        curves += _curves(index, last, cases, theirs, streams)
-        say(f"layer {index}: relative L2 {worst:.1e} on the reference's inputs")
-    _check_end(outcome, config, params["float32"], cases, exact, starts, wrong)
-    outcome.rows += _velocity_rows(cases, config, theirs, streams, params)
+        if index < DEPTH:
+            first.append(tree)
+        if len(first) == min(DEPTH, count) >= LEAST:
+            _check_towers(outcome, ours, config, exact, first, not wrong)
+            first.clear()
+        del tree, own, layer
+        curves += _curves(index, last, theirs, streams)
+        print(f"layer {index}: relative L2 {worst:.1e} on the reference's inputs", flush=True)
+    for number, (case, start) in enumerate(zip(cases, starts, strict=True)):
+        made = ours.velocity(case, "float32", _as_ours(exact, number, start))
+        for name, right in exact.velocity(number).items():
+            step = f"velocity, {name}: final norm, projection, patches"
+            outcome.check_step(step, made[name], right, BAR, right_gen)
+    _add_rows(outcome, ours, theirs, streams)
     if not outcome.mismatches:
-        outcome.mismatches += _first_drift(outcome, curves)
+        _add_first_drift(outcome, curves)
 
 
 def _compare_weights(
@@ -126,111 +120,131 @@ def _compare_weights(
     tensors: PublicTensors,
     count: int,
 ) -> list[Target]:
-    names = sorted(tensors.names(count), key=weights.natural_order)
-    read = ((name, x.numpy()) for n in names for name, x in tensors.read(n.__eq__))
-    layers = None if count == config.num_hidden_layers else count
+    beyond = tuple(f"layers.{index}." for index in range(count, config.num_hidden_layers))
+    names = sorted(
+        (n for n in tensors.files if not n.startswith(beyond)), key=weights.natural_order
+    )
     return weights.compare(
-        outcome, "transformer", component, read,
-        lambda name, axes: transformer_target(name, config), layers=layers,
+        outcome, component, ((name, tensors.read(name).numpy()) for name in names),
+        lambda name, axes: transformer_target(name, config), layers=count if beyond else None,
     )  # fmt: skip
 
 
-def _is_of_layer(target: Target, index: int, last: bool) -> bool:
-    return target.layer == index or (last and "/last_layer/" in target.leaf)
-
-
-def _as_ours(side: ReferenceTransformer, number: int, stream: ours.Stream) -> ours.Stream:
+def _as_ours(side: ReferenceTransformer, number: int, stream: Stream) -> Stream:
     """The reference's tokens and rotary tables of a case as a batch of ours, texts padded."""
     und = np.full(stream.und.shape, PADDING, np.float32)
     for row, (text, _, _) in enumerate(side.streams[number]):
-        und[row, : len(text)] = _numpy(text)
-    gen = np.stack([_numpy(media) for _, media, _ in side.streams[number]])
+        und[row, : len(text)] = to_numpy(text)
     half = stream.text_table[0].shape[-1]  # both halves of a reference table are alike
-    rotary = [[_numpy(x)[:, :half] for x in tables] for _, _, tables in side.streams[number]]
+    rotary = [[to_numpy(x)[:, :half] for x in tables] for *_, tables in side.streams[number]]
     text = max(rotary, key=lambda tables: len(tables[0]))[:2]  # text counts from 0 in each
     media = tuple(jnp.stack([tables[i] for tables in rotary]) for i in (2, 3))
-    return stream.replace(
-        und=jnp.asarray(und), gen=jnp.asarray(gen),
+    return Stream(
+        und=jnp.asarray(und), gen=jnp.asarray(side.tokens(number)["gen"]),
         text_table=tuple(jnp.asarray(table[None]) for table in text),
         condition=stream.condition.replace(rope=media),
     )  # fmt: skip
 
 
-def _real_text(und, case: Case) -> np.ndarray:
-    """The tokens of all texts [*, D], without padding."""
-    return np.concatenate([x[: len(e.ids)] for x, e in zip(und, case.examples, strict=True)])
-
-
-def _check_start(outcome, config, cases, exact, starts, wrong: list[Target]) -> None:
+def _check_start(
+    outcome: Outcome, exact: ReferenceTransformer, number: int, start: Stream, axes: np.ndarray,
+    right_und: bool, right_gen: bool,
+) -> None:  # fmt: skip
     """Embeddings, patches, times and rotary tables."""
-    bar = FLOAT32["operation"]
-    right_und = not any(target.leaf.startswith("und/embed") for target in wrong)
-    right_gen = not any(target.layer is None and target.leaf.startswith("gen/") for target in wrong)
-    axes = rope.axis_of_slot(config)
-    for number, (case, ours_in) in enumerate(zip(cases, starts, strict=True)):
-        theirs_in = _as_ours(exact, number, ours_in)
-        for what, text, mine, right, blame in (
-            ("text input (embedding)", True, ours_in.und, theirs_in.und, right_und),
-            ("media input (patches, time, sums)", False, ours_in.gen, theirs_in.gen, right_gen),
-        ):
-            pair = [_real_text(x, case) if text else np.asarray(x) for x in (mine, right)]
-            outcome.check_step("transformer", f"layers.0, its {what}", *pair, bar, blame)
-        for which, mine, right in zip(
-            ("cos of text", "sin of text", "cos of media", "sin of media"),
-            (*ours_in.text_table, *ours_in.condition.rope),
-            (*theirs_in.text_table, *theirs_in.condition.rope), strict=True,
-        ):  # fmt: skip
+    tokens, right = exact.tokens(number), _as_ours(exact, number, start)
+    text = exact.cases[number].text(start.und)
+    outcome.check_step("layers.0, its text input (embedding)", text, tokens["und"], BAR, right_und)
+    step = "layers.0, its media input (patches, time, sums)"
+    outcome.check_step(step, start.gen, tokens["gen"], BAR, right_gen)
+    for positions, mine, theirs in (
+        ("text", start.text_table, right.text_table),
+        ("media", start.condition.rope, right.condition.rope),
+    ):
+        for which, one, other in zip(("cos", "sin"), mine, theirs, strict=True):
             off = [
-                f"{j} ({AXES[axis]})" for j, axis in enumerate(axes)
-                if relative_l2(mine[..., j], right[..., j]) > SLOT
+                f"{slot} ({AXES[axis]})" for slot, axis in enumerate(axes)
+                if relative_l2(one[..., slot], other[..., slot]) > SLOT
             ]  # fmt: skip
             where = f", slots off, with our axis: {', '.join(off[:8])}" if off else ""
-            step = f"rotary_emb: {which} positions{where}"
-            outcome.check_step("transformer", step, mine, right, bar)
+            outcome.check_step(
+                f"rotary_emb: {which} of {positions} positions{where}", one, other, BAR
+            )
 
 
-def _check_layer(outcome, index, last, cases, exact, after, blame: bool) -> float:
+def _check_layer(
+    outcome: Outcome, exact: ReferenceTransformer, index: int, last: bool, after: list[Stream],
+    blame: bool,
+) -> float:  # fmt: skip
     """Our layer on what the reference's read. Returns the largest error."""
-    worst, bar = 0.0, FLOAT32["operation"]
-    for number, (case, made) in enumerate(zip(cases, after, strict=True)):
-        right = _as_ours(exact, number, made)
-        pairs = {"media tower": (np.asarray(made.gen), np.asarray(right.gen))}
-        if not last:  # ours ends at the keys and values of the text, which the media reads
-            text = (_real_text(made.und, case), _real_text(right.und, case))
-            pairs = {"text tower": text} | pairs
-        for tower, pair in pairs.items():
-            step = f"layers.{index}, {tower}: its computation"
-            worst = max(worst, outcome.check_step("transformer", step, *pair, bar, blame))
+    worst = 0.0
+    for number, stream in enumerate(after):
+        right, mine = exact.tokens(number), _tokens(exact, number, stream)
+        for tower in _compared(last):
+            step = f"layers.{index}, {TOWERS[tower]}: its computation"
+            worst = max(worst, outcome.check_step(step, mine[tower], right[tower], BAR, blame))
     return worst
 
 
-def _check_end(outcome, config, params, cases, exact, starts, wrong: list[Target]) -> None:
-    """Final norm, projections and patches, on what leaves the reference's last layer."""
-    blame = not any(target.layer is None and target.leaf.startswith("gen/") for target in wrong)
-    for number, (case, stream) in enumerate(zip(cases, starts, strict=True)):
-        stream = _as_ours(exact, number, stream)
-        made = ours.velocity(params, config, "float32", case, stream)
-        for name, values in made.items():
-            right = [exact.velocity(case, number, i)[name] for i in range(len(case.examples))]
-            step = f"velocity, {name}: final norm, projection, patches"
-            pair = (np.asarray(values), np.stack(right))
-            outcome.check_step("transformer", step, *pair, FLOAT32["operation"], blame)
+def _tokens(exact: ReferenceTransformer, number: int, stream: Stream) -> dict[str, np.ndarray]:
+    """Ours as `ReferenceTransformer.tokens` has them."""
+    gen = np.asarray(stream.gen, np.float32)
+    return {"und": exact.cases[number].text(stream.und), "gen": gen}
 
 
-def _curves(index: int, last: bool, cases, theirs, streams) -> list[dict]:
+def _compared(last: bool) -> list[str]:
+    """The last text layer ends here at its keys and values, which the media layer reads."""
+    return ["gen"] if last else [*TOWERS]
+
+
+def _check_towers(
+    outcome: Outcome, ours: OurTransformer, config: TransformerConfig,
+    exact: ReferenceTransformer, layers: list[dict], blame: bool,
+) -> None:  # fmt: skip
+    """The first layers, float32, as whole towers; the reference's streams are behind them."""
+    count, last = len(layers), layers[-1]["und"]
+    if "kv" not in last:  # a whole layer in the checkpoint
+        kernel = last["attention"]["qkv"]["kernel"][:, config.num_attention_heads :]
+        last = {
+            "input_norm": last["input_norm"], "k_norm": last["attention"]["k_norm"],
+            "kv": {"kernel": kernel},
+        }  # fmt: skip
+    und, gen = (
+        jax.tree.map(lambda *leaves: np.stack(leaves), *(layer[tower] for layer in some))
+        for tower, some in (("und", layers[:-1]), ("gen", layers))
+    )
+    und = ours.params["und"] | {"layers": und, "last_layer": last}
+    gen = ours.params["gen"] | {"layers": gen}
+    config = dataclasses.replace(config, num_hidden_layers=count, vocab_size=ours.config.vocab_size)
+    # A step that one layer computes wrong is named there.
+    blame = blame and not outcome.mismatches
+    for number, case in enumerate(exact.cases):
+        condition = ours.condition(und, config, case)
+        right = exact.velocity(number)
+        for form, arranged in FORMS.items():
+            made = transformer.velocity(
+                arranged(gen), config, condition, case.latents, case.timestep
+            )
+            for name, values in made.items():
+                step = (
+                    f"layers.0 to {count - 1} as one tower, {form}: velocity, {name} "
+                    "(order of the layers, or the text that each reads)"
+                )
+                outcome.check_step(step, values, right[name], FLOAT32["transformer"], blame)
+
+
+Sides = dict[str, ReferenceTransformer]
+
+
+def _curves(index: int, last: bool, theirs: Sides, streams: dict[str, list[Stream]]) -> list[dict]:
     """How far the streams are apart after a layer, over all cases, by tower and dtype."""
     found = []
-    for tower, at in (("und", 0), ("gen", 1)):
-        if last and tower == "und":
-            continue  # ours ends at keys and values there
+    for tower in _compared(last):
         for dtype, mine in streams.items():
             pool = Pool()
-            for c, case in enumerate(cases):
-                for i, example in enumerate(case.examples):
-                    real = len(example.ids) if tower == "und" else None
-                    exact = _numpy(theirs["float32"].streams[c][i][at])
-                    low = _numpy(theirs[dtype].streams[c][i][at]) if dtype == "bfloat16" else None
-                    pool.add(np.asarray(getattr(mine[c], tower)[i][:real]), exact, low)
+            for number, stream in enumerate(mine):
+                low = theirs[dtype].tokens(number)[tower] if dtype == "bfloat16" else None
+                exact = theirs["float32"]
+                pool.add(_tokens(exact, number, stream)[tower], exact.tokens(number)[tower], low)
             found.append(
                 {
                     "layer": index, "tower": tower, "dtype": dtype,
@@ -240,35 +254,32 @@ def _curves(index: int, last: bool, cases, theirs, streams) -> list[dict]:
     return found
 
 
-def _velocity_rows(cases, config, theirs, streams, params) -> list:
+def _add_rows(
+    outcome: Outcome, ours: OurTransformer, theirs: Sides, streams: dict[str, list[Stream]]
+) -> None:
     """The velocity of all cases, for video and for sound."""
-    rows = []
+    exact = theirs["float32"]
+    right = [exact.velocity(number) for number in range(len(exact.cases))]
     for dtype, mine in streams.items():
-        pools = {name: Pool() for name in ("video", "sound")[: 2 if config.sound_gen else 1]}
-        for c, (case, stream) in enumerate(zip(cases, mine, strict=True)):
-            made = ours.velocity(params[dtype], config, dtype, case, stream)
-            for i in range(len(case.examples)):
-                exact = theirs["float32"].velocity(case, c, i)
-                low = theirs["bfloat16"].velocity(case, c, i) if dtype == "bfloat16" else {}
-                for name, pool in pools.items():
-                    pool.add(np.asarray(made[name][i], np.float32), exact[name], low.get(name))
-        rows += [pool.row("transformer", f"velocity, {n}", dtype) for n, pool in pools.items()]
-    return rows
+        pools: dict[str, Pool] = {}
+        for number, (case, stream) in enumerate(zip(exact.cases, mine, strict=True)):
+            made = ours.velocity(case, dtype, stream)
+            low = theirs[dtype].velocity(number) if dtype == "bfloat16" else {}
+            for name, values in right[number].items():
+                for i, one in enumerate(values):
+                    pool = pools.setdefault(name, Pool())
+                    pool.add(made[name][i], one, low[name][i] if low else None)
+        for name, pool in pools.items():
+            outcome.rows.append(pool.row("transformer", f"velocity, {name}", dtype))
 
 
-def _first_drift(outcome: Outcome, curves: list[dict]) -> list[Mismatch]:
+def _add_first_drift(outcome: Outcome, curves: list[dict]) -> None:
     """Where a result is off and no step is by itself: the first layer after which it is."""
-    found = []
     for dtype in dict.fromkeys(row.dtype for row in outcome.rows if not row.passed):
         for entry in curves:
-            exact, error = entry["reference_error"], entry["relative_l2"]
-            bar = FLOAT32["transformer"] if exact is None else RATIO * exact
+            low, error = entry["reference_error"], entry["relative_l2"]
+            bar = FLOAT32["transformer"] if low is None else RATIO * low
             if entry["dtype"] == dtype and not error <= bar:
                 step = f"layers.{entry['layer']}, {entry['tower']} tower, {dtype}: errors add up"
-                found.append(Mismatch("transformer", step, (), "", error, bar, alone=False))
+                outcome.add(step, relative_l2=error, bar=bar, alone=False)
                 break
-    return found
-
-
-def _numpy(x: torch.Tensor) -> np.ndarray:
-    return x.detach().float().cpu().numpy()

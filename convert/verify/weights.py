@@ -5,33 +5,30 @@ files. What differs is named with its public tensor and our leaf, and with the t
 ours holds instead, if any does: sums of the values and of their squares find it in any order.
 """
 
-import dataclasses
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 
 import jax.numpy as jnp
 import numpy as np
 
-from convert.verify.compare import Mismatch, Outcome
+from convert.verify.compare import Outcome
 from convert.verify.names import Target
 from cosmos3_jax.checkpoint.load import Component
 
 # Weight norm folded by two libraries: roundings of float32, of 6e-8 each. Rounded to bfloat16
 # afterwards, few values fall to the other side, each by 4e-3 of itself: one in 400 is the bar.
 FOLDED = {"float32": 5e-7, "bfloat16": 2e-4}
-BLOCK = 2**24  # values that are compared at a time
 SAME = 1e-5  # sums of the same values, folded or in another order, differ by less
 SHOWN_ROWS = 3
 
 
 def compare(
     outcome: Outcome,
-    name: str,
     component: Component,
     tensors: Iterable[tuple[str, np.ndarray]],
     target_of: Callable[[str, int], Target | None],
     *,
-    folded: Callable[[str], bool] = lambda name: False,
+    folded: Container[str] = (),
     dtype: str = "float32",
     layers: int | None = None,
 ) -> list[Target]:
@@ -39,11 +36,10 @@ def compare(
 
     Args:
         outcome: mismatches are added to it, and the number of tensors to its details.
-        name: of the component.
         component: ours, opened.
         tensors: public names and values in float32, rounded as ours are stored; each is read once.
         target_of: (public name, number of axes) -> where it belongs; None if nothing reads it.
-        folded: whether a tensor is the product of weight norm.
+        folded: the tensors that are products of weight norm.
         dtype: in which folded tensors of ours are stored.
         layers: of stacked leaves the first so many are compared; None for all.
 
@@ -52,9 +48,9 @@ def compare(
     """
     pieces = {(piece.leaf, *piece.place): piece for piece in component.pieces(jnp.dtype("float32"))}
     filled = dict.fromkeys(pieces, 0)
-    last_read: tuple = (None, None)  # several tensors may fill one piece
+    held, values = None, np.empty(0)  # several tensors may fill one piece
     sums: dict[str, np.ndarray] = {}
-    wrong: list[tuple[Mismatch, Target, np.ndarray | None]] = []
+    wrong: list[tuple[Target, dict, np.ndarray]] = []
     outcome.details["tensors"] = 0
     for public, tensor in tensors:
         sums[public] = _sums(tensor)
@@ -62,35 +58,31 @@ def compare(
         if target is None:
             continue
         outcome.details["tensors"] += 1
-        normed = folded(public)
-        stored = (f"{public}_g", f"{public}_v") if normed else (public,)
-        bar = FOLDED[dtype] if normed else 0.0
+        normed = public in folded
+        what = {
+            "operation": public, "leaf": target.label, "bar": FOLDED[dtype] if normed else 0.0,
+            "tensors": (f"{public}_g", f"{public}_v") if normed else (public,),
+        }  # fmt: skip
         place = (target.leaf,) if target.layer is None else (target.leaf, target.layer)
         if place not in pieces:
-            why = "there is no such leaf"
-            wrong.append(
-                (Mismatch(name, public, stored, target.label, np.inf, bar, why), target, None)
-            )
+            wrong.append((target, what | {"hint": "there is no such leaf"}, np.zeros(3)))
             continue
-        if last_read[0] != place:
-            last_read = place, component.read(pieces[place])
-        ours, exact = last_read[1][target.index], target.arrange(tensor)
+        if held != place:
+            held, values = place, component.read(pieces[place])
+        ours, exact = values[target.index], target.arrange(tensor)
         filled[place] += tensor.size
         error = _error(ours, exact)
-        if not error <= bar:  # NaN misses every bar
-            hint = _own_hint(ours, exact)
-            mismatch = Mismatch(name, public, stored, target.label, error, bar, hint)
-            wrong.append((mismatch, target, _sums(ours)))
-    for mismatch, _, own in wrong:
-        hint = mismatch.hint or _holder(mismatch.operation, own, sums)
-        outcome.mismatches.append(dataclasses.replace(mismatch, hint=hint))
-    for place, values in filled.items():
-        layer = place[1] if len(place) > 1 else 0
-        left_out = layers is not None and (layer >= layers or "/last_layer/" in place[0])
-        if values != np.prod(pieces[place].shape) and not left_out:
-            step = f"{'/'.join(map(str, place))}: public tensors fill {values} of its values"
-            outcome.mismatches.append(Mismatch(name, step, (), place[0], np.inf, 0.0))
-    return [target for _, target, _ in wrong]
+        if not error <= what["bar"]:  # NaN misses every bar
+            what |= {"relative_l2": error, "hint": _own_hint(ours, exact)}
+            wrong.append((target, what, _sums(ours)))
+    for _, what, own in wrong:
+        outcome.add(**what | {"hint": what["hint"] or _holder(what["operation"], own, sums)})
+    for (leaf, *layer), count in filled.items():
+        left_out = layers is not None and (sum(layer) >= layers or "/last_layer/" in leaf)
+        if count != np.prod(pieces[leaf, *layer].shape) and not left_out:
+            step = "/".join(map(str, (leaf, *layer)))
+            outcome.add(f"{step}: public tensors fill {count} of its values", leaf=leaf)
+    return [target for target, _, _ in wrong]
 
 
 def natural_order(name: str) -> tuple:
@@ -101,31 +93,22 @@ def natural_order(name: str) -> tuple:
     return (-1 if layer is None else int(layer[1]), numbered)
 
 
-def _blocks(*arrays: np.ndarray):
-    """Slices of a few values along the first axis: no copy of a large array is made."""
-    rows = max(1, BLOCK // max(1, arrays[0][:1].size)) if arrays[0].ndim else 1
-    for start in range(0, len(arrays[0]), rows):
-        yield tuple(array[start : start + rows].astype(np.float64) for array in arrays)
-
-
 def _error(ours: np.ndarray, exact: np.ndarray) -> float:
-    """Relative L2; 0 only for equal values, infinity for another shape."""
+    """Relative L2; 0 only for equal values, infinity for another shape. No float64: some tensors
+    take gigabytes.
+    """
     if ours.shape != exact.shape:
         return np.inf
     if np.array_equal(ours, exact):
         return 0.0
-    error = norm = 0.0
-    for mine, theirs in _blocks(ours, exact):
-        error, norm = error + np.sum((mine - theirs) ** 2), norm + np.sum(theirs**2)
-    return float(np.sqrt(error / norm)) if norm else np.inf
+    norm = np.linalg.norm(exact)
+    return float(np.linalg.norm(ours - exact) / norm) if norm else np.inf
 
 
 def _sums(values: np.ndarray) -> np.ndarray:
     """Size, sum and sum of squares: the same for the same values in any order."""
-    total = squares = 0.0
-    for (block,) in _blocks(values):
-        total, squares = total + block.sum(), squares + np.sum(block**2)
-    return np.array([values.size, total, squares])
+    squares = np.sum(np.square(values), dtype=np.float64)
+    return np.array([values.size, np.sum(values, dtype=np.float64), squares])
 
 
 def _own_hint(ours: np.ndarray, exact: np.ndarray) -> str:

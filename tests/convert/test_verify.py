@@ -12,12 +12,13 @@ import ml_dtypes
 import pytest
 from checkpoint_files import link_checkpoint, read_tensors, update_json, write_tensors
 
-from convert.verify import autoencoders, cli, our_transformer, pipeline, reference
+from convert.verify import autoencoders, cli, pipeline, reference
 from convert.verify.compare import (
     FLOAT32,
     RATIO,
     Outcome,
 )
+from convert.verify.our_transformer import OurTransformer
 from cosmos3_jax.checkpoint.convert import convert_checkpoint
 
 
@@ -46,11 +47,11 @@ def test_a_rounded_conversion_passes(
     float32 bars hold. No more than a layer of the transformer is read at a time, by either side.
     """
     layers = []
-    read = our_transformer.read_layer
+    read = OurTransformer.read_layer
     monkeypatch.setattr(
-        our_transformer,
+        OurTransformer,
         "read_layer",
-        lambda part, *layer: layers.append(layer) or read(part, *layer),
+        lambda ours, index: layers.append(index) or read(ours, index),
     )
     arguments = [public_checkpoint, "--converted", half, "--component", component]
     assert cli.main([*map(str, arguments), "--dtype", dtype, "--report", str(tmp_path)]) == 0
@@ -66,7 +67,7 @@ def test_a_rounded_conversion_passes(
         assert 1e-3 < row["reference_error"] < 0.1  # really rounded, and no nonsense
         assert row["relative_l2"] <= row["bar"] == RATIO * row["reference_error"]
     if component == "transformer":
-        assert layers == [(0, False), (1, False), (2, True)]
+        assert layers == [0, 1, 2]
         assert len(found["details"]["transformer"]["layers"]) == 2 * 3 - 1
 
 
@@ -110,7 +111,7 @@ def test_other_tokens_fail_their_row(monkeypatch):
         tokenize_prompt=lambda *_, **__: (ids, ids),
         config=SimpleNamespace(default_use_system_prompt=True),
     )
-    outcome = Outcome()
+    outcome = Outcome("pipeline")
     pipeline.compare_token_ids(outcome, pipe, None, None)
     assert not outcome.rows[0].passed
     assert outcome.mismatches[0].operation.startswith("token 2 of the negative")
@@ -131,7 +132,9 @@ def test_how_weights_are_stored_decides_what_is_rounded(
     tensors = read_tensors(stored / "vae")
     write_tensors(stored / "vae", {k: v.astype(ml_dtypes.bfloat16) for k, v in tensors.items()})
     seen = []
-    monkeypatch.setattr(autoencoders, "compare", lambda *_, rounded, **__: seen.append(rounded))
+    monkeypatch.setattr(
+        autoencoders, "compare", lambda _, sides: seen.append(sides.rounded("video_vae"))
+    )
     for folder in (public_checkpoint, stored, half):
         arguments = [public_checkpoint, "--converted", folder, "--component", "video_vae"]
         assert cli.main([str(argument) for argument in arguments]) == 0
@@ -139,11 +142,11 @@ def test_how_weights_are_stored_decides_what_is_rounded(
 
 
 def test_free_memory_is_what_a_container_leaves(tmp_path):
-    assert cli.free_gib("cpu", tmp_path) > 0.5  # no limit there
+    assert pipeline.free_gib("cpu", tmp_path) > 0.5  # no limit there
     (tmp_path / "memory.current").write_text(str(2**29))
     for limit, free in (("max", None), (str(2**30), 0.5), (str(2**28), 0)):
         (tmp_path / "memory.max").write_text(limit)
-        found = cli.free_gib("cpu", tmp_path)
+        found = pipeline.free_gib("cpu", tmp_path)
         assert found > 0.5 if free is None else found == free
 
 
@@ -216,7 +219,7 @@ def test_sound_is_left_out_where_a_conversion_has_none(
     public_checkpoint, capsys, tmp_path, monkeypatch
 ):
     silent = convert_checkpoint(public_checkpoint, tmp_path / "silent", sound=False)
-    monkeypatch.setattr(cli, "compare_component", lambda *_, **__: Outcome())
+    monkeypatch.setattr(cli, "compare_component", lambda name, _: Outcome(name))
     assert cli.main([str(public_checkpoint), "--converted", str(silent)]) == 0
     said = capsys.readouterr().out
     assert f"skipped: sound: {silent} has none" in said and "sound_vae" not in said

@@ -23,8 +23,8 @@ from verify_mistakes import (
     wrong_patch_order,
 )
 
-from convert.verify import autoencoders, cli, our_transformer, transformer_inputs
-from cosmos3_jax.checkpoint import rules, transformer_layout
+from convert.verify import autoencoders, cli, our_transformer
+from cosmos3_jax.checkpoint import layouts, rules
 from cosmos3_jax.checkpoint.convert import convert_checkpoint
 from cosmos3_jax.models import (
     attention,
@@ -41,10 +41,10 @@ def quick_compilation():
     the transformer has an odd grid, padding, a given frame and a frame rate that is not the base.
     """
     jax.config.update("jax_disable_most_optimizations", True)
-    case = transformer_inputs.Case("hard", (2, 3, 5), (13, 9), 3, 30.0, (0,))
+    case = our_transformer.Case("hard", (2, 3, 5), (13, 9), 3, 30.0, (0,))
     with (
-        mock.patch.object(transformer_inputs, "CASES", (case,)),
-        mock.patch.object(transformer_inputs, "INPUTS", 2),
+        mock.patch.object(our_transformer, "CASES", (case,)),
+        mock.patch.object(our_transformer, "INPUTS", 2),
         mock.patch.object(autoencoders, "GRID", (2, 3, 5)),
     ):
         yield
@@ -178,10 +178,10 @@ def test_nothing_is_blamed_without_a_mistake(clean):
 
 def test_a_wrong_rule_is_named(public_checkpoint, tmp_path, monkeypatch):
     """The weights are then what the layout says they are, and still wrong."""
-    towers = dict(transformer_layout.TOWERS)
+    towers = dict(layouts.TOWERS)
     q, k, v, *others = towers["und"]
     towers["und"] = (q, v, k, *others)
-    monkeypatch.setattr(transformer_layout, "TOWERS", towers)
+    monkeypatch.setattr(layouts, "TOWERS", towers)
     status, report = verify(tmp_path, public_checkpoint, "transformer", "--layers", "1")
     first = report["places"][0]
     assert status == 1
@@ -268,9 +268,10 @@ def test_another_layers_text_is_named(public_checkpoint, converted, tmp_path, mo
     """Every layer by itself is right, so only the whole towers show it."""
     right = transformer.MediaTower.apply
 
-    def wrong(self, variables, latents, timestep, condition):
+    def wrong(self, variables, latents, timestep, condition, **options):
         key = jnp.roll(condition.key, 1, axis=0)
-        return right(self, variables, latents, timestep, condition.replace(key=key))
+        condition = condition.replace(key=key)
+        return right(self, variables, latents, timestep, condition, **options)
 
     monkeypatch.setattr(transformer.MediaTower, "apply", wrong)
     status, report = verify(

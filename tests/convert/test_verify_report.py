@@ -17,7 +17,6 @@ from convert.verify.compare import (
     Mismatch,
     Outcome,
     Pool,
-    keep_failures,
     relative_l2,
 )
 
@@ -75,13 +74,16 @@ def test_verdicts(error, reference_error, passed):
 def test_a_mismatch_fails_an_outcome_and_says_what_to_look_at():
     place = Mismatch("transformer", "layers.1.mlp.up_proj.weight", ("layers.1.mlp.up_proj.weight",),
                   "und/layers/mlp/gate_up/kernel[1]", 0.5, 1e-5, "ours holds another")  # fmt: skip
-    assert Outcome().passed and not Outcome(mismatches=[place]).passed
+    assert Outcome("x").passed and not Outcome("x", mismatches=[place]).passed
     for part in (*place.tensors, place.leaf, place.hint, "5.0e-01"):
         assert part in str(place)
-    assert Outcome(mismatches=[place]).first_failure == str(place) and Outcome().first_failure == ""
+    assert (
+        Outcome("x", mismatches=[place]).first_failure == str(place)
+        and Outcome("x").first_failure == ""
+    )
     pool = Pool()
     pool.add(np.ones(2), np.zeros(2))
-    between = Outcome(rows=[pool.row("video_vae", "decode", "float32")])
+    between = Outcome("video_vae", rows=[pool.row("video_vae", "decode", "float32")])
     assert between.first_failure.startswith(
         "video_vae: decode in float32, every tensor and step in its bar"
     )
@@ -122,7 +124,7 @@ def test_the_report_has_everything_and_is_written_whole(
 def test_what_was_compared_stays_when_the_rest_fails(
     public_checkpoint, tmp_path, capsys, monkeypatch
 ):
-    compared, first = [], Outcome(skipped=["a part"])
+    compared, first = [], Outcome("transformer", skipped=["a part"])
 
     def compare(name, *_):
         if compared:
@@ -139,7 +141,7 @@ def test_what_was_compared_stays_when_the_rest_fails(
 
     # A verdict that has failed by then outweighs the error, and its skips are said.
     compared.clear()
-    first.mismatches.append(Mismatch("transformer", "x", (), "", 1.0, 0.0))
+    first.mismatches.append(Mismatch("transformer", "x"))
     assert cli.main(arguments) == 1
     printed = capsys.readouterr()
     assert "skipped: a part" in printed.out and "an earlier verdict failed" in printed.err
@@ -147,11 +149,11 @@ def test_what_was_compared_stays_when_the_rest_fails(
 
 
 def test_an_error_after_a_failed_verdict_keeps_it():
-    outcome = Outcome()
-    with pytest.raises(RuntimeError), keep_failures(outcome, "vae"):
+    outcome = Outcome("vae")
+    with pytest.raises(RuntimeError), outcome.keeping_failures():
         raise RuntimeError("nothing has failed")
-    with keep_failures(outcome, "vae"):
-        outcome.mismatches.append(Mismatch("vae", "x", (), "", 1.0, 0.0))
+    with outcome.keeping_failures():
+        outcome.add("x")
         raise RuntimeError("two\nlines")
     assert outcome.skipped == ["vae: the rest, stopped by RuntimeError: two lines"]
 
@@ -161,7 +163,7 @@ def test_markdown_puts_dtypes_side_by_side():
     pool.add(np.ones(3) + 1e-7, np.ones(3), np.ones(3) + 1e-2)
     rows = [pool.row("video_vae", "decode", "bfloat16", picture=True)]
     rows.insert(0, dataclasses.replace(rows[0], dtype="float32", relative_l2=2e-7, passed=False))
-    outcome = Outcome(rows=rows)
+    outcome = Outcome("video_vae", rows=rows)
     made = report.make({"video_vae": outcome}, "x")
     failed, _, *table = report.markdown(json.loads(json.dumps(made))).splitlines()
     assert failed.startswith("**FAILED**: video_vae: decode in float32")
@@ -172,12 +174,12 @@ def test_markdown_puts_dtypes_side_by_side():
 
 
 def test_what_json_cannot_hold_becomes_text(tmp_path, capsys):
-    outcome = Outcome(mismatches=[Mismatch("sampler", "x", (), "", np.inf, 0.0)])
+    outcome = Outcome("sampler", mismatches=[Mismatch("sampler", "x")])
     path = report.write(report.make({"sampler": outcome}, "x"), tmp_path)
     assert json.loads(path.read_text())["places"][0]["relative_l2"] == "inf"
     pool = Pool()
     pool.add(np.float32([np.nan, 1]), np.ones(2, np.float32))
-    outcome = Outcome(rows=[pool.row("video_vae", "decode", "float32", picture=True)])
+    outcome = Outcome("video_vae", rows=[pool.row("video_vae", "decode", "float32", picture=True)])
     report.write(report.make({"video_vae": outcome}, "x"), tmp_path)
     assert cli.main(["--markdown", str(path)]) == 0
     line = capsys.readouterr().out.splitlines()[-1]
@@ -187,14 +189,14 @@ def test_what_json_cannot_hold_becomes_text(tmp_path, capsys):
     assert [entry.name for entry in tmp_path.iterdir()] == ["verify.json"]
 
 
-def test_the_readmes_table_is_the_reports():
+def test_the_documented_table_is_the_reports():
     """Made by the script, not by hand."""
     root = Path(__file__).parents[2]
     made = json.loads((root / "benchmarks/results/verify_tiny.json").read_text("utf-8"))
     assert made["passed"] and made["checkpoint"] == "tiny" and not made["unfinished"]
     assert {row["component"] for row in made["rows"]} == set(cli.COMPONENTS)
     assert {row["dtype"] for row in made["rows"]} >= {"float32", "bfloat16"}
-    assert report.markdown(made) in (root / "README.md").read_text("utf-8")
+    assert report.markdown(made) in (root / "docs/verification.md").read_text("utf-8")
 
 
 def test_the_plot_of_a_report(tmp_path):
