@@ -13,10 +13,8 @@ import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from cosmos3_jax.checkpoint import load
 from cosmos3_jax.checkpoint.find import open_folder
 from cosmos3_jax.parallel import device
 from cosmos3_jax.runtime.measure import GIB, environment
@@ -59,9 +57,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     found = {"first read": read_all(options.folder), "second read": read_all(options.folder)}
     config, _ = open_folder(options.folder)
-    components = load.open_components(options.folder, config)
     found["link"] = link(DRY_LINK_BYTES if options.dry else LINK_BYTES)
-    weights = Weights.of_checkpoint(components, jnp.dtype("bfloat16"), offload=True)
+    weights = Weights.of_checkpoint(options.folder, config, "bfloat16", offload=True)
     for part in weights.parts:
         start = time.perf_counter()
         with weights.borrow(part) as tree:

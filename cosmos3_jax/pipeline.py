@@ -7,56 +7,32 @@ compiles and shows progress. Research code that wants none of that calls `prepar
 Axes: B batch, C channels, T frames, H rows, W columns; latents t, h, w; s sound latents.
 """
 
-import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import tqdm
 from jax import Array
 from jax.sharding import Mesh
 
-from cosmos3_jax.checkpoint import load, lora_files
+from cosmos3_jax.checkpoint import lora_files
 from cosmos3_jax.checkpoint.find import find_checkpoint, open_folder
-from cosmos3_jax.checkpoint.lora import merge_on_read
 from cosmos3_jax.config import Config
 from cosmos3_jax.io.prepare import TEXT_BUCKET, Prepared, prepare
 from cosmos3_jax.io.prompt import pad_token_ids
 from cosmos3_jax.io.settings import Settings, SettingsDict
 from cosmos3_jax.models.tokenizer import Tokenizer
 from cosmos3_jax.parallel import device
-from cosmos3_jax.parallel.mesh import Meshes, ambient, reachable
+from cosmos3_jax.parallel.mesh import Meshes
 from cosmos3_jax.runtime import memory, programs
+from cosmos3_jax.runtime.generation import Generation, Step
 from cosmos3_jax.runtime.job import Job
 from cosmos3_jax.runtime.weights import Weights
 from cosmos3_jax.sampling import stages
-from cosmos3_jax.sampling.request import Request
+from cosmos3_jax.sampling.request import Request, check_axes
 from cosmos3_jax.sampling.stages import Stage, Values
 
 DTYPES = ("bfloat16", "float32")
 Loras = str | Path | Sequence[str | Path | tuple[str | Path, float]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """What a generation has after one of its steps.
-
-    Attributes:
-        index: of the step, from 0 on.
-        sigma: the noise level that the step began at; the latents are at the next one.
-        latents: after the step, `{"video"[, "sound"]}`, channels first.
-        clean: the step's prediction of the clean latents, likewise.
-    """
-
-    index: int
-    sigma: float
-    latents: dict[str, Array]
-    clean: dict[str, Array]
 
 
 class Cosmos3:
@@ -97,8 +73,7 @@ class Cosmos3:
         Args:
             path_or_hub_id: a local folder; a Hub id `owner/name`; `tiny`, the embedded default; or
                 `random`, see `find.find_checkpoint`.
-            load_sound: None loads sound if the checkpoint has it, True insists, False leaves it
-                out.
+            load_sound: None takes the sound that there is, True insists, False leaves it out.
             lora: a LoRA file in diffusers' layout, or a list of files or of (file, factor). They
                 are merged into the weights as these are read, and cost nothing afterwards.
 
@@ -154,13 +129,10 @@ class Cosmos3:
             self.meshes, offload = memory.choose_devices(
                 self.config, device.memory_limit(), mesh, offload, job
             )
-        components = load.open_components(find_checkpoint(self._name), self.config)
-        if self._loras:
-            addition = merge_on_read(self._loras, self.config.transformer)
-            components[0] = dataclasses.replace(components[0], addition=addition)
         self.weights = Weights.of_checkpoint(
-            components, jnp.dtype(dtype), offload, self.meshes.weights
-        )
+            find_checkpoint(self._name), self.config, dtype, offload=offload,
+            mesh=self.meshes.weights, loras=self._loras,
+        )  # fmt: skip
         return self
 
     @classmethod
@@ -174,8 +146,6 @@ class Cosmos3:
         lora: Loras | None = None,
     ) -> "Cosmos3":
         """`open` and `load`: a checkpoint in the public or the converted layout, with weights."""
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype={dtype!r} is not supported; choose bfloat16 or float32")
         model = cls.open(path_or_hub_id, load_sound=load_sound, lora=lora)
         return model.load(dtype, offload=offload, mesh=mesh)
 
@@ -195,7 +165,7 @@ class Cosmos3:
     @property
     def dtype(self) -> str:
         """Of the weights and of the computation."""
-        return str(stages.params_dtype(self._loaded().structs["video_vae"]))
+        return self._loaded().dtype
 
     def prepare(self, prompt: str | Sequence[str], **settings: Unpack[SettingsDict]) -> Request:
         """Check, read and tokenise everything that one generation needs (see `io.settings` and
@@ -227,11 +197,10 @@ class Cosmos3:
             return_trajectory: add `trajectory`: `latents` and `clean`, every step's latents and
                 clean predictions, stacked on a leading axis.
             progress: show a bar over the steps.
-            decode_chunk_size: latent frames decoded at a time: memory against speed. None
-                chooses by size.
-            steps_per_program: denoising steps of one call to the device. Another number is another
-                program, which rounds otherwise. None is `programs.block_length` of all steps, and 1
-                with a trajectory.
+            decode_chunk_size: latent frames decoded at a time; more are faster and need more
+                memory. None chooses by size.
+            steps_per_program: denoising steps of one call to the device; another number rounds
+                otherwise. None chooses, see `programs.block_length`.
             **settings: image or video to start from, sizes, sampler, seeds and prompt style; see
                 `io.settings.Settings`.
 
@@ -277,35 +246,11 @@ class Cosmos3:
         Raises:
             ValueError, OutOfDeviceMemory: as `generate`.
         """
-        values = stages.initial_values(request, output=output, decode_chunk_size=decode_chunk_size)
-        job = self.job(request, output, return_trajectory, decode_chunk_size)
-        memory.check_fits(self.config, device.memory_limit(), job)
-        mesh = self._mesh_of(request)
-        trajectory: list[dict] = []
-        total = request.num_inference_steps
-        length = self.steps_per_program(request, steps_per_program, return_trajectory)
-        with (
-            memory.exhaustion_explained(self.config, device.memory_limit(), job),
-            ambient(mesh),
-            tqdm.tqdm(total=total, unit="step", desc="denoise", disable=not progress) as bar,
-        ):
-
-            def listen(values: Values) -> None:
-                bar.update(min(length, total - bar.n))
-                if return_trajectory:
-                    trajectory.append({name: values[name] for name in ("latents", "clean")})
-
-            execute = programs.Run(
-                self._loaded(), self.config, block_steps=length, listen=listen,
-                after=after,
-            )  # fmt: skip
-            values["request"] = jax.tree.map(partial(reachable, mesh), request)
-            result = stages.result_of(stages.walk(values, execute))
-        if output == "media" and "sound" in result:
-            result["sample_rate"] = self.config.sound_vae.sampling_rate
-        if return_trajectory:
-            result["trajectory"] = programs.stack(trajectory)
-        return result
+        generation = self._generation(
+            request, output=output, return_trajectory=return_trajectory,
+            decode_chunk_size=decode_chunk_size, steps_per_program=steps_per_program,
+        )  # fmt: skip
+        return generation.run(progress=progress, after=after)
 
     def warmup(
         self,
@@ -340,17 +285,11 @@ class Cosmos3:
         if text_tokens is not None:
             ids, mask = pad_token_ids([[0] * text_tokens] * len(request.text_ids), TEXT_BUCKET)
             request = request.replace(text_ids=ids, text_mask=mask)
-        values = stages.initial_values(request, output=output, decode_chunk_size=decode_chunk_size)
-        job = self.job(request, output, return_trajectory, decode_chunk_size)
-        memory.check_fits(self.config, device.memory_limit(), job)
-        with ambient(self._mesh_of(request)):
-            length = self.steps_per_program(request, steps_per_program, return_trajectory)
-            compile_stage = programs.Compile(self._loaded().structs, self.config, length)
-            values = stages.walk(programs.structs_of(values), compile_stage)
-            if return_trajectory:
-                step = {name: values["latents"] for name in ("latents", "clean")}
-                programs.compile_for(programs.stack, [step] * request.num_inference_steps)
-            self.weights.compile_loading()
+        generation = self._generation(
+            request, output=output, return_trajectory=return_trajectory,
+            decode_chunk_size=decode_chunk_size, steps_per_program=steps_per_program,
+        )  # fmt: skip
+        generation.compile()
 
     def steps(self, request: Request) -> Iterator[Step]:
         """Denoise a request, a step at a time: `for step in model.steps(request)`.
@@ -361,29 +300,12 @@ class Cosmos3:
         Raises:
             ValueError, OutOfDeviceMemory: as `generate`, at the first step.
         """
-        job = self.job(request, output="latents")
-        memory.check_fits(self.config, device.memory_limit(), job)
-        mesh = self._mesh_of(request)
-        values = stages.initial_values(request, output="latents")
-        sigmas = values["steps"].solver.sigma
-        values["request"] = jax.tree.map(partial(reachable, mesh), request)
-        before, loop = stages.up_to_the_loop()
-        execute = programs.Run(self._loaded(), self.config, block_steps=1)
-        with ambient(mesh):
-            values = stages.walk(values, execute, before)
-        calls = execute.each_call(loop, values)
-        with contextlib.closing(calls):
-            for index in range(request.num_inference_steps):
-                with ambient(mesh):  # only while a program runs: the caller goes on in between
-                    values = next(calls)
-                yield Step(index, float(sigmas[index]), values["latents"], values["clean"])
+        yield from self._generation(request, output="latents").steps()
 
     def denoise(
         self, request: Request, *, return_trajectory: bool = False, progress: bool = False
     ) -> tuple[dict[str, Array], dict | None]:
-        """A request -> final latents `{"video"[, "sound"]}`, channels first, and the trajectory or
-        None.
-        """
+        """A request -> final latents, channels first, and the trajectory or None."""
         result = self.run(
             request, output="latents", return_trajectory=return_trajectory, progress=progress
         )
@@ -403,10 +325,9 @@ class Cosmos3:
 
         Raises ValueError on another number of axes or channels.
         """
-        _check_axes("latents", latents, "[B, C, t, h, w]", self.config.video_vae.z_dim)
-        return self._autoencode("video_vae", stages.decode_video, latents, chunk_size=chunk_size)[
-            "video"
-        ]
+        check_axes("latents", latents, "[B, C, t, h, w]", self.config.video_vae.z_dim)
+        decode = stages.decode_video
+        return self._autoencode("video_vae", decode, latents, chunk_size=chunk_size)["video"]
 
     def encode_video(self, video: Array, chunk_size: int = 1) -> Array:
         """Video [B, 3, T, H, W] in [0, 1], T = 4k + 1 -> normalised latents [B, C, t, h, w]: the
@@ -414,7 +335,7 @@ class Cosmos3:
 
         Raises ValueError on another shape, and on integers.
         """
-        _check_axes("video", video, "[B, 3, T, H, W]", 3)
+        check_axes("video", video, "[B, 3, T, H, W]", 3)
         return self._autoencode("video_vae", stages.encode_video, video, chunk_size=chunk_size)
 
     def decode_sound(self, latents: Array) -> Array:
@@ -424,7 +345,7 @@ class Cosmos3:
         """
         self._check_sound()
         channels = self.config.transformer.sound_dim
-        _check_axes("sound latents", latents, "[B, C_sound, s]", channels)
+        check_axes("sound latents", latents, "[B, C_sound, s]", channels)
         return self._autoencode("sound_vae", stages.decode_sound, latents)["sound"]
 
     def encode_sound(self, waveform: Array) -> Array:
@@ -436,22 +357,14 @@ class Cosmos3:
         """
         self._check_sound()
         channels = self.config.sound_vae.dec_out_channels
-        _check_axes("waveform", waveform, "[B, channels, samples]", channels)
+        check_axes("waveform", waveform, "[B, channels, samples]", channels)
         return self._autoencode("sound_vae", stages.encode_sound, waveform)
 
     def steps_per_program(
         self, request: Request, asked: int | None = None, return_trajectory: bool = False
     ) -> int:
-        """Denoising steps of one call to the device: as many as are asked for, or see `generate`.
-
-        Raises ValueError on less than one, and on more than one with a trajectory.
-        """
-        chosen = 1 if return_trajectory else programs.block_length(request.num_inference_steps)
-        length = chosen if asked is None else asked
-        if length < 1 or (return_trajectory and length > 1):
-            most = "1, since a trajectory has every step" if return_trajectory else "1 or more"
-            raise ValueError(f"steps_per_program={length} must be {most}")
-        return length
+        """Denoising steps of one call to the device; see `programs.block_length`."""
+        return programs.block_length(request.num_inference_steps, asked, return_trajectory)
 
     def job(
         self,
@@ -461,28 +374,19 @@ class Cosmos3:
         decode_chunk_size: int | None = None,
     ) -> Job:
         """The job of a request on this model's devices; see `generate` for the arguments."""
-        mesh = self._mesh_of(request)
-        return Job.of_request(
-            self.config,
-            request,
-            dtype=self.dtype,
-            offload=not self.weights.resident,
-            mesh={} if mesh is None else dict(mesh.shape),
-            decode=output == "media",
+        return self._generation(
+            request, output=output, return_trajectory=return_trajectory,
             decode_chunk_size=decode_chunk_size,
-            trajectory_steps=request.num_inference_steps if return_trajectory else 0,
-        )
+        ).job  # fmt: skip
 
-    def _mesh_of(self, request: Request) -> Mesh | None:
-        return self.meshes.of(len(request.text_ids), request.neg_text_ids is not None)
+    def _generation(self, request: Request, **options: Any) -> Generation:
+        return Generation(self._loaded(), self.config, self.meshes, request, **options)
 
     def _autoencode(self, part: str, function: Callable, array: Array, **static) -> Any:
         """A function of one autoencoder's parameters and an array, on the array's mesh."""
         mesh = self.meshes.of(len(array), guidance=True)
-        run = programs.program(function, static=tuple(static))
-        with ambient(mesh), self._loaded().borrow(part) as params:
-            result = run(params, reachable(mesh, array), config=self.config, **static)
-            return jax.block_until_ready(result)
+        weights = self._loaded()
+        return programs.run_alone(weights, self.config, mesh, part, function, array, **static)
 
     def _loaded(self) -> Weights:
         if self.weights is None:
@@ -492,12 +396,3 @@ class Cosmos3:
     def _check_sound(self) -> None:
         if "sound_vae" not in self._loaded().structs:
             raise ValueError("this checkpoint was loaded without sound, or has none")
-
-
-def _check_axes(name: str, array: Array, axes: str, channels: int) -> None:
-    """Raise unless these are floats with as many axes, and as many channels on the second."""
-    shape, dtype = np.shape(array), jnp.result_type(array)
-    if len(shape) != len(axes.split()) or shape[1] != channels:
-        raise ValueError(f"{name} of shape {shape}: expected {axes}, with {channels} channels")
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"{name} of {dtype}: give floats; pixels are divided by 255")

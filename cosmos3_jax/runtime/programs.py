@@ -13,9 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jax.sharding import Mesh
 
 from cosmos3_jax.config import Config
 from cosmos3_jax.parallel import sharding
+from cosmos3_jax.parallel.mesh import ambient, reachable
 from cosmos3_jax.runtime.weights import Weights
 from cosmos3_jax.sampling.stages import Stage, Values
 
@@ -31,11 +34,23 @@ def program(function: Callable, donated: int | None = None, static: tuple[str, .
     return jax.jit(function, static_argnames=("config", *static), donate_argnums=donate)
 
 
-def block_length(steps: int) -> int:
-    """Steps of each call, for so many in all: the largest divisor up to `BLOCK_STEPS`, so that one
-    program makes all of them.
+def block_length(steps: int, asked: int | None = None, trajectory: bool = False) -> int:
+    """Steps of each call, for so many in all.
+
+    Args:
+        steps: of the generation.
+        asked: if somebody says. None is the largest divisor up to `BLOCK_STEPS`, so that one
+            program makes all steps; and 1 with a trajectory, which has every step.
+        trajectory: whether every step's latents are kept.
+
+    Raises ValueError on less than one, and on more than one with a trajectory.
     """
-    return next(n for n in range(BLOCK_STEPS, 0, -1) if steps % n == 0)
+    most = 1 if trajectory else BLOCK_STEPS
+    length = next(n for n in range(most, 0, -1) if steps % n == 0) if asked is None else asked
+    if length < 1 or (trajectory and length > 1):
+        allowed = "1, since a trajectory has every step" if trajectory else "1 or more"
+        raise ValueError(f"steps_per_program={length} must be {allowed}")
+    return length
 
 
 def calls(stage: Stage, values: Values, block_steps: int | None) -> Iterator[Values]:
@@ -48,7 +63,7 @@ def calls(stage: Stage, values: Values, block_steps: int | None) -> Iterator[Val
         return
     steps = values["steps"]
     count = steps.solver.timestep.shape[0]
-    length = block_length(count) if block_steps is None else block_steps
+    length = block_length(count, block_steps)
     for first in range(0, count, length):
         rows = slice(first, min(first + length, count))
         yield {"steps": jax.tree.map(functools.partial(_rows, rows=rows), steps)}
@@ -113,6 +128,21 @@ class Run:
                 values = values | result
                 yield result
             jax.block_until_ready(result)  # before its weights leave
+
+
+def run_alone(
+    weights: Weights,
+    config: Config,
+    mesh: Mesh | None,
+    part: str,
+    function: Callable,
+    array: Array,
+    **static,
+) -> Any:
+    """A stage's function of one part of the weights and an array, on the array's mesh."""
+    run = program(function, static=tuple(static))
+    with ambient(mesh), weights.borrow(part) as params:
+        return jax.block_until_ready(run(params, reachable(mesh, array), config=config, **static))
 
 
 class Compile:

@@ -4,15 +4,20 @@ The parts are the top-level keys of the parameter tree: `und` (text tower), `gen
 `video_vae` and `sound_vae`.
 """
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from cosmos3_jax.checkpoint import load
+from cosmos3_jax.checkpoint.lora import merge_on_read
+from cosmos3_jax.config import Config
 from cosmos3_jax.parallel import sharding
+from cosmos3_jax.sampling.stages import params_dtype
 
 
 class Weights:
@@ -29,25 +34,33 @@ class Weights:
         self._held = sharding.place_params(dict(params), mesh)
         self.structs = jax.tree.map(self._struct, self._held)
         self._components: list[load.Component] = []
-        self._dtype = None
+        self._dtype = jnp.dtype(jnp.float32)  # in which missing parts are read
 
     @classmethod
     def of_checkpoint(
         cls,
-        components: list[load.Component],
-        dtype: jnp.dtype,
+        folder: Path,
+        config: Config,
+        dtype: str,
+        *,
         offload: bool,
         mesh: Mesh | None = None,
+        loras: Sequence = (),
     ) -> "Weights":
         """All parts of a checkpoint, now; with `offload` each when it is used.
 
         The media tower's layers come apart, which is faster (see `transformer.unstack_layers`).
+        LoRAs (see `lora_files.load_scaled`) are merged as the weights are read.
 
-        Raises CheckpointError as `load.load_params` does.
+        Raises CheckpointError as `load.open_components` and `load.load_params` do.
         """
+        components = load.open_components(folder, config)
+        if loras:
+            addition = merge_on_read(loras, config.transformer)
+            components[0] = dataclasses.replace(components[0], addition=addition)
         weights = cls({}, mesh)
-        weights._components, weights._dtype = components, dtype
-        weights.structs = load.param_structs(components, dtype, True, mesh)
+        weights._components, weights._dtype = components, jnp.dtype(dtype)
+        weights.structs = load.param_structs(components, weights._dtype, True, mesh)
         if not offload:
             weights.all()
         return weights
@@ -55,6 +68,11 @@ class Weights:
     @property
     def parts(self) -> tuple[str, ...]:
         return tuple(self.structs)
+
+    @property
+    def dtype(self) -> str:
+        """Of the weights and of the computation."""
+        return str(params_dtype(self.structs["video_vae"]))
 
     @property
     def resident(self) -> bool:

@@ -126,6 +126,17 @@ def _check_clean_video(request: Request, batch: int, config: Config) -> None:
         )
 
 
+def check_axes(name: str, array: Array, axes: str, channels: int) -> None:
+    """Raise ValueError unless these are floats with as many axes, and as many channels on the
+    second.
+    """
+    shape, dtype = np.shape(array), jnp.result_type(array)
+    if len(shape) != len(axes.split()) or shape[1] != channels:
+        raise ValueError(f"{name} of shape {shape}: expected {axes}, with {channels} channels")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"{name} of {dtype}: give floats; pixels are divided by 255")
+
+
 def initial_noise(seed: int, shape: tuple[int, ...]) -> np.ndarray:
     """float32 standard normal noise of numpy's `RandomState(seed)`, as the reference draws it.
 
