@@ -10,7 +10,6 @@ Axes: B batch, S text tokens, M media tokens, L layers, N query heads, K key/val
 dimension, D model; of the latents t frames, h rows, w columns, C channels, and s sound frames.
 """
 
-import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -21,6 +20,7 @@ from cosmos3_jax.config import TransformerConfig
 from cosmos3_jax.models import rope
 from cosmos3_jax.models.attention import attention, keeps_attention
 from cosmos3_jax.models.layers import RMSNorm, SwiGLU, TimestepEmbedding, dense, traced_once
+from cosmos3_jax.models.patches import patch_grid, patchify, unpatchify
 from cosmos3_jax.parallel import sharding
 from cosmos3_jax.parallel.sharding import BRANCHES, HEADS, PROMPTS, TOKENS, constrain
 
@@ -92,8 +92,8 @@ class Attention(nn.Module):
         if text is None:
             mixed = attention(query, key, value, causal=True)
         else:
-            text = (*text, length)
-            mixed = attention(query, key, value, text=text, tokens=self.tokens, batch=batch)
+            padded = (*text, length)
+            mixed = attention(query, key, value, text=padded, tokens=self.tokens, batch=batch)
         mixed = constrain(mixed, batch, TOKENS, None, None)
         return dense(config.hidden_size, self.dtype, "out", axis=(-2, -1))(mixed), (key, value)
 
@@ -141,11 +141,7 @@ class Unrolled(nn.Module):
 
 
 def _stack(
-    config: TransformerConfig,
-    dtype: jnp.dtype,
-    layers: int,
-    remat: bool,
-    tokens: int | None = None,
+    config: TransformerConfig, dtype: jnp.dtype, layers: int, remat: bool, tokens: int | None = None
 ) -> nn.Module:
     """`layers` blocks run by one scan over their stacked parameters."""
     scanned = nn.scan(
@@ -170,9 +166,8 @@ class KeyValue(nn.Module):
         x = RMSNorm(config.rms_norm_eps, self.dtype, name="input_norm")(x)
         kv = dense((2 * config.num_key_value_heads, config.head_dim), self.dtype, "kv")(x)
         key, value = jnp.split(kv, 2, axis=2)
-        return rope.apply_rope(
-            RMSNorm(config.rms_norm_eps, self.dtype, name="k_norm")(key), table
-        ), value
+        key = RMSNorm(config.rms_norm_eps, self.dtype, name="k_norm")(key)
+        return rope.apply_rope(key, table), value
 
 
 class TextTower(nn.Module):
@@ -188,10 +183,8 @@ class TextTower(nn.Module):
     def __call__(self, text_ids: Array) -> tuple[Array, Array]:
         config = self.config
         table = rope.rope_table(config, rope.text_positions(text_ids.shape[1]))
-        x = nn.Embed(config.vocab_size, config.hidden_size, dtype=self.dtype, name="embed")(
-            text_ids
-        )
-        x = constrain(x, PROMPTS, TOKENS, None)
+        embed = nn.Embed(config.vocab_size, config.hidden_size, dtype=self.dtype, name="embed")
+        x = constrain(embed(text_ids), PROMPTS, TOKENS, None)
         layers = _stack(config, self.dtype, config.num_hidden_layers - 1, self.remat)
         x, stacked = layers(x, None, table, None)
         last = KeyValue(config, self.dtype, name="last_layer")(x, table)
@@ -223,7 +216,7 @@ class MediaTower(nn.Module):
             # Whole for once: parts of odd lengths could not be divided, put together and divided
             # anew without moving all of them.
             x = constrain(x, BRANCHES, None, None)
-        x, *table = (
+        x, cos, sin = (
             constrain(sharding.pad_tokens(each), BRANCHES, TOKENS, None)
             for each in (x, *condition.rope)
         )
@@ -233,7 +226,7 @@ class MediaTower(nn.Module):
             layers = Unrolled(config, dtype, depth, real, self.remat, name="layers")
         else:
             layers = _stack(config, dtype, depth, self.remat, real)
-        x, _ = layers(x, text, tuple(table), condition.text_length)
+        x, _ = layers(x, text, (cos, sin), condition.text_length)
         x = RMSNorm(config.rms_norm_eps, dtype, name="norm")(x)
 
         velocity, first = {}, 0
@@ -281,35 +274,6 @@ class MediaTower(nn.Module):
         if sharding.num_shards(TOKENS) == 1:
             return out(x[:, tokens])
         return constrain(out(x), BRANCHES, None, None)[:, tokens]
-
-
-def patch_grid(
-    config: TransformerConfig, video_shape: tuple[int, int, int]
-) -> tuple[int, int, int]:
-    """Patches along (time, height, width); an odd height or width is padded up."""
-    frames, height, width = video_shape
-    return frames, -(-height // config.latent_patch_size), -(-width // config.latent_patch_size)
-
-
-def patchify(config: TransformerConfig, video: Array) -> Array:
-    """[B, t, h, w, C] -> [B, M, p p C], zero rows and columns added at the bottom and right where
-    needed.
-
-    The features of a patch run over (row, column, channel).
-    """
-    p = config.latent_patch_size
-    padding = [(0, -size % p) for size in video.shape[2:4]]
-    video = jnp.pad(video, [(0, 0), (0, 0), *padding, (0, 0)])
-    return einops.rearrange(video, "b t (h p) (w q) c -> b (t h w) (p q c)", p=p, q=p)
-
-
-def unpatchify(config: TransformerConfig, tokens: Array, grid: tuple[int, int, int]) -> Array:
-    """The inverse of `patchify`, padding included."""
-    t, h, w = grid
-    p = config.latent_patch_size
-    return einops.rearrange(
-        tokens, "b (t h w) (p q c) -> b t (h p) (w q) c", t=t, h=h, w=w, p=p, q=p
-    )
 
 
 def compute_dtype(params: dict) -> jnp.dtype:
