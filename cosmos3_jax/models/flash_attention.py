@@ -127,7 +127,8 @@ def _allocate(query, key, value, length, out, *, heads_per_key: int) -> None:
         @pl.when(index < COMPUTE_WARPGROUPS)
         def _():
             plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-            _attend(query, out, *(x.at[index] for x in tiles), keys, values, count)
+            tile, ready = (x.at[index] for x in tiles)
+            _attend(query, out, tile, ready, keys, values, count)
 
         @pl.when(index == COMPUTE_WARPGROUPS)
         def _():

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import DTypeLike
 
 from cosmos3_jax.config import TransformerConfig
 from cosmos3_jax.parallel import sharding
@@ -32,9 +33,9 @@ def traced_once(param_shapes: Callable) -> Callable:
     return copied
 
 
-def precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
+def precision(dtype: DTypeLike) -> jax.lax.Precision | None:
     """Full float32 products for float32, where a GPU would take TF32; None otherwise."""
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
 
 
 class Dense(nn.DenseGeneral):

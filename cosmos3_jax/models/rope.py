@@ -112,7 +112,7 @@ def axis_of_slot(config: TransformerConfig) -> np.ndarray:
     return axes
 
 
-def rope_table(config: TransformerConfig, positions: Array) -> Rope:
+def rope_table(config: TransformerConfig, positions: Array | np.ndarray) -> Rope:
     """cos and sin of the rotation angles, float32 [B, S, J], from positions [B, 3, S] or [3, S]."""
     positions = jnp.asarray(positions).reshape(-1, 3, positions.shape[-1])
     per_slot = jnp.take(positions, axis_of_slot(config), axis=1)  # [B, J, S]

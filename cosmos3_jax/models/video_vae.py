@@ -30,7 +30,7 @@ SMALL_PICTURE = 320  # latent pixels; 192x320 has 240
 
 
 def _latent_statistics(config: VideoVAEConfig, dtype: DTypeLike) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and reciprocal standard deviation of each channel, all rounded to `dtype` as in training."""
+    """Mean and 1 / std of each channel, all rounded to `dtype` as in training."""
     std = np.asarray(config.latents_std, dtype)
     return np.asarray(config.latents_mean, dtype), np.ones_like(std) / std
 

@@ -61,7 +61,7 @@ def find_processes(
         index: which this is.
 
     Raises:
-        ValueError: if what is said is not all that is needed, or cannot be.
+        ValueError: if one of the three is missing or out of its range.
     """
     env = environment
     coordinator = coordinator or env.get("JAX_COORDINATOR_ADDRESS")
@@ -80,17 +80,18 @@ def find_processes(
             coordinator = coordinator or f"{first_host(nodes)}:{port}"
         elif (_integer(env, "OMPI_COMM_WORLD_SIZE") or 1) > 1:
             count, index = (_integer(env, f"OMPI_COMM_WORLD_{x}") for x in ("SIZE", "RANK"))
-            local = tuple(
-                _integer(env, f"OMPI_COMM_WORLD_LOCAL_{x}") or 0 for x in ("SIZE", "RANK")
+            local = (
+                _integer(env, "OMPI_COMM_WORLD_LOCAL_SIZE") or 0,
+                _integer(env, "OMPI_COMM_WORLD_LOCAL_RANK") or 0,
             )
             coordinator = coordinator or _open_mpi_coordinator(env, local[0] == count)
     if coordinator is None and index is None and count in (None, 1):
         return None
     if count is not None and count < 1:
         raise ValueError(f"{count} processes are asked for; there must be 1 or more")
-    if None in (coordinator, count, index):
-        said = {"coordinator": coordinator, "number of processes": count, "process id": index}
-        missing = ", ".join(name for name, value in said.items() if value is None)
+    if coordinator is None or count is None or index is None:
+        given = {"coordinator": coordinator, "number of processes": count, "process id": index}
+        missing = ", ".join(name for name, value in given.items() if value is None)
         raise ValueError(
             f"several processes are asked for, but not their {missing}: give --coordinator "
             "HOST:PORT, --processes N and --process-id I, or start them with srun or mpirun"
