@@ -22,13 +22,12 @@ import dry
 import ml_dtypes
 import numpy as np
 
-from cosmos3_jax.checkpoint.files import plan_shards, shard_name, write_index, write_shard
-from cosmos3_jax.checkpoint.layouts import sound_vae_layout, transformer_layout, video_vae_layout
-from cosmos3_jax.checkpoint.load import CONVERTED_STEM, TOKENIZER_FOLDER, converted_layout
-from cosmos3_jax.checkpoint.rules import Layout, leaf_shapes
+from cosmos3_jax.checkpoint.files import CONVERTED_STEM, plan_shards, write_index, write_shard
+from cosmos3_jax.checkpoint.layouts import layouts
+from cosmos3_jax.checkpoint.load import TOKENIZER_FOLDER, converted_layout
+from cosmos3_jax.checkpoint.rules import Layout
 from cosmos3_jax.checkpoint.tiny_tokenizer import write_tokenizer
 from cosmos3_jax.config import Config
-from cosmos3_jax.models import sound_vae, transformer, video_vae
 from cosmos3_jax.runtime.random_inputs import distribution
 
 WRITERS = 8
@@ -48,22 +47,19 @@ def main(arguments: list[str] | None = None) -> None:
 
 def write_random_checkpoint(folder: Path, config: Config) -> int:
     """Write configurations, tokenizer and weights; the bytes of the weights."""
-    towers, vae, sound = config.transformer, config.video_vae, config.sound_vae
-    parts = {
-        "transformer": (towers, transformer_layout(towers), transformer.param_shapes(towers)),
-        "vae": (vae, video_vae_layout(vae), video_vae.param_shapes(vae)),
-        "sound_tokenizer": (
-            sound, sound_vae_layout(sound, True), sound_vae.param_shapes(sound, True),
-        ),
-    }  # fmt: skip
+    configs = {
+        "transformer": config.transformer,
+        "vae": config.video_vae,
+        "sound_tokenizer": config.sound_vae,
+    }
     size = 0
     # Not forked: JAX has threads by now.
     with ProcessPoolExecutor(WRITERS, multiprocessing.get_context("spawn")) as pool:
-        for name, (values, layout, shapes) in parts.items():
+        for name, (layout, leaves) in layouts(config).items():
             (folder / name).mkdir(parents=True)
-            text = json.dumps(dataclasses.asdict(values), indent=2)
+            text = json.dumps(dataclasses.asdict(configs[name]), indent=2)
             (folder / name / "config.json").write_text(text + "\n")
-            size += _write_component(pool, folder / name, layout, leaf_shapes(shapes))
+            size += _write_component(pool, folder / name, layout, leaves)
     write_tokenizer(folder / TOKENIZER_FOLDER)
     return size
 
@@ -80,11 +76,9 @@ def _write_component(
         for key in shapes
     }
     sizes = {key: math.prod(shape) * dtypes[key].itemsize for key, shape in shapes.items()}
-    shards = plan_shards(sizes)
-    names = [shard_name(CONVERTED_STEM, i, len(shards)) for i in range(len(shards))]
-    list(pool.map(partial(_write, folder, shapes, dtypes), names, shards))
-    index = folder / f"{CONVERTED_STEM}.safetensors.index.json"
-    write_index(index, zip(names, shards, strict=True), sum(sizes.values()))
+    shards = plan_shards(CONVERTED_STEM, sizes)
+    list(pool.map(partial(_write, folder, shapes, dtypes), *zip(*shards.items(), strict=True)))
+    write_index(folder, CONVERTED_STEM, shards, sizes)
     return sum(sizes.values())
 
 

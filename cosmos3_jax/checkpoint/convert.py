@@ -13,17 +13,8 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from cosmos3_jax.checkpoint import publish
-from cosmos3_jax.checkpoint.files import (
-    MAX_SHARD_BYTES,
-    TensorFiles,
-    is_shard_of,
-    plan_shards,
-    shard_name,
-    write_index,
-    write_shard,
-)
+from cosmos3_jax.checkpoint.files import CONVERTED_STEM, MAX_SHARD_BYTES, write_tensors
 from cosmos3_jax.checkpoint.load import (
-    CONVERTED_STEM,
     RECIPE_FILE,
     TOKENIZER_FOLDER,
     Component,
@@ -80,8 +71,16 @@ def convert_checkpoint(
     with publish.folder(place, overwrite=overwrite, resume=True) as partial:
         _start(partial, plan_file, plan)
         for component in components:
-            folder = partial / component.name
-            _write_component(component, folder, jnp.dtype(dtype), max_shard_bytes, on_bytes)
+            pieces = {piece.key: piece for piece in component.pieces(jnp.dtype(dtype))}
+            write_tensors(
+                partial / component.name,
+                CONVERTED_STEM,
+                {key: piece.nbytes for key, piece in pieces.items()},
+                lambda key, c=component, pieces=pieces: c.read(pieces[key]),
+                max_shard_bytes,
+                resume=True,
+                on_bytes=on_bytes,
+            )
         _write_configs(source, partial, config.has_sound)
     plan_file.unlink()
     return target
@@ -138,28 +137,6 @@ def _start(partial: Path, plan_file: Path, plan: str) -> None:
         )
     for stray in partial.glob("*/.*"):  # temporary files of a run that was killed while it wrote
         stray.unlink()
-
-
-def _write_component(
-    component: Component,
-    folder: Path,
-    dtype: jnp.dtype,
-    max_bytes: int,
-    on_bytes: Callable[[int], None] | None,
-) -> None:
-    folder.mkdir(exist_ok=True)
-    pieces = {piece.key: piece for piece in component.pieces(dtype)}
-    sizes = {key: piece.nbytes for key, piece in pieces.items()}
-    shards = plan_shards(sizes, max_bytes)
-    names = [shard_name(CONVERTED_STEM, i, len(shards)) for i in range(len(shards))]
-    for name, keys in zip(names, shards, strict=True):
-        if not is_shard_of(folder / name, keys):
-            write_shard(folder / name, {key: component.read(pieces[key]) for key in keys})
-        if on_bytes is not None:
-            on_bytes(sum(sizes[key] for key in keys))
-    index = folder / f"{CONVERTED_STEM}.safetensors.index.json"
-    write_index(index, zip(names, shards, strict=True), sum(sizes.values()))
-    TensorFiles(folder, CONVERTED_STEM)  # what was written opens, and is all there
 
 
 def _write_configs(source: Path, partial: Path, sound: bool) -> None:

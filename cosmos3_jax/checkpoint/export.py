@@ -18,19 +18,10 @@ from cosmos3_jax.checkpoint.convert import DTYPES, check_target
 from cosmos3_jax.checkpoint.files import (
     FLOAT_DTYPES,
     MAX_SHARD_BYTES,
-    TensorFiles,
-    plan_shards,
-    shard_name,
-    write_index,
-    write_shard,
-)
-from cosmos3_jax.checkpoint.load import (
     PUBLIC_STEM,
-    Component,
-    is_converted,
-    load_config,
-    open_components,
+    write_tensors,
 )
+from cosmos3_jax.checkpoint.load import Component, is_converted, load_config, open_components
 from cosmos3_jax.checkpoint.rules import (
     CheckpointError,
     Rule,
@@ -162,13 +153,4 @@ def _write(
         return split_weight_norm(tensor)[rule.keys.index(key)].astype(kind(key))
 
     sizes = {key: int(np.prod(files.shapes[key])) * kind(key).itemsize for key in files.shapes}
-    shards = plan_shards(dict(sorted(sizes.items())), max_bytes)
-    names = [shard_name(PUBLIC_STEM, i, len(shards)) for i in range(len(shards))]
-    if len(shards) == 1:
-        names = [f"{PUBLIC_STEM}.safetensors"]
-    for name, keys in zip(names, shards, strict=True):
-        write_shard(folder / name, {key: read(key) for key in keys})
-    if len(shards) > 1:
-        index = folder / f"{PUBLIC_STEM}.safetensors.index.json"
-        write_index(index, zip(names, shards, strict=True), sum(sizes.values()))
-    TensorFiles(folder, PUBLIC_STEM)  # what was written opens, and is all there
+    write_tensors(folder, PUBLIC_STEM, dict(sorted(sizes.items())), read, max_bytes)

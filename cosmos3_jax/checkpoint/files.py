@@ -5,7 +5,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from cosmos3_jax.checkpoint import publish
 from cosmos3_jax.checkpoint.rules import CheckpointError, canonical_key, raise_problems
 
+PUBLIC_STEM, CONVERTED_STEM = "diffusion_pytorch_model", "params"
 MAX_SHARD_BYTES = 2 * 2**30  # far below the 5 GB allowed: a shard being written is in memory
 ALIGNMENT = 64
 # By the names that safetensors has for them.
@@ -175,8 +176,14 @@ def _read_index(path: Path) -> dict[str, str]:
         ) from error
 
 
-def plan_shards(sizes: Mapping[str, int], max_bytes: int = MAX_SHARD_BYTES) -> list[list[str]]:
-    """Keys in order, cut into runs of at most `max_bytes`; a larger tensor is a run of its own."""
+def plan_shards(
+    stem: str, sizes: Mapping[str, int], max_bytes: int = MAX_SHARD_BYTES
+) -> dict[str, list[str]]:
+    """The name of each file to write, and its tensors, in the order of `sizes`.
+
+    A file holds at most `max_bytes`, or one tensor that is larger. Where one file is enough, it is
+    `stem.safetensors` in the public layout, and `stem-00001-of-00001.safetensors` in ours.
+    """
     shards: list[list[str]] = []
     filled = 0
     for key, size in sizes.items():
@@ -185,12 +192,9 @@ def plan_shards(sizes: Mapping[str, int], max_bytes: int = MAX_SHARD_BYTES) -> l
             filled = 0
         shards[-1].append(key)
         filled += size
-    return shards
-
-
-def shard_name(stem: str, index: int, count: int) -> str:
-    """`stem-00001-of-00007.safetensors` for index 0 of 7."""
-    return f"{stem}-{index + 1:05d}-of-{count:05d}.safetensors"
+    if len(shards) == 1 and stem == PUBLIC_STEM:
+        return {f"{stem}.safetensors": shards[0]}
+    return {f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors": x for i, x in enumerate(shards, 1)}
 
 
 def is_shard_of(path: Path, keys: Iterable[str]) -> bool:
@@ -218,9 +222,50 @@ def write_shard(
         raise OSError(f"{path} cannot be written: {error}") from error
 
 
-def write_index(path: Path, shards: Iterable[tuple[str, Iterable[str]]], total_size: int) -> None:
-    """Write `stem.safetensors.index.json`: which shard holds which key."""
-    weight_map = {key: name for name, keys in shards for key in keys}
-    index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
-    with publish.file(path) as temporary:
+def write_index(
+    folder: Path, stem: str, shards: Mapping[str, Iterable[str]], sizes: Mapping[str, int]
+) -> None:
+    """Write `stem.safetensors.index.json`, which says what is in which shard, if it is needed."""
+    if f"{stem}.safetensors" in shards:
+        return
+    weight_map = {key: name for name, keys in shards.items() for key in keys}
+    index = {
+        "metadata": {"total_size": sum(sizes.values())},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    with publish.file(folder / f"{stem}.safetensors.index.json") as temporary:
         temporary.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def write_tensors(
+    folder: Path,
+    stem: str,
+    sizes: Mapping[str, int],
+    read: Callable[[str], np.ndarray],
+    max_bytes: int = MAX_SHARD_BYTES,
+    *,
+    resume: bool = False,
+    on_bytes: Callable[[int], None] | None = None,
+) -> None:
+    """Write the tensors of a component, in shards if need be. One shard is in memory at a time.
+
+    Args:
+        folder: to write into; made if it is missing.
+        stem: `PUBLIC_STEM` or `CONVERTED_STEM`.
+        sizes: of each tensor, in bytes.
+        read: a tensor by its name.
+        max_bytes: size of a shard; a larger tensor gets its own.
+        resume: keep shards that are there already, and whole.
+        on_bytes: called with the size of each shard written or kept.
+
+    Raises:
+        OSError: the disk does not take a file.
+    """
+    shards = plan_shards(stem, sizes, max_bytes)
+    for name, keys in shards.items():
+        if not (resume and is_shard_of(folder / name, keys)):
+            write_shard(folder / name, {key: read(key) for key in keys})
+        if on_bytes is not None:
+            on_bytes(sum(sizes[key] for key in keys))
+    write_index(folder, stem, shards, sizes)
+    TensorFiles(folder, stem)  # what was written opens, and is all there

@@ -9,8 +9,9 @@ for dots and `resnets_1` for `resnets.1`.
 import re
 from collections.abc import Iterator
 
-from cosmos3_jax.checkpoint.rules import Layout, Rule
-from cosmos3_jax.config import SoundVAEConfig, TransformerConfig, VideoVAEConfig
+from cosmos3_jax.checkpoint.rules import Layout, Rule, leaf_shapes
+from cosmos3_jax.config import Config, SoundVAEConfig, TransformerConfig, VideoVAEConfig
+from cosmos3_jax.models import sound_vae, transformer, video_vae
 
 ALL = slice(None)
 CONV_1D = "o i k -> k i o"
@@ -28,6 +29,25 @@ TOWERS = {
         "_moe_gen",
     ),
 }  # fmt: skip
+
+
+def layouts(
+    config: Config, sound_encoder: bool = True
+) -> dict[str, tuple[Layout, dict[str, tuple[int, ...]]]]:
+    """Each component's folder in a checkpoint -> how it is stored, and our leaves' shapes."""
+    found = {
+        "transformer": (
+            transformer_layout(config.transformer),
+            transformer.param_shapes(config.transformer),
+        ),
+        "vae": (video_vae_layout(config.video_vae), video_vae.param_shapes(config.video_vae)),
+    }
+    if config.has_sound:
+        found["sound_tokenizer"] = (
+            sound_vae_layout(config.sound_vae, sound_encoder),
+            sound_vae.param_shapes(config.sound_vae, sound_encoder),
+        )
+    return {name: (layout, leaf_shapes(shapes)) for name, (layout, shapes) in found.items()}
 
 
 def transformer_layout(config: TransformerConfig) -> Layout:

@@ -17,8 +17,14 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 
-from cosmos3_jax.checkpoint.files import FLOAT_DTYPES, TensorFiles, has_tensors
-from cosmos3_jax.checkpoint.layouts import sound_vae_layout, transformer_layout, video_vae_layout
+from cosmos3_jax.checkpoint.files import (
+    CONVERTED_STEM,
+    FLOAT_DTYPES,
+    PUBLIC_STEM,
+    TensorFiles,
+    has_tensors,
+)
+from cosmos3_jax.checkpoint.layouts import layouts
 from cosmos3_jax.checkpoint.place import Piece, compile_placing, place_pieces
 from cosmos3_jax.checkpoint.rules import (
     CheckpointError,
@@ -27,7 +33,6 @@ from cosmos3_jax.checkpoint.rules import (
     check,
     is_stacked,
     layer_path,
-    leaf_shapes,
     raise_problems,
 )
 from cosmos3_jax.config import (
@@ -40,13 +45,13 @@ from cosmos3_jax.config import (
     VideoVAEConfig,
     read_json,
 )
-from cosmos3_jax.models import sound_vae, transformer, video_vae
 from cosmos3_jax.parallel import sharding
 from cosmos3_jax.recipes import MODELS
 
-PUBLIC_STEM, CONVERTED_STEM = "diffusion_pytorch_model", "params"
 RECIPE_FILE = "cosmos3_recipe.json"
 TOKENIZER_FOLDER = "text_tokenizer"
+# Where the tree of each component hangs in the whole one.
+PREFIXES = {"transformer": "", "vae": "video_vae", "sound_tokenizer": "sound_vae"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,18 +198,11 @@ def open_components(folder: Path, config: Config) -> list[Component]:
     Raises:
         CheckpointError: a file is missing or truncated, or keys or shapes do not fit.
     """
-    shapes = transformer.param_shapes(config.transformer)
-    layout = transformer_layout(config.transformer)
-    components = [_open(folder / "transformer", "", shapes, layout)]
-    shapes, layout = video_vae.param_shapes(config.video_vae), video_vae_layout(config.video_vae)
-    components.append(_open(folder / "vae", "video_vae", shapes, layout))
-    if config.has_sound:
-        sound = folder / "sound_tokenizer"
-        encoder = _has_encoder(sound)
-        shapes = sound_vae.param_shapes(config.sound_vae, encoder)
-        layout = sound_vae_layout(config.sound_vae, encoder)
-        components.append(_open(sound, "sound_vae", shapes, layout))
-    return components
+    encoder = config.has_sound and _has_encoder(folder / "sound_tokenizer")
+    return [
+        _open(folder / name, layout, leaves)
+        for name, (layout, leaves) in layouts(config, encoder).items()
+    ]
 
 
 def load_params(
@@ -323,8 +321,8 @@ def is_converted(folder: Path) -> bool:
     return has_tensors(folder, CONVERTED_STEM)
 
 
-def _open(folder: Path, prefix: str, shapes: dict, public_layout: Layout) -> Component:
-    leaves, layout, stem = leaf_shapes(shapes), public_layout, PUBLIC_STEM
+def _open(folder: Path, layout: Layout, leaves: dict[str, tuple[int, ...]]) -> Component:
+    stem = PUBLIC_STEM
     if is_converted(folder):
         layout, stem = converted_layout(layout, leaves), CONVERTED_STEM
     files = TensorFiles(folder, stem)
@@ -336,7 +334,7 @@ def _open(folder: Path, prefix: str, shapes: dict, public_layout: Layout) -> Com
         {"stored otherwise": odd},
     )
     check(layout, files.shapes, leaves)
-    return Component(folder.name, files, layout, leaves, prefix)
+    return Component(folder.name, files, layout, leaves, PREFIXES[folder.name])
 
 
 def _has_encoder(folder: Path) -> bool:

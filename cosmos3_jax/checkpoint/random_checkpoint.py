@@ -17,19 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from cosmos3_jax.checkpoint import publish
-from cosmos3_jax.checkpoint.files import (
-    MAX_SHARD_BYTES,
-    plan_shards,
-    shard_name,
-    write_index,
-    write_shard,
-)
-from cosmos3_jax.checkpoint.layouts import sound_vae_layout, transformer_layout, video_vae_layout
-from cosmos3_jax.checkpoint.load import PUBLIC_STEM, RECIPE_FILE, TOKENIZER_FOLDER
-from cosmos3_jax.checkpoint.rules import Layout, Rule, leaf_shapes
+from cosmos3_jax.checkpoint.files import MAX_SHARD_BYTES, PUBLIC_STEM, write_tensors
+from cosmos3_jax.checkpoint.layouts import layouts
+from cosmos3_jax.checkpoint.load import RECIPE_FILE, TOKENIZER_FOLDER
+from cosmos3_jax.checkpoint.rules import Rule
 from cosmos3_jax.checkpoint.tiny_tokenizer import write_tokenizer
-from cosmos3_jax.config import SoundVAEConfig, TransformerConfig, VideoVAEConfig
-from cosmos3_jax.models import sound_vae, transformer, video_vae
+from cosmos3_jax.config import Config, SoundVAEConfig, TransformerConfig, VideoVAEConfig
 from cosmos3_jax.models.tokenizer import Tokenizer
 
 NAME = "random"
@@ -112,18 +105,22 @@ def write(folder: Path) -> None:
     _write_json(folder / "model_index.json", MODEL_INDEX)
     _write_json(folder / RECIPE_FILE, RECIPE)
 
-    config = TransformerConfig.from_dict(configs["transformer"])
-    layout, shapes = transformer_layout(config), transformer.param_shapes(config)
-    unused = unread_shapes(config, configs["transformer"])
-    bfloat16 = jnp.dtype(jnp.bfloat16)
-    part = folder / "transformer"
-    _write_tensors(part, layout, shapes, bfloat16, unused, TRANSFORMER_SHARD_BYTES)
-    config = VideoVAEConfig.from_dict(configs["vae"])
-    layout, shapes = video_vae_layout(config), video_vae.param_shapes(config)
-    _write_tensors(folder / "vae", layout, shapes, bfloat16)
-    config = SoundVAEConfig.from_dict(configs["sound_tokenizer"])
-    layout, shapes = sound_vae_layout(config, True), sound_vae.param_shapes(config, True)
-    _write_tensors(folder / "sound_tokenizer", layout, shapes, jnp.dtype(jnp.float32))
+    config = Config(
+        transformer=TransformerConfig.from_dict(configs["transformer"]),
+        video_vae=VideoVAEConfig.from_dict(configs["vae"]),
+        sound_vae=SoundVAEConfig.from_dict(configs["sound_tokenizer"]),
+    )
+    unread = unread_shapes(config.transformer, configs["transformer"])
+    for name, (layout, leaves) in layouts(config).items():
+        shapes = unread if name == "transformer" else {}
+        tensors = {key: _random(key, shape) for key, shape in shapes.items()}
+        for rule in layout.rules:
+            tensors |= _random_for(rule, leaves[rule.leaf])
+        dtype = np.float32 if name == "sound_tokenizer" else jnp.bfloat16
+        tensors = {key: value.astype(dtype) for key, value in sorted(tensors.items())}
+        sizes = {key: value.nbytes for key, value in tensors.items()}
+        shard = TRANSFORMER_SHARD_BYTES if name == "transformer" else MAX_SHARD_BYTES
+        write_tensors(folder / name, PUBLIC_STEM, sizes, tensors.__getitem__, shard)
 
 
 def _defaults(config: VideoVAEConfig | SoundVAEConfig) -> dict:
@@ -160,31 +157,6 @@ def unread_shapes(config: TransformerConfig, values: dict) -> dict[str, tuple[in
         "action_proj_out.bias.weight": (domains, action),
         "action_modality_embed": (width,),
     }
-
-
-def _write_tensors(
-    folder: Path,
-    layout: Layout,
-    shapes: dict,
-    dtype: np.dtype,
-    unused: dict[str, tuple[int, ...]] | None = None,
-    shard_bytes: int = MAX_SHARD_BYTES,
-) -> None:
-    leaves = leaf_shapes(shapes)
-    tensors = {key: _random(key, shape) for key, shape in (unused or {}).items()}
-    for rule in layout.rules:
-        tensors |= _random_for(rule, leaves[rule.leaf])
-    tensors = {key: value.astype(dtype) for key, value in sorted(tensors.items())}
-    shards = plan_shards({key: value.nbytes for key, value in tensors.items()}, shard_bytes)
-    if len(shards) == 1:
-        write_shard(folder / f"{PUBLIC_STEM}.safetensors", tensors)
-        return
-    names = [shard_name(PUBLIC_STEM, i, len(shards)) for i in range(len(shards))]
-    for name, keys in zip(names, shards, strict=True):
-        write_shard(folder / name, {key: tensors[key] for key in keys})
-    total = sum(value.nbytes for value in tensors.values())
-    index = folder / f"{PUBLIC_STEM}.safetensors.index.json"
-    write_index(index, zip(names, shards, strict=True), total)
 
 
 def _random_for(rule: Rule, leaf_shape: tuple[int, ...]) -> dict[str, np.ndarray]:

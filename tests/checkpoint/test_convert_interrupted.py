@@ -19,7 +19,7 @@ from checkpoint_files import (
 )
 from safetensors import SafetensorError
 
-from cosmos3_jax.checkpoint import convert, files, load
+from cosmos3_jax.checkpoint import files, load
 from cosmos3_jax.checkpoint.convert import convert_checkpoint
 from cosmos3_jax.checkpoint.rules import CheckpointError
 
@@ -73,9 +73,9 @@ def test_resumed_after_a_kill(public_checkpoint, converted, unfinished, monkeypa
     assert len(hidden) == 2
     before = [(path.name, path.stat().st_ino, path.stat().st_mtime_ns) for path in whole]
     written = []
-    write_shard = convert.write_shard
+    write_shard = files.write_shard
     monkeypatch.setattr(
-        convert,
+        files,
         "write_shard",
         lambda path, values: (written.append(path), write_shard(path, values)),
     )
