@@ -169,9 +169,9 @@ def _fused_backward(flash: bool, causal: bool, transpose: Callable, gradient: Ar
 
 
 def keeps_attention(primitive, *_, **__) -> bool:
-    """A policy for `jax.checkpoint`: of a layer that is computed again, keep what cuDNN's attention
-    made, its result and log-sum-exps. It is most of the time of a long video's layer, and as large
-    as the layer's input alone.
+    """A policy for `jax.checkpoint`: of a layer that is computed again, keep the result and the
+    log-sum-exps of cuDNN's attention. It is most of the time of a long video's layer, and no larger
+    than the layer's input.
     """
     return primitive.name == "dot_product_attention_fwd_wrapper"
 

@@ -39,9 +39,9 @@ class Condition:
         key, value: [L, B, S, K, H], the text tower's, keys after norm and rotation.
         text_length: int32 [B], how many of the S are real.
         rope: cos and sin of the media tokens, float32 [B, M, H / 2] each.
-        clean: latents of the modalities that have given frames, read where `given` is set.
-        given: bool [B, t] or [B, s] for each of those, the frames that are given rather than
-            generated: they get no noise, their velocity is zero.
+        clean: latents of the modalities with conditioning frames, read where `given` is set.
+        given: bool [B, t] or [B, s] for each of those, its conditioning frames: they are given
+            rather than generated, get no noise, and their velocity is zero.
     """
 
     key: Array
@@ -52,7 +52,7 @@ class Condition:
     given: dict[str, Array]
 
     def keep_given(self, latents: Latents) -> Latents:
-        """The given frames in their places, bit for bit."""
+        """The latents with the conditioning frames in their places, bit for bit."""
         return {
             name: jnp.where(over_frame(self.given[name], x), self.clean[name], x)
             if name in self.given
@@ -325,8 +325,8 @@ def encode_condition(
         sound_frames: sound latents s, 0 for none.
         items: what the t frames are made of, each with positions of its own: controls, a source
             image, the target. None is one item of all frames.
-        clean: normalised latents of the modalities that have given frames.
-        given: which of their frames those are, see `Condition`. None: no frame of any is given.
+        clean: normalised latents of the modalities with conditioning frames.
+        given: which of their frames those are, see `Condition`; None for no frame of any.
         remat: under differentiation keep each layer's input, and on a GPU the result of its
             attention, and compute the rest again.
     """
@@ -359,12 +359,12 @@ def velocity(
     Args:
         params: the media tower's parameters, `params["gen"]`, stacked or taken apart by
             `unstack_layers`.
-        latents: normalised latents; given frames are taken from the condition.
+        latents: normalised latents; conditioning frames are taken from the condition.
         timestep: in 0..1000, a scalar or [B]; whole numbers, unless the model is distilled.
         remat: see `encode_condition`.
 
     Returns:
-        Latents in the compute dtype, zero on given frames.
+        Latents in the compute dtype, zero on conditioning frames.
     """
     latents = condition.keep_given(latents)
     timestep = jnp.broadcast_to(jnp.asarray(timestep), condition.text_length.shape)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 
-MEMORY_FRACTION = "0.92"  # JAX takes 0.75 of a card; the rest would be nobody's
+MEMORY_FRACTION = "0.92"  # of a GPU; JAX takes 0.75 unless told otherwise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +63,9 @@ def cache_folder() -> str:
 def use_compilation_cache(enabled: bool = True) -> None:
     """Keep compiled programs on disk, for processes to come; or keep none.
 
-    What JAX's own environment variables say goes before. A folder that cannot be written is said
-    on stderr, and costs no more than the cache. JAX 0.10 keeps no program that calls back to the
-    host; none of the command line's does.
+    JAX's own environment variables come first. Without a folder that can be written there is a
+    line on stderr, and no cache. JAX 0.10 keeps no program that calls back to the host; none of the
+    command line's does.
     """
     if not enabled or not jax.config.jax_enable_compilation_cache:
         jax.config.update("jax_enable_compilation_cache", False)
@@ -96,5 +96,5 @@ def use_compilation_cache(enabled: bool = True) -> None:
 
 
 def default_dtype() -> str:
-    """Of weights and computation, where nothing says otherwise: bfloat16 is slow on a CPU."""
+    """Of weights and computation unless one is chosen: float32 on a CPU, where bfloat16 is slow."""
     return "float32" if default_device().platform == "cpu" else "bfloat16"

@@ -1,8 +1,8 @@
 """Several processes on one machine or many, each with some of the devices of one mesh.
 
-Each runs the same command. Who they are is what the launcher says in the environment; JAX's
-coordination service, in process 0, then introduces them to each other, and ends them all when one
-dies: whoever waits for a dead process's share would wait for ever.
+Each runs the same command, and learns its number and the coordinator's address from the launcher's
+environment variables. JAX's coordination service, in process 0, connects them, and ends them all
+when one dies: the others would wait for its share for ever.
 """
 
 import dataclasses
@@ -19,11 +19,12 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 
-PORTS = range(61440, 65536)  # for the coordinator; which of them, the job's number decides
-# Seconds of silence after which a process is given up: COSMOS3_JAX_HEARTBEAT_SECONDS, or these.
+PORTS = range(61440, 65536)  # of the coordinator; a job's number chooses one
+# Seconds without a heartbeat after which a process counts as dead, unless
+# COSMOS3_JAX_HEARTBEAT_SECONDS is set.
 HEARTBEAT_SECONDS = 60
-# Who has finished waits for the writer, which encodes meanwhile, on a slow disk for long; should it
-# die, its heartbeat stops.
+# A process that has finished waits for the writer, which may encode for long. If the writer dies,
+# its heartbeat stops.
 SHUTDOWN_SECONDS = 24 * 3600
 MEETING_SECONDS = 300
 
@@ -210,25 +211,25 @@ def _count_gpus() -> int | None:
     return len(list(folder.iterdir())) if folder.is_dir() else None
 
 
-def check_alike(said: Mapping[str, Any]) -> None:
+def check_alike(values: Mapping[str, Any]) -> None:
     """Raise ValueError, naming what differs, unless all processes say the same.
 
-    Each runs the program on what it was given itself: a seed that differs would make a video of two
-    halves, and nobody would notice.
+    Each runs the program on its own inputs: with two seeds, a video would be put together from two,
+    without an error.
 
     Args:
-        said: arrays, numbers and texts by name; the names are the same in all processes.
+        values: arrays, numbers and texts by name; the names are the same in all processes.
     """
     if not are_several():
         return
     from jax.experimental import multihost_utils
 
-    digests = [hashlib.sha256(_as_bytes(value)).digest()[:8] for value in said.values()]
-    mine = np.frombuffer(b"".join(digests), np.uint8).reshape(len(said), 8)
+    digests = [hashlib.sha256(_as_bytes(value)).digest()[:8] for value in values.values()]
+    mine = np.frombuffer(b"".join(digests), np.uint8).reshape(len(values), 8)
     everyones = np.asarray(multihost_utils.process_allgather(mine))
     differ = (everyones != everyones[0]).any(axis=(0, 2))
     if differ.any():
-        names = ", ".join(name for name, other in zip(said, differ, strict=True) if other)
+        names = ", ".join(name for name, other in zip(values, differ, strict=True) if other)
         raise ValueError(
             f"the processes were not told the same: {names} differ; start all with one command"
         )
@@ -288,7 +289,7 @@ def _port(job: int) -> int:
 
 
 def _open_mpi_coordinator(environment: Mapping[str, str], one_machine: bool) -> str | None:
-    """Where mpirun runs, as Open MPI 4 says; 5 does not, and on one machine nobody need."""
+    """mpirun's machine, which Open MPI 4 names. Version 5 does not: then this one, if it is alone."""
     uri = environment.get("OMPI_MCA_orte_hnp_uri", "")
     match = re.match(r"(\d+)\..*?tcp6?://\[?([^,:\]]+)", uri)
     if match:

@@ -108,8 +108,8 @@ def check_mesh(sizes: Mapping[str, int], *, kv_heads: int, batch: int, guidance:
 def default_sizes(
     devices: int, *, kv_heads: int, batch: int = 1, guidance: bool = True, shard_weights=False
 ) -> dict[str, int] | None:
-    """The mesh for a job where nobody says: prompts first, for they share nothing, then branches of
-    guidance, then tokens; None if a job cannot be divided so.
+    """The default mesh of a job: prompts first, which share nothing, then branches of guidance,
+    then tokens; None if the job does not divide.
 
     Args:
         devices: how many there are, all of which are used.
@@ -146,7 +146,7 @@ class Meshes:
     """
 
     def __init__(self, asked: Mesh | str | None, kv_heads: int, shard_weights: bool = False):
-        """Whether the model divides is checked here, whether a job does in `of`.
+        """Checks that the model divides over the mesh; `of` checks that a job does.
 
         Args:
             asked: a mesh, or one as `parse_mesh` reads it; None for the default ones.
@@ -186,7 +186,7 @@ class Meshes:
         return {} if mesh is None else dict(mesh.shape)
 
     def _default_mesh(self, devices: Sequence, batch: int = 1, guidance: bool = True) -> Mesh:
-        """As many of the devices as the job divides over; the others do the same once more."""
+        """As many of the devices as the job divides over; the others repeat what these do."""
         total = len(devices)
         divisors = [n for n in range(total, 0, -1) if total % n == 0]
         count, sizes = next(
@@ -202,5 +202,5 @@ class Meshes:
 
 
 def ambient(mesh: Mesh | None) -> contextlib.AbstractContextManager:
-    """Programs that are traced in here lie on this mesh; None is the default device."""
+    """Programs traced in this context run on the mesh; None is the default device."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)

@@ -1,4 +1,4 @@
-"""Rows of the pictures of an autoencoder, divided over the devices of a mesh.
+"""Rows of an autoencoder's pictures, divided over the devices of a mesh.
 
 XLA exchanges the rows at the borders for every convolution. Rows are padded so that they divide
 evenly at every scale.
@@ -82,8 +82,8 @@ def blocks_of_rows(x: Array) -> Array:
 
 
 def over_blocks(function: Callable, blocks: Array, *whole: Array) -> Array:
-    """`function` of what `blocks_of_rows` made and of arrays that each device has whole: each
-    device on its own block, [B, T, rows + 2, W, C] -> [B, T, rows, W, C'] -> [B, T, H, W, C'].
+    """`function(block, *whole)` on each device: of its block of `blocks_of_rows`, and of arrays
+    that each has whole. [B, T, rows + 2, W, C] -> [B, T, rows, W, C']; together [B, T, H, W, C'].
     """
     placed = spec(PROMPTS, None, ROWS)
     mapped = jax.shard_map(
