@@ -131,7 +131,7 @@ def check_caption(caption: dict[str, Any] | str) -> list[str]:
     Args:
         caption: an object, or a text as prompts may be (see `unwrap`). The keys of what is made
             (`duration`, `fps`, `resolution`, `aspect_ratio`) may be missing: the native style
-            writes them.
+            writes them. One without any key of time is an image's.
 
     Raises:
         ValueError: on a text that holds no JSON object.
@@ -170,8 +170,8 @@ def _check(value: Any, schema: dict[str, Any], path: str) -> list[str]:
         elif schema.get("additionalProperties") is False:
             problems.append(f"{prefix}{key} is unknown")
     needed = [[key] for key in schema.get("required", [])]
-    if "if" in schema and not meant & set(_alternatives(schema["if"])):
-        needed += [[key] for key in schema["else"]["required"]]
+    if "if" in schema and meant & set(_alternatives(schema["if"])):
+        needed += [[key] for key in schema["then"]["required"]]
     if "anyOf" in schema:
         needed.append(_alternatives(schema))
     return problems + [
@@ -224,8 +224,8 @@ def _of_record(record: dict[str, Any], name: str) -> tuple[str, str | None]:
     unread = [key for key in _SETTINGS if key in record]
     if unread:
         warnings.warn(
-            f"{name} is a record whose {' and '.join(unread)} are not read: give frames, image "
-            "or video as options",
+            f"{name} is a record that also holds {' and '.join(unread)}, which is not read: give "
+            "frames, image or video as options",
             stacklevel=3,
         )
     texts = {}
