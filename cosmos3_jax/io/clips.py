@@ -235,7 +235,9 @@ def _sample_aspect(stream: av.VideoStream, path: PathLike) -> Fraction:
 
 
 def _converter(frame: av.VideoFrame, path: PathLike) -> color.Convert | None:
-    return color.converter(path, frame.color_primaries, frame.color_trc, frame.colorspace)
+    # White in 16 bits, which swscale makes of YUV as 255 * 256.
+    top = 65535 if frame.format.is_rgb else 65280
+    return color.converter(path, frame.color_primaries, frame.color_trc, frame.colorspace, top)
 
 
 def _orientation(frame: av.VideoFrame, path: PathLike) -> tuple[bool, bool, bool]:

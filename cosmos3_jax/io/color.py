@@ -31,7 +31,7 @@ _NAMES = {
     "matrix": {8: "YCgCo", 10: "BT.2020 of constant luminance", 14: "ICtCp", 15: "IPT-C2"},
 }
 # x, y of red, green, blue and white.
-SRGB = (0.64, 0.33, 0.30, 0.60, 0.15, 0.06, 0.3127, 0.3290)
+_SRGB = (0.64, 0.33, 0.30, 0.60, 0.15, 0.06, 0.3127, 0.3290)
 _PRIMARIES = {
     9: (0.708, 0.292, 0.170, 0.797, 0.131, 0.046, 0.3127, 0.3290),  # BT.2020
     11: (0.680, 0.320, 0.265, 0.690, 0.150, 0.060, 0.314, 0.351),  # DCI-P3
@@ -40,15 +40,18 @@ _PRIMARIES = {
 Convert = Callable[[np.ndarray], np.ndarray]
 
 
-def converter(name: object, primaries: int, transfer: int, matrix: int = 0) -> Convert | None:
+def converter(
+    name: object, primaries: int, transfer: int, matrix: int = 0, top: int = 65535
+) -> Convert | None:
     """What makes sRGB of pictures with these code points of H.273; None if nothing is to be done.
 
     Args:
         name: of the file, for messages.
         primaries, transfer, matrix: the last is only judged; FFmpeg undoes it.
+        top: the number that stands for 1.
 
     Returns:
-        uint16 [H, W, 3] -> uint8 [H, W, 3], of the full range each.
+        uint16 [H, W, 3] in [0, top] -> uint8 [H, W, 3].
 
     Raises:
         ValueError: for code points that are not known here.
@@ -66,34 +69,21 @@ def converter(name: object, primaries: int, transfer: int, matrix: int = 0) -> C
             )
     if transfer in _ORDINARY_TRANSFERS and primaries in _ORDINARY_PRIMARIES:
         return None
-    return _by_code_points(primaries, transfer)
+    return _through_light(primaries, transfer, top)
 
 
 @cache
-def _by_code_points(primaries: int, transfer: int) -> Convert:
+def _through_light(primaries: int, transfer: int, top: int) -> Convert:
     to_light = {PQ: _pq, HLG: _hlg}.get(transfer, _srgb)
-    return through_light(to_light, _PRIMARIES.get(primaries, SRGB), system_gamma=transfer == HLG)
-
-
-def through_light(
-    to_light: Convert, chromaticities: tuple[float, ...], system_gamma: bool = False
-) -> Convert:
-    """Convert by a curve and by primaries, as `converter` returns it.
-
-    Args:
-        to_light: the curve, from [0, 1] to light, 1 for white.
-        chromaticities: x, y of red, green, blue and white.
-        system_gamma: the curve is HLG's, whose light is the scene's.
-    """
-    table = to_light(np.arange(65536) / 65535).astype(np.float32)
-    matrix = np.linalg.inv(_to_xyz(SRGB)) @ _to_xyz(chromaticities)
+    table = to_light(np.minimum(np.arange(65536) / top, 1)).astype(np.float32)
+    matrix = np.linalg.inv(_to_xyz(_SRGB)) @ _to_xyz(_PRIMARIES.get(primaries, _SRGB))
     matrix = (matrix / matrix.sum(axis=1, keepdims=True)).astype(np.float32)  # white stays white
 
     def convert(signal: np.ndarray) -> np.ndarray:
         result = np.empty(signal.shape, np.uint8)
         for row, made in zip(signal, result, strict=True):  # as floats, rows are enough
             light = table[row]
-            if system_gamma:
+            if transfer == HLG:  # what the display makes of the scene's light
                 light *= (_PEAK / WHITE) * (light @ _LUMA)[:, None] ** 0.2
             made[...] = np.rint(255 * _to_srgb(light @ matrix.T))
         return result
@@ -111,7 +101,7 @@ def profile_to_srgb(image: Image.Image, profile: bytes, name: object) -> Image.I
         transform = ImageCms.buildTransform(
             ImageCms.ImageCmsProfile(io.BytesIO(profile)), _srgb_profile(), image.mode, "RGB"
         )
-    except ImageCms.PyCMSError as error:
+    except (ImageCms.PyCMSError, OSError) as error:
         warnings.warn(f"{name}: its colour profile cannot be used ({error})", stacklevel=2)
         return image.convert("RGB")
     probe = _probe().convert(image.mode)
