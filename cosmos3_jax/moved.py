@@ -9,6 +9,7 @@ import importlib.machinery
 import sys
 import warnings
 from types import ModuleType
+from typing import Any
 
 MOVED = {
     "mesh": "parallel.mesh", "sharding": "parallel.sharding",
@@ -59,12 +60,21 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             setattr(module, name, value)
 
 
+class _Generate(ModuleType):
+    """Stands for the module that the function `generate` hides, until something of it is used."""
+
+    def __getattr__(self, name: str) -> Any:
+        module = importlib.import_module(f"{__package__}.sampling.generate")
+        sys.modules[self.__name__] = module
+        return getattr(module, name)
+
+
 def install() -> None:
     """Let the old names be found, after all that exists.
 
     The package's name `generate` is a function, and was a module beside it. It is there without a
     warning, or importing it would put the module in the function's place.
     """
-    sys.modules[f"{__package__}.generate"] = sys.modules[f"{__package__}.sampling.generate"]
+    sys.modules.setdefault(f"{__package__}.generate", _Generate(f"{__package__}.generate"))
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())

@@ -4,17 +4,21 @@
 checkers and editors the same names as keyword arguments.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, TypedDict
-
-from jax.typing import ArrayLike
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
 from cosmos3_jax.config import Recipe
-from cosmos3_jax.io.media_read import ImageSource, VideoSource
 
-Texts = str | Sequence[str]
-Images = ImageSource | Sequence[ImageSource]
+if TYPE_CHECKING:  # the command line's help needs these settings, and neither JAX nor PyAV
+    from jax.typing import ArrayLike
+
+    from cosmos3_jax.io.media_read import ImageSource, VideoSource
+
+    Texts: TypeAlias = str | Sequence[str]
+    Images: TypeAlias = ImageSource | Sequence[ImageSource]
 End = Literal["first", "last"]
 
 
@@ -132,7 +136,7 @@ class Settings:
             return "video2video"
         return "text2video" if self.image is None else "image2video"
 
-    def filled(self, recipe: Recipe) -> "Settings":
+    def filled(self, recipe: Recipe) -> Settings:
         """With the recipe's values where there are none; height and width say the size."""
         chosen = {
             field.name: getattr(recipe, field.name)
