@@ -6,10 +6,14 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from cosmos3_jax.checkpoint import load
+
 PUBLIC, CONVERTED = "diffusion_pytorch_model", "params"
+INDEX = f"{PUBLIC}.safetensors.index.json"
 SHARD_BYTES = 200_000  # several shards for each component of the small checkpoints
 
 
@@ -18,6 +22,15 @@ def read_tensors(folder: Path) -> dict[str, np.ndarray]:
     shards = sorted(folder.glob("*.safetensors"))
     assert shards, folder
     return {key: value for shard in shards for key, value in load_file(shard).items()}
+
+
+def load_tree(folder: Path, dtype: str = "float32", load_sound: bool | None = None) -> dict:
+    config = load.load_config(folder, load_sound)
+    return load.load_params(load.open_components(folder, config), jnp.dtype(dtype))
+
+
+def open_checkpoint(folder: Path, load_sound: bool | None = None) -> list[load.Component]:
+    return load.open_components(folder, load.load_config(folder, load_sound))
 
 
 def link_checkpoint(source: Path, target: Path) -> Path:

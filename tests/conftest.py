@@ -39,11 +39,12 @@ def pytest_collection_finish():
 # Two processes share the files out, one after the other: the longest first, so that neither is left
 # alone with one at the end.
 LONGEST = (
-    "test_gpu_dry", "test_sharding", "test_verify_mutations", "test_training", "test_benchmarks",
-    "test_autoencoders", "test_pipeline", "test_pipeline_run", "test_verify",
-    "test_notebook", "test_video_vae", "test_distributed", "test_main", "test_tiny_training",
-    "test_generate", "test_conditioning", "test_tiny_checkpoint", "test_lora", "test_readme",
-    "test_steps", "test_architecture", "test_bench", "test_measure",
+    "test_gpu_dry", "test_sharding", "test_verify_mutations", "test_training_mesh",
+    "test_benchmarks", "test_tiny_autoencoders", "test_pipeline", "test_pipeline_run",
+    "test_verify", "test_notebook", "test_video_vae", "test_distributed", "test_main",
+    "test_tiny_training", "test_tiny_trained", "test_training", "test_generate",
+    "test_conditioning", "test_tiny_checkpoint", "test_lora", "test_readme", "test_steps",
+    "test_export", "test_video_vae_mistakes", "test_architecture", "test_bench", "test_measure",
 )  # fmt: skip
 
 

@@ -81,3 +81,9 @@ def check(record_property, tolerance: float, function, *inputs, name="", distanc
         f"one unit in the last place moves the result by {found:.1e}; a tolerance of at least "
         f"{MARGIN * found:.1e} is needed, and this one is {tolerance:.1e}"
     )
+
+
+def rounded_to(bits: int, x: np.ndarray) -> np.ndarray:
+    """Round to `bits` of mantissa after the leading one: 23 float32, 10 TF32, 7 bfloat16."""
+    mantissa, exponent = np.frexp(x)
+    return np.ldexp(np.rint(mantissa * 2 ** (bits + 1)) / 2 ** (bits + 1), exponent).astype(x.dtype)

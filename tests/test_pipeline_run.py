@@ -41,17 +41,6 @@ def test_a_warmup_is_refused_where_its_generation_would_be(model, monkeypatch):
             method(PROMPT, **SETTINGS)
 
 
-def test_a_device_that_runs_out_is_explained(model, monkeypatch):
-    """Where the limit is not known, or another process holds some of it."""
-
-    def exhausted(*_, **__):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying")
-
-    monkeypatch.setattr(programs.Run, "__call__", exhausted)
-    with pytest.raises(OutOfDeviceMemory, match="the device ran out of memory"):
-        model.generate(PROMPT, **SETTINGS)
-
-
 def test_a_bad_warmup_is_refused(model):
     with pytest.raises(ValueError, match="num_frames=190 is not"):
         model.warmup(num_frames=190)

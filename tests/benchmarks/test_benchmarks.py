@@ -2,7 +2,6 @@
 
 A script that calls what is no longer there, or is not called that way, fails here by its name. So
 does one without an entry in `RUNS`: give it `--dry`, and a function that says what it must write.
-Commands of `examples/` that no other test runs are here too.
 """
 
 import ast
@@ -15,14 +14,10 @@ import sys
 from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
-from PIL import Image
 
 from cosmos3_jax.checkpoint import load
-from cosmos3_jax.io import media
 from cosmos3_jax.runtime.programs import block_length
-from examples.tiny import grammar, world
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 FILES = {path.stem: path.read_text("utf-8") for path in sorted(BENCHMARKS.glob("*.py"))}
@@ -235,56 +230,3 @@ def test_any_other_file_belongs_to_a_script(name):
         return {*plain, *(x.module for x in nodes if isinstance(x, ast.ImportFrom))}
 
     assert any(name in imported(FILES[script]) for script in SCRIPTS)
-
-
-# ---------------------------------------------------------------- commands of the examples
-
-TINY = Path(load.__file__).parents[1] / "data" / "tiny"
-
-
-@pytest.fixture
-def command(monkeypatch):
-    """(module, *arguments) -> its `main`, as `python -m` runs it."""
-
-    def run(name: str, *arguments) -> None:
-        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        importlib.import_module(f"examples.tiny.{name}").main()
-
-    return run
-
-
-def test_the_judge_checks_true_clips(command, capsys):
-    command("judge_check", "--count", "2", "--damage", "noise")
-    assert "| direction | 100.0% (2/2)" in capsys.readouterr().out
-
-
-def test_sheets_of_new_and_of_stored_clips(command, tmp_path, capsys):
-    sheet, video = tmp_path / "sheet.png", tmp_path / "clip.mp4"
-    command("sheets", "--rows", "1", "--out", sheet)
-    [(scene, _)] = grammar.held_out_sentences(1)
-    pixels, sound = world.render(scene)
-    clip = {"video": np.moveaxis(pixels, -1, 0), "sound": sound, "sample_rate": 48_000}
-    media.save_mp4(clip, video)
-    video.with_suffix(".json").write_text('{"prompt": "A circle."}')
-    command("contact_sheet", video, "--out", tmp_path / "contact.png")
-    assert capsys.readouterr().out.count(": 1 clips") == 2
-    for path in (sheet, tmp_path / "contact.png"):
-        assert Image.open(path).size[0] > 500
-
-
-def test_curves_of_a_run(command, tmp_path):
-    (tmp_path / "sound").mkdir()
-    lines = [json.dumps({"step": step, "snr": 1.0}) for step in range(3)]
-    (tmp_path / "sound" / "log.jsonl").write_text("\n".join(lines))
-    command("curves", "--runs", tmp_path, "--out", tmp_path / "curves.png")
-    assert Image.open(tmp_path / "curves.png").size[0] > 500
-
-
-def test_assemble_a_base_and_change_its_recipe(command, tmp_path, capsys):
-    base = tmp_path / "base"
-    vaes = ("--video", TINY / "vae", "--sound", TINY / "sound_tokenizer")
-    command("assemble", "base", *vaes, "--out", base)
-    command("assemble", "recipe", "--steps", "3", "--shift", "5", "--out", base)
-    assert capsys.readouterr().out.count(f"{base}: ") == 2
-    recipe = json.loads((base / load.RECIPE_FILE).read_text("utf-8"))
-    assert recipe["num_inference_steps"] == 3 and recipe["flow_shift"] == 5

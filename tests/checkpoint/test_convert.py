@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax.numpy as jnp
 import pytest
 from checkpoint_files import (
     CONVERTED,
@@ -15,6 +14,7 @@ from checkpoint_files import (
     assert_same_tree,
     contents,
     link_checkpoint,
+    load_tree,
     read_tensors,
     update_json,
     write_tensors,
@@ -29,11 +29,6 @@ from cosmos3_jax.cli import main as cli
 from cosmos3_jax.models.transformer import unstack_layers
 
 ROOT = Path(__file__).parents[2]
-
-
-def load_tree(folder: Path, dtype: str) -> dict:
-    config = load.load_config(folder)
-    return load.load_params(load.open_components(folder, config), jnp.dtype(dtype))
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,9 @@ import shutil
 import numpy as np
 import pytest
 from checkpoint_files import (
+    INDEX,
     PUBLIC,
-    link_checkpoint,
+    open_checkpoint,
     read_tensors,
     replace_file,
     update_json,
@@ -17,21 +18,10 @@ from checkpoint_files import (
 from safetensors.numpy import load_file, save_file
 
 from cosmos3_jax import Cosmos3
-from cosmos3_jax.checkpoint import load, rules
+from cosmos3_jax.checkpoint import rules
 from cosmos3_jax.checkpoint.rules import CheckpointError, Layout, Rule
 
 SHARD = f"{PUBLIC}-00002-of-00005.safetensors"  # of the transformer
-INDEX = f"{PUBLIC}.safetensors.index.json"
-
-
-def open_checkpoint(folder):
-    return load.open_components(folder, load.load_config(folder))
-
-
-@pytest.fixture
-def broken(public_checkpoint, tmp_path):
-    """A checkpoint that a test may damage."""
-    return link_checkpoint(public_checkpoint, tmp_path / "broken")
 
 
 def test_a_layout_that_does_not_fill_the_tree_is_refused():

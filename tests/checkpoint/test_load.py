@@ -4,7 +4,6 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import huggingface_hub
 import jax
@@ -12,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoint_files import (
+    INDEX,
     PUBLIC,
     assert_same_tree,
-    link_checkpoint,
+    load_tree,
+    open_checkpoint,
     read_tensors,
     write_tensors,
 )
@@ -27,7 +28,6 @@ from cosmos3_jax.checkpoint.find import find_checkpoint
 from cosmos3_jax.checkpoint.rules import CheckpointError
 from cosmos3_jax.models.transformer import unstack_layers
 
-INDEX = f"{PUBLIC}.safetensors.index.json"
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16  # of the oracle's small transformer, whose last layer is 2
 # What the released checkpoint holds and generation never reads, written out by hand.
 UNUSED = {
@@ -44,15 +44,6 @@ SOUND_HEAD = {
 }  # fmt: skip
 
 
-def load_tree(folder: Path, dtype: str = "float32", load_sound: bool | None = None) -> dict:
-    config = load.load_config(folder, load_sound)
-    return load.load_params(load.open_components(folder, config), jnp.dtype(dtype))
-
-
-def open_checkpoint(folder: Path, load_sound: bool | None = None) -> list[load.Component]:
-    return load.open_components(folder, load.load_config(folder, load_sound))
-
-
 @pytest.fixture(scope="module")
 def tree(public_checkpoint):
     return load_tree(public_checkpoint)
@@ -63,12 +54,6 @@ def tensors(public_checkpoint):
     """The public tensors as stored, read without our code."""
     names = ("transformer", "vae", "sound_tokenizer")
     return {name: read_tensors(public_checkpoint / name) for name in names}
-
-
-@pytest.fixture
-def broken(public_checkpoint, tmp_path):
-    """A checkpoint that a test may damage."""
-    return link_checkpoint(public_checkpoint, tmp_path / "broken")
 
 
 def at(tree: dict, path: str) -> np.ndarray:

@@ -200,19 +200,8 @@ def test_on_the_command_line(record_property, public_checkpoint, tmp_path, monke
     file = lora_files.save(trained(), tmp_path, CONFIG)
     out = tmp_path / "frame.png"
     settings = dict(num_frames=1, height=32, width=32, num_inference_steps=1, guidance_scale=1.0)
-    options = [
-        "--num-frames",
-        1,
-        "--height",
-        32,
-        "--width",
-        32,
-        "--steps",
-        1,
-        "--guidance-scale",
-        1,
-    ]
-    options += ["--checkpoint", public_checkpoint, "--prompt", "A ball", "--seed", 3, "--out", out]
+    options = "--num-frames 1 --height 32 --width 32 --steps 1 --guidance-scale 1 --seed 3".split()
+    options += ["--checkpoint", public_checkpoint, "--prompt", "A ball", "--out", out]
     options += ["--dtype", "float32", "--save-latents", tmp_path / "latents.npz"]
     assert cli.main(["generate", *map(str, options), "--lora", f"{file}:0.5"]) == 0
     found = np.load(tmp_path / "latents.npz")["video"]

@@ -105,13 +105,6 @@ def test_the_oracle_loads_the_pipeline(folder):
     assert tokenizer.vocab_size <= pipe.transformer.config.vocab_size
 
 
-def test_it_loads_here(folder):
-    model = Cosmos3.from_pretrained(folder, "float32")
-    assert model.config.has_sound
-    assert set(model.params) == {"und", "gen", "video_vae", "sound_vae"}
-    assert model.config.recipe.num_frames == random_checkpoint.RECIPE["num_frames"]
-
-
 def test_the_cache_is_made_once(cache, monkeypatch):
     """In XDG_CACHE_HOME, found again by name, and nothing else beside it."""
     made = find.find_checkpoint("random")

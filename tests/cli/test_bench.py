@@ -14,7 +14,6 @@ from cosmos3_jax.cli import main as cli
 from cosmos3_jax.config import Config, SoundVAEConfig, TransformerConfig, VideoVAEConfig
 from cosmos3_jax.models import transformer
 from cosmos3_jax.parallel import device
-from cosmos3_jax.pipeline import Cosmos3
 from cosmos3_jax.runtime import random_inputs
 from cosmos3_jax.runtime.job import Job
 from cosmos3_jax.sampling import denoise, stages
@@ -33,13 +32,7 @@ REPEATS = 2
 SHAPE = ["--num-frames", "5", "--height", "48", "--width", "80", "--steps", "2", "--repeats", "1"]
 TINY = ["bench", "--checkpoint", "random", *SHAPE]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """`random` is written anew, not found in the home folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +41,9 @@ def params():
 
 
 @pytest.fixture
-def no_weights(monkeypatch):
+def no_weights(monkeypatch, unloaded):
     """Whoever makes or loads weights fails the test."""
-
-    def fail(*_, **__):
-        pytest.fail("weights were made or loaded")
-
-    monkeypatch.setattr(Cosmos3, "load", fail)
-    monkeypatch.setattr(random_inputs, "leaf_program", fail)
+    monkeypatch.setattr(random_inputs, "leaf_program", lambda *_: pytest.fail("weights were made"))
 
 
 def product_flops(jaxpr) -> int:

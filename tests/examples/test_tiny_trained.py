@@ -9,7 +9,6 @@ import pytest
 import torch
 from diffusers import Cosmos3OmniPipeline
 from oracle import run_oracle
-from PIL import Image
 from rounding import check, relative_l2
 from tiny_cases import RECIPE, hurried, share_that_differs
 
@@ -17,7 +16,7 @@ from cosmos3_jax import Cosmos3
 from cosmos3_jax.checkpoint import lora_files
 from cosmos3_jax.checkpoint.find import open_folder
 from cosmos3_jax.training.params import load_towers
-from examples.tiny import assemble, curves, data, evaluate, finetune_lora, grammar, model
+from examples.tiny import assemble, data, evaluate, finetune_lora, grammar, model
 from examples.tiny import judge as jd
 from examples.tiny.watch import Watch
 
@@ -182,21 +181,3 @@ def test_fine_tuning(perturbed, vaes, tmp_path):
         for lora in (None, path)
     )
     assert share_that_differs(before, after) > 100 * SHARE  # measured 300
-
-
-def test_curves_of_the_logs_that_are_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no log of sound, video or towers"):
-        curves.read(tmp_path)
-    lines = {
-        "sound": [{"step": 50 * i, "snr": 0.1 * i} for i in range(5)],
-        "towers": [{"device": "a GPU"}, {"step": 9, "shares": {"pitch": 0.5}}]
-        + [{"step": i, "loss": 2.0, "video": 1.0, "sound": 1.0} for i in range(12)],
-    }
-    for name, log in lines.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
-    assert curves.read(tmp_path) == lines
-    curves.draw(curves.read(tmp_path), tmp_path / "curves.png")
-    image = np.asarray(Image.open(tmp_path / "curves.png").convert("RGB"), int)
-    for part in np.array_split(image, 3, axis=1):  # a panel each, with a coloured line
-        assert (part.max(axis=2) - part.min(axis=2)).max() > 50

@@ -16,7 +16,7 @@ from diffusers.pipelines.cosmos.pipeline_cosmos3_omni import (
     get_3d_mrope_ids_text_tokens,
     get_3d_mrope_ids_vae_tokens,
 )
-from rounding import check, relative_l2
+from rounding import check, relative_l2, rounded_to
 
 from cosmos3_jax.config import TransformerConfig
 from cosmos3_jax.models import rope
@@ -164,12 +164,6 @@ def rounded_angles(positions: np.ndarray, frequencies: np.ndarray) -> np.ndarray
     return (positions[rope.axis_of_slot(NANO)].T * frequencies).astype(np.float64)
 
 
-def to_bits(bits: int, x: np.ndarray) -> np.ndarray:
-    """Round to `bits` of mantissa after the leading one: 10 is TF32, 7 bfloat16."""
-    mantissa, exponent = np.frexp(x)
-    return np.ldexp(np.rint(mantissa * 2 ** (bits + 1)) / 2 ** (bits + 1), exponent).astype(x.dtype)
-
-
 # cos and sin of a float32 angle. Measured: 0.54 units in the last place of values just below 1
 # (2^-24), XLA's and torch's alike, with every instruction set. Four are allowed.
 TABLE_TOLERANCE = 2.0**-22
@@ -196,8 +190,8 @@ def test_tables_past_15000(fps):
         np.testing.assert_allclose(table, function(angles), atol=TABLE_TOLERANCE, rtol=0)
         assert (np.abs(table - function(pure)) <= bound).all()
         for mistaken in (
-            rounded_angles(to_bits(7, rounded), frequencies),
-            rounded_angles(to_bits(10, rounded), to_bits(10, frequencies)),
+            rounded_angles(rounded_to(7, rounded), frequencies),
+            rounded_angles(rounded_to(10, rounded), rounded_to(10, frequencies)),
         ):
             assert np.abs(table - function(mistaken)).max() > 1000 * TABLE_TOLERANCE
             assert (np.abs(table - function(mistaken)) > bound).mean() > 0.05

@@ -201,22 +201,6 @@ def test_weight_norm_axis_shows_in_the_waveform(oracle, monkeypatch):
 # ---- the layout ----
 
 
-def test_both_spellings_of_weight_norm(oracle, params):
-    """PyTorch's newer names for gain and direction load to the same values, bit for bit."""
-    names = {
-        "weight_g": "parametrizations.weight.original0",
-        "weight_v": "parametrizations.weight.original1",
-    }
-    renamed = {
-        re.sub("weight_[gv]", lambda match: names[match[0]], key): value
-        for key, value in oracle.state_dict().items()
-    }
-    assert set(renamed).isdisjoint(key for key in oracle.state_dict() if key.endswith("_g"))
-    shapes = sound_vae.param_shapes(CONFIG, with_encoder=True)
-    ours = tree_from_state_dict(sound_vae_layout(CONFIG, True), renamed, shapes)
-    jax.tree.map(np.testing.assert_array_equal, ours, params)
-
-
 @pytest.mark.parametrize("config", [CONFIG, NANO], ids=["small", "nano"])
 @pytest.mark.parametrize(("with_encoder", "count"), [(True, 249), (False, 182)])
 def test_layout_fits_the_public_checkpoint(config, with_encoder, count):

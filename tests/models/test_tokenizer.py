@@ -1,15 +1,12 @@
 """The tokenizer and its chat template against diffusers' pipeline and transformers."""
 
 import json
-import subprocess
-import sys
 import unicodedata
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prompt_cases import NANO, PROMPTS, REAL, SIZES, resolve, write_merging_tokenizer
+from prompt_cases import PROMPTS, REAL, SIZES, resolve, write_merging_tokenizer
 
 from cosmos3_jax.checkpoint.tiny_tokenizer import SPECIAL_TOKENS, write_tokenizer
 from cosmos3_jax.config import ConfigError
@@ -240,18 +237,3 @@ def test_bad_templates_are_refused(tmp_path, template, error):
     (folder / "chat_template.jinja").write_text(template)
     with pytest.raises(ValueError, match=error):
         prompts.Tokenizer.from_folder(folder).encode_chat(" A cat ")
-
-
-def test_no_torch(byte_folder):
-    script = (
-        "import sys; from cosmos3_jax import prompt\n"
-        f"tokenizer = prompt.Tokenizer.from_folder({str(byte_folder)!r})\n"
-        f"resolved = prompt.resolve_prompts('A cat', None, style='native', **{NANO})\n"
-        "assert prompt.encode_prompts(tokenizer, resolved)\n"
-        "print(sorted({'torch', 'diffusers', 'transformers'} & sys.modules.keys()))"
-    )
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True
-    )
-    assert done.stdout == "[]\n"

@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rounding import relative_l2
+from rounding import relative_l2, rounded_to
 from transformer_cases import (
     BUCKET,
     FAR,
@@ -92,12 +92,6 @@ def positions(config: TransformerConfig, case: Example, text_length: float) -> l
     sound = np.zeros((3, case.sound_frames))
     sound[0] = np.arange(case.sound_frames) / 25 * 24 + text_length + 15000
     return [np.stack([frames / (case.fps / 4) * 6 + text_length + 15000, rows, columns]), sound]
-
-
-def rounded_to(bits: int, x: np.ndarray) -> np.ndarray:
-    """Round to `bits` of mantissa after the leading one: 23 float32, 10 TF32, 7 bfloat16."""
-    mantissa, exponent = np.frexp(x)
-    return np.ldexp(np.rint(mantissa * 2 ** (bits + 1)) / 2 ** (bits + 1), exponent)
 
 
 def sound_behind_the_video(config, case):

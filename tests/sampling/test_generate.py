@@ -237,16 +237,6 @@ def test_each_example_has_its_own_guidance_scale_and_frame_rate(model, request_,
         assert_same({name: x[i : i + 1] for name, x in together.items()}, alone)
 
 
-def test_padding_changes_nothing(request_, run):
-    """A prompt in a longer bucket, whatever stands in the padding."""
-    extra = ((0, 0), (0, 64))
-    longer = request_.replace(
-        text_ids=np.pad(request_.text_ids, extra, constant_values=7),
-        text_mask=np.pad(request_.text_mask, extra),
-    )
-    assert_same(run(longer), run(request_))
-
-
 def test_guidance_scale_one_skips_the_second_branch(model, request_, run, monkeypatch):
     alone = model.prepare(PROMPT, **SETTINGS | {"guidance_scale": 1})
     assert alone.neg_text_ids is None and alone.neg_text_mask is None
@@ -295,30 +285,6 @@ def test_guidance_branches_one_after_the_other_equal_one_batch(model, run, monke
     jitted = jax.jit(partial(generate, config=model.config, output="latents"))
     assert_same(jitted(model.params, batch), together)
     assert batches == [2, 2]
-
-
-def test_trajectory(model, request_, run):
-    jitted = jax.jit(
-        partial(generate, config=model.config, output="latents", return_trajectory=True)
-    )
-    result = jitted(model.params, request_)
-    trajectory = result.pop("trajectory")
-    assert_same(result, run(request_))
-    assert trajectory.keys() == {"latents", "clean"}
-    for states in trajectory.values():
-        assert states["video"].shape == (3, *request_.noise.shape)
-        assert states["sound"].shape == (3, *request_.sound_noise.shape)
-        # the last step returns the clean prediction
-        assert_same({name: x[-1] for name, x in states.items()}, result)
-    # UniPC (Zhao et al. 2023), first step: x_1 = c x_0 - a B m_0, h = lambda_1 - lambda_0
-    sigma = np.float64(request_.sampler.sigma)
-    ratio = sigma[1] / sigma[0]
-    weight = (1 - sigma[1]) * -np.expm1(
-        -np.log((1 - sigma[1]) * sigma[0] / (sigma[1] * (1 - sigma[0])))
-    )
-    for name, noise in (("video", request_.noise), ("sound", request_.sound_noise)):
-        first = ratio * noise + weight * np.asarray(trajectory["clean"][name][0])
-        assert relative_l2(trajectory["latents"][name][0], first) <= SAME
 
 
 def test_nothing_is_left_over_from_the_run_before(model, request_, run):

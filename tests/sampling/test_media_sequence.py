@@ -4,42 +4,25 @@ Controls that share the target's positions are transfer, a source image before t
 editing: neither needs code of the tower's own.
 """
 
-from functools import cache
-
 import jax
 import numpy as np
 import pytest
 import torch
-from diffusers import Cosmos3OmniTransformer
-from oracle import TRANSFORMER, perturb, tree_from_state_dict
 from rounding import check, relative_l2
+from training_cases import oracle, params
+from training_run import CONFIG
 
-from cosmos3_jax.checkpoint.layouts import transformer_layout
-from cosmos3_jax.config import TransformerConfig
 from cosmos3_jax.models.rope import Item
-from cosmos3_jax.models.transformer import encode_condition, param_shapes, velocity
+from cosmos3_jax.models.transformer import encode_condition, velocity
 
 # One unit in the last place moves the velocity by 8e-7.
 TOLERANCE = 1e-5
 MISTAKE = 1e-3  # wrong positions are 7e-2 off, a time embedding on what is given 1e-2
 TEXT, TIMESTEP, FPS = 7, 909.0, 24.0
-CONFIG = TransformerConfig.from_dict(TRANSFORMER)
 FRAMES, HEIGHT, WIDTH = 3, 4, 6
 ROWS, COLUMNS = 2, 3  # of patches
 PATCHES = ROWS * COLUMNS
 MARGIN = CONFIG.unified_3d_mrope_temporal_modality_margin
-
-
-@cache
-def oracle() -> Cosmos3OmniTransformer:
-    torch.manual_seed(0)
-    return perturb(Cosmos3OmniTransformer(**TRANSFORMER), 1)
-
-
-@cache
-def params() -> dict:
-    layout = transformer_layout(CONFIG)
-    return tree_from_state_dict(layout, oracle().state_dict(), param_shapes(CONFIG))
 
 
 def draw(*shape: int, seed: int = 0) -> np.ndarray:

@@ -187,23 +187,6 @@ def test_state_is_float32_whatever_the_velocity_is(record_property):
     check(record_property, TOLERANCE, run, noise, table)
 
 
-def test_states_are_collected():
-    table = unipc.tableau(unipc.sigmas("native", 5))
-    noise = np.random.RandomState(0).standard_normal(16).astype(np.float32)
-
-    @jax.jit
-    def run(noise):
-        return unipc.sample(lambda x, t: model(x, t, jnp), noise, table, collect=lambda x: x)
-
-    final, trajectory = run(noise)
-    assert trajectory.latents.shape == trajectory.clean.shape == (5, 16)
-    assert relative_l2(trajectory.latents[-1], final) <= TOLERANCE
-    # the last step returns the clean prediction
-    assert relative_l2(trajectory.clean[-1], final) <= TOLERANCE
-    first = noise - table.sigma[0] * np.asarray(model(noise, table.timestep[0], jnp))
-    assert relative_l2(trajectory.clean[0], first) <= TOLERANCE
-
-
 @pytest.mark.parametrize("length", [1, 2, 4])
 def test_blocks_of_rows_equal_the_whole(length):
     """`advance` goes on from the state of the rows before; further inputs belong to their rows."""
