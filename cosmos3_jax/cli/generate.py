@@ -8,7 +8,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,10 +24,11 @@ from cosmos3_jax.io import media
 from cosmos3_jax.io.prepare import Prepared
 from cosmos3_jax.io.prompt import read_prompt
 from cosmos3_jax.parallel import device, distributed
-from cosmos3_jax.parallel.mesh import IDLE, describe
+from cosmos3_jax.parallel.mesh import IDLE, Meshes, describe
 from cosmos3_jax.pipeline import Cosmos3
 from cosmos3_jax.runtime import memory
 from cosmos3_jax.runtime.job import Job
+from cosmos3_jax.sampling.denoise import all_steps
 from cosmos3_jax.sampling.request import Request
 from cosmos3_jax.sampling.stages import Stage, Values
 
@@ -40,7 +41,9 @@ def run_generate(options: argparse.Namespace) -> int:
     )
     out = options.out or Path("output.png" if options.num_frames == 1 else "output.mp4")
     record_path = out.with_suffix(".json")
-    outputs = {out: (".mp4", *media.IMAGE_SUFFIXES), record_path: None}
+    outputs: dict[Path, tuple[str, ...] | None] = {
+        out: (".mp4", *media.IMAGE_SUFFIXES), record_path: None
+    }  # fmt: skip
     if options.save_latents:
         outputs[options.save_latents] = (".npz",)
     inputs = [
@@ -67,20 +70,20 @@ def run_generate(options: argparse.Namespace) -> int:
             kind = "one frame is an image: .png or .jpg" if one_frame else "a video is an .mp4"
             raise ValueError(f"--out {out}: {kind}; name such a file, or change --num-frames")
         media.frame_rate(float(request.fps))  # raises on a rate that no mp4 can have
-        model.steps_per_program(request, options.steps_per_program)  # raises on less than one
+        block_steps = model.steps_per_program(request, options.steps_per_program)
     device.use_compilation_cache(not options.no_compilation_cache)
-    job = _place(options, model, request)
+    job, meshes = _place(options, model, request)
     _check_alike(options, request, job)
     memory.check_fits(model.config, device.memory_limit(), job)
     with memory.exhaustion_explained(model.config, device.memory_limit(), job):
         with _timed(times, "model_load"):
-            model.load(job.dtype, offload=job.offload, mesh=model.meshes)
-        result = model.run(
-            request,
-            steps_per_program=options.steps_per_program,
-            progress=sys.stderr.isatty() and distributed.is_writer(),
-            after=partial(_after, options.save_latents, _Clock(times)),
-        )
+            model.load(job.dtype, offload=job.offload, mesh=meshes)
+    result = model.run(
+        request,
+        steps_per_program=block_steps,
+        progress=sys.stderr.isatty() and distributed.is_writer(),
+        after=partial(_after, options.save_latents, _Clock(times)),
+    )
     with _timed(times, "to_cpu"):
         result = distributed.to_host(result)
     if not distributed.is_writer():
@@ -91,7 +94,8 @@ def run_generate(options: argparse.Namespace) -> int:
         else:
             media.save_mp4(result, out, fps=float(request.fps), overwrite=options.overwrite)
     times["total"] = sum(times.values())
-    record = _record(options, model, prepared, prompt, settings["negative_prompt"], times) | given
+    negative_prompt = settings["negative_prompt"]
+    record = _record(options, prepared, job, block_steps, prompt, negative_prompt, times) | given
     media.write_text(record_path, json.dumps(record, indent=2) + "\n", overwrite=options.overwrite)
     for stage, seconds in times.items():
         print(f"{stage:>10}  {seconds:8.2f} s")
@@ -99,20 +103,21 @@ def run_generate(options: argparse.Namespace) -> int:
     return 0
 
 
-def _place(options: argparse.Namespace, model: Cosmos3, request: Request) -> Job:
-    """Choose the devices for a request, say which they are, and whether to offload."""
+def _place(options: argparse.Namespace, model: Cosmos3, request: Request) -> tuple[Job, Meshes]:
+    """Choose the devices for a request and whether to offload, and say which they are."""
     job = Job.of_request(model.config, request, dtype=options.dtype or device.default_dtype())
     wanted = {"auto": None, "yes": True, "no": False}[options.offload]
-    model.meshes, offload = memory.choose_devices(
+    meshes, offload = memory.choose_devices(
         model.config, device.memory_limit(), options.mesh, wanted, job
     )
-    mesh = model.meshes.of(job.batch, job.guidance)
+    mesh = meshes.of(job.batch, job.guidance)
     if mesh is not None and distributed.is_writer():
         used = mesh.size // mesh.shape.get(IDLE, 1)
         print(
             f"mesh {describe(mesh.shape)}: {used} of {len(jax.devices())} devices", file=sys.stderr
         )
-    return job.replace(offload=offload, mesh={} if mesh is None else dict(mesh.shape))
+    sizes = {} if mesh is None else dict(mesh.shape)
+    return job.replace(offload=offload, mesh=sizes), meshes
 
 
 class _Clock:
@@ -199,15 +204,16 @@ def _load_noise(path: Path) -> dict[str, np.ndarray]:
 
 def _record(
     options: argparse.Namespace,
-    model: Cosmos3,
     prepared: Prepared,
+    job: Job,
+    block_steps: int,
     prompt: str,
     negative_prompt: str | None,
     times: dict[str, float],
 ) -> dict:
     """Everything needed to make the same video again, from what was resolved."""
     request, settings, [texts] = prepared.request, prepared.settings, prepared.texts
-    guided = request.neg_text_ids is not None
+    negative_mask = request.neg_text_mask
     return {
         "checkpoint": str(options.checkpoint),
         "lora": [
@@ -218,11 +224,11 @@ def _record(
         "negative_prompt": negative_prompt,
         "system_prompt": options.system_prompt,
         "resolved_prompt": texts.prompt,
-        "resolved_negative_prompt": texts.negative_prompt if guided else None,
+        "resolved_negative_prompt": texts.negative_prompt if job.guidance else None,
         "resolved_system_prompt": texts.system_prompt,
         "prompt_style": options.prompt_style,
         "prompt_tokens": int(request.text_mask.sum()),
-        "negative_prompt_tokens": int(request.neg_text_mask.sum()) if guided else None,
+        "negative_prompt_tokens": None if negative_mask is None else int(negative_mask.sum()),
         "num_frames": settings.num_frames,
         "height": settings.height,
         "width": settings.width,
@@ -237,12 +243,12 @@ def _record(
         "num_inference_steps": request.num_inference_steps,
         "guidance_scale": float(request.guidance_scale),
         "sigmas": prepared.sigmas.tolist(),
-        "steps_per_program": model.steps_per_program(request, options.steps_per_program),
-        "timesteps": [*map(int, request.sampler.timestep)],
-        "dtype": model.dtype,
-        "offload": not model.weights.resident,
+        "steps_per_program": block_steps,
+        "timesteps": [*map(int, all_steps(request).solver.timestep)],
+        "dtype": job.dtype,
+        "offload": job.offload,
         "device": device.default_device().device_kind,
-        "mesh": model.meshes.sizes(1, guided),
+        "mesh": dict(job.mesh),
         "processes": jax.process_count(),
         "peak_memory_bytes": device.memory_peak(),
         "versions": {
@@ -266,7 +272,7 @@ def _file(path: Path | None) -> dict[str, str] | None:
 
 
 @contextmanager
-def _timed(times: dict[str, float], stage: str) -> Iterator[None]:
+def _timed(times: dict[str, float], stage: str) -> Generator[None, None, None]:
     start = time.perf_counter()
     yield
     times[stage] = time.perf_counter() - start
