@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from cosmos3_jax.checkpoint import lora_files
 from cosmos3_jax.checkpoint.find import find_checkpoint, open_folder
-from cosmos3_jax.config import Config
+from cosmos3_jax.config import Config, SoundVAEConfig
 from cosmos3_jax.io.prepare import TEXT_BUCKET, Prepared, prepare
 from cosmos3_jax.io.prompt import pad_token_ids
 from cosmos3_jax.io.settings import Settings, SettingsDict
@@ -314,10 +314,10 @@ class Cosmos3:
 
     def decode(self, latents: dict[str, Array], chunk_size: int | None = None) -> dict:
         """Final latents, channels first -> `video` and, with sound, `sound` and `sample_rate`."""
-        result = {"video": self.decode_video(latents["video"], chunk_size)}
+        result: dict = {"video": self.decode_video(latents["video"], chunk_size)}
         if "sound" in latents:
             result["sound"] = self.decode_sound(latents["sound"])
-            result["sample_rate"] = self.config.sound_vae.sampling_rate
+            result["sample_rate"] = self._sound().sampling_rate
         return result
 
     def decode_video(self, latents: Array, chunk_size: int | None = None) -> Array:
@@ -343,8 +343,7 @@ class Cosmos3:
 
         Raises ValueError on another number of axes or channels, and on a model without sound.
         """
-        self._check_sound()
-        channels = self.config.transformer.sound_dim
+        channels = self._sound().vocoder_input_dim
         check_axes("sound latents", latents, "[B, C_sound, s]", channels)
         return self._autoencode("sound_vae", stages.decode_sound, latents)["sound"]
 
@@ -355,8 +354,7 @@ class Cosmos3:
         Raises ValueError on another number of axes or channels, on integers, and on a model without
         sound.
         """
-        self._check_sound()
-        channels = self.config.sound_vae.dec_out_channels
+        channels = self._sound().dec_out_channels
         check_axes("waveform", waveform, "[B, channels, samples]", channels)
         return self._autoencode("sound_vae", stages.encode_sound, waveform)
 
@@ -393,6 +391,7 @@ class Cosmos3:
             raise ValueError("this checkpoint is open, without weights: call load() first")
         return self.weights
 
-    def _check_sound(self) -> None:
-        if "sound_vae" not in self._loaded().structs:
+    def _sound(self) -> SoundVAEConfig:
+        if "sound_vae" not in self._loaded().structs or self.config.sound_vae is None:
             raise ValueError("this checkpoint was loaded without sound, or has none")
+        return self.config.sound_vae

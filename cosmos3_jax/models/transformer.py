@@ -13,8 +13,10 @@ dimension, D model; of the latents t frames, h rows, w columns, C channels, and 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import Array
+from jax.typing import ArrayLike
 
 from cosmos3_jax.config import TransformerConfig
 from cosmos3_jax.models import rope
@@ -31,8 +33,7 @@ Latents = dict[str, Array]
 MODALITIES = ("video", "sound")  # in the order of their tokens: JAX sorts the keys of a dictionary
 
 
-@struct.dataclass
-class Condition:
+class Condition(struct.PyTreeNode):
     """All that a denoising step needs besides the noisy latents; the same at every step.
 
     Attributes:
@@ -302,11 +303,11 @@ def unstack_layers(params: dict) -> dict:
 def encode_condition(
     params: dict,
     config: TransformerConfig,
-    text_ids: Array,
-    text_mask: Array,
+    text_ids: Array | np.ndarray,
+    text_mask: Array | np.ndarray,
     *,
     video_shape: tuple[int, int, int],
-    fps: Array | float,
+    fps: ArrayLike,
     sound_frames: int = 0,
     items: tuple[rope.Item, ...] | None = None,
     clean: Latents | None = None,

@@ -104,7 +104,7 @@ class Generation:
                 self.weights, self.config, block_steps=self.block_steps, listen=listen, after=after
             )
             result = stages.result_of(stages.walk(self._reachable(), execute))
-        if "sound" in result and self.job.decode:
+        if "sound" in result and self.job.decode and self.config.sound_vae:
             result["sample_rate"] = self.config.sound_vae.sampling_rate
         if self.trajectory:
             result["trajectory"] = programs.stack(trajectory)

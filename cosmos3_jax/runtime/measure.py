@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
@@ -34,7 +34,7 @@ SETTINGS = (
 
 
 @contextmanager
-def _fresh_cache() -> Iterator[list[str]]:
+def _fresh_cache() -> Generator[list[str], None, None]:
     """An empty persistent compilation cache that keeps every program. Yields its hits as they come.
 
     The caller's cache, if there is one, is back in place afterwards.

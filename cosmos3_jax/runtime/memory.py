@@ -9,7 +9,7 @@ sizes measured. So a generation that does not fit is refused before any long wor
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 
 import jax
@@ -106,9 +106,8 @@ def generation_bytes(config: Config, job: Job) -> dict[str, int]:
     num_frames, height, width, mesh = job.num_frames, job.height, job.width, job.mesh
     shape = video_vae.pixel_to_latent_shape(vae, num_frames, height, width)
     check_fps(job.fps)
-    sound_frames = 0
-    if job.sound:
-        sound_frames = sound_vae.sound_latent_length(config.sound_vae, num_frames, job.fps)
+    sound = config.sound_vae if job.sound else None
+    sound_frames = sound_vae.sound_latent_length(sound, num_frames, job.fps) if sound else 0
     attention = _attention(config, job, shape, sound_frames)
     by_tokens, by_rows = ways(mesh, TOKENS), ways(mesh, ROWS)
     fused = fused_obstacle(jnp.dtype(job.dtype), model.head_dim, job.device) is None
@@ -130,13 +129,13 @@ def generation_bytes(config: Config, job: Job) -> dict[str, int]:
     video_latents = 4 * batch * math.prod(shape) * model.latent_channel
     latents = video_latents + 4 * batch * sound_frames * (model.sound_dim or 0)
     condition = keys_values + 4 * tokens * model.head_dim + video_latents
-    samples = batch * sound_frames * config.sound_vae.samples_per_latent if job.sound else 0
+    samples = batch * sound_frames * (sound.samples_per_latent if sound else 0)
     arrays = {
         "condition": branches * condition,
         "latents": latents,
         "trajectory": 2 * job.trajectory_steps * latents,
         "pixels": 4 * 3 * batch * num_frames * height * width // by_rows,
-        "waveform": 4 * (config.sound_vae.dec_out_channels if job.sound else 0) * samples,
+        "waveform": 4 * (sound.dec_out_channels if sound else 0) * samples,
         "clean pixels": 4 * 3 * batch * job.clean_frames * height * width,
         "logits": logits,
     }
@@ -170,9 +169,7 @@ def generation_bytes(config: Config, job: Job) -> dict[str, int]:
         # The kernels with time folded into their channels, and tensors of the last stage.
         "video decoding work": decoder + (7 + 10 * chunk) * last_stage,
         # Not measured, never the largest: four tensors of the waveform's length.
-        "sound decoding work": 4 * itemsize * samples * config.sound_vae.dec_dim
-        if job.sound
-        else 0,
+        "sound decoding work": 4 * itemsize * samples * (sound.dec_dim if sound else 0),
     }
     noise, trajectory = latents, arrays["trajectory"]
     beside = {
@@ -275,7 +272,9 @@ def check_fits(config: Config, limit_bytes: int | None, job: Job) -> None:
 
 
 @contextmanager
-def exhaustion_explained(config: Config, limit_bytes: int | None, job: Job) -> Iterator[None]:
+def exhaustion_explained(
+    config: Config, limit_bytes: int | None, job: Job
+) -> Generator[None, None, None]:
     """Turn JAX's error that the device's memory is exhausted into one like `check_fits`'s.
 
     It comes in spite of `check_fits` where the limit is not known, or not all of it is free.

@@ -7,7 +7,7 @@ device before the next comes. The loop over steps runs in blocks: one call of it
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import jax
@@ -28,7 +28,9 @@ BLOCK_STEPS = 5
 
 
 @functools.cache
-def program(function: Callable, donated: int | None = None, static: tuple[str, ...] = ()):
+def program(
+    function: Callable, donated: int | None = None, static: tuple[str, ...] = ()
+) -> jax.stages.Wrapped:
     """A jitted function of (parameters, *inputs) whose `config` and other options are static."""
     donate = () if donated is None else (donated + 1,)
     return jax.jit(function, static_argnames=("config", *static), donate_argnums=donate)
@@ -114,13 +116,14 @@ class Run:
         if stage.loop and made and self.listen is not None:
             self.listen(jax.block_until_ready(made))
 
-    def each_call(self, stage: Stage, values: Values) -> Iterator[Values]:
+    def each_call(self, stage: Stage, values: Values) -> Generator[Values, None, None]:
         """The values that each call makes: for the loop over steps, those after every block.
 
         The next call is on its way while they are looked at.
         """
         static = stage.static(values)
         run = program(stage.function, stage.donated, tuple(static))
+        result: Values = {}
         with self.weights.borrow(stage.part) as params:
             for change in calls(stage, values, self.block_steps):
                 values = values | change
@@ -175,8 +178,11 @@ def shapes_of(values: Values) -> str:
     return str(jax.tree.map(np.shape, values))
 
 
-def compile_for(program: Callable, *arguments, **options) -> Any:
-    """Compile for arguments of these shapes; what it would return. A later call finds it ready."""
+def compile_for(program: Any, *arguments, **options) -> Any:
+    """Compile a jitted function for arguments of these shapes; what it would return.
+
+    A later call finds it ready.
+    """
     compiled = program.lower(*arguments, **options).compile()
     made = program.eval_shape(*arguments, **options)
     if not sharding.mesh_sizes():

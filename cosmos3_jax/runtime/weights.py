@@ -5,7 +5,7 @@ The parts are the top-level keys of the parameter tree: `und` (text tower), `gen
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -80,7 +80,7 @@ class Weights:
         return self._held.keys() == self.structs.keys()
 
     @contextmanager
-    def borrow(self, part: str) -> Iterator[dict]:
+    def borrow(self, part: str) -> Generator[dict, None, None]:
         """The tree of one part. A part that does not stay leaves the device at the end.
 
         What was computed from it must be ready by then, or its memory is not free yet.

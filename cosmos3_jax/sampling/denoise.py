@@ -20,7 +20,7 @@ from cosmos3_jax.config import Config
 from cosmos3_jax.models.transformer import Condition, Latents, encode_condition, velocity
 from cosmos3_jax.parallel import sharding
 from cosmos3_jax.sampling import unipc
-from cosmos3_jax.sampling.request import Request, draw_noise
+from cosmos3_jax.sampling.request import AnyArray, Request, draw_noise
 
 # Media tokens up to which both guidance branches run as one batch. Beyond, each fills a GPU alone,
 # and one after the other is faster and takes half the memory; measured in benchmarks/NOTES.md.
@@ -40,7 +40,7 @@ class Steps:
     """
 
     solver: unipc.Tableau
-    weights: Array
+    weights: AnyArray
     noise: Latents | None = None
 
 
@@ -73,11 +73,11 @@ def encode_conditions(params: dict, request: Request, config: Config) -> list[Co
     batch, (frames, *size) = len(request.text_ids), request.video_shape
     clean = jnp.zeros((batch, frames, *size, config.transformer.latent_channel), jnp.float32)
     given = jnp.zeros((batch, frames), bool)
-    if request.clean_latents is not None:
+    if request.clean_latents is not None and request.frame_mask is not None:
         clean = channels_last({"video": request.clean_latents})["video"]
         given = request.frame_mask
 
-    def encode(ids: Array, mask: Array) -> Condition:
+    def encode(ids: AnyArray, mask: AnyArray) -> Condition:
         return encode_condition(
             params, config.transformer, ids, mask, video_shape=request.video_shape,
             fps=request.fps, sound_frames=request.sound_frames,
@@ -85,7 +85,7 @@ def encode_conditions(params: dict, request: Request, config: Config) -> list[Co
         )  # fmt: skip
 
     conditions = [encode(request.text_ids, request.text_mask)]
-    if request.neg_text_ids is not None:
+    if request.neg_text_ids is not None and request.neg_text_mask is not None:
         conditions.append(encode(request.neg_text_ids, request.neg_text_mask))
     return conditions
 
@@ -214,7 +214,7 @@ def channels_first(latents: Latents) -> dict[str, Array]:
     return {name: einops.rearrange(x, CHANNELS_FIRST[name]) for name, x in latents.items()}
 
 
-def channels_last(latents: Mapping[str, Array]) -> Latents:
+def channels_last(latents: Mapping[str, AnyArray]) -> Latents:
     """The inverse of `channels_first`."""
     return {
         name: einops.rearrange(x, " -> ".join(reversed(CHANNELS_FIRST[name].split(" -> "))))
@@ -244,12 +244,12 @@ def _concatenate(first: Condition, second: Condition) -> Condition:
 def _initial_latents(request: Request, config: Config) -> Latents:
     """The request's noise, or what its seed draws."""
     batch, model = request.text_ids.shape[0], config.transformer
-    shapes = {"video": (model.latent_channel, *request.video_shape)}
+    shapes: dict[str, tuple[int, ...]] = {"video": (model.latent_channel, *request.video_shape)}
     if request.sound_frames:
         shapes["sound"] = (model.sound_dim, request.sound_frames)
     given = {"video": request.noise, "sound": request.sound_noise}
     noise = {
-        name: draw_noise(request.seed, batch, shape) if given[name] is None else given[name]
+        name: draw_noise(request.seed, batch, shape) if (x := given[name]) is None else x
         for name, shape in shapes.items()
     }
     return channels_last(noise)

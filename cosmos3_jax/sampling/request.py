@@ -12,10 +12,12 @@ from jax import Array
 
 from cosmos3_jax.config import Config
 from cosmos3_jax.sampling import unipc
+from cosmos3_jax.sampling.unipc import AnyArray
+
+Scalars = AnyArray | np.floating | float  # one for all examples, or [B]
 
 
-@struct.dataclass(kw_only=True)
-class Request:
+class Request(struct.PyTreeNode, kw_only=True):
     """The arrays that one generation needs. `Cosmos3.prepare` makes it from a prompt.
 
     Attributes:
@@ -41,22 +43,22 @@ class Request:
             `frame_mask` says of them.
     """
 
-    text_ids: Array
-    text_mask: Array
-    neg_text_ids: Array | None = None
-    neg_text_mask: Array | None = None
+    text_ids: AnyArray
+    text_mask: AnyArray
+    neg_text_ids: AnyArray | None = None
+    neg_text_mask: AnyArray | None = None
     video_shape: tuple[int, int, int] = struct.field(pytree_node=False)
-    fps: Array | float = 24.0
+    fps: Scalars = 24.0
     num_inference_steps: int = struct.field(pytree_node=False, default=35)
-    guidance_scale: Array | float = 6.0
-    seed: Array | int | None = None
-    noise: Array | None = None
+    guidance_scale: Scalars = 6.0
+    seed: AnyArray | int | None = None
+    noise: AnyArray | None = None
     sound_frames: int = struct.field(pytree_node=False, default=0)
-    sound_noise: Array | None = None
+    sound_noise: AnyArray | None = None
     sampler: unipc.Tableau | None = None
-    frame_mask: Array | None = None
-    clean_latents: Array | None = None
-    clean_video: Array | None = None
+    frame_mask: AnyArray | None = None
+    clean_latents: AnyArray | None = None
+    clean_video: AnyArray | None = None
 
 
 def check_request(request: Request, config: Config) -> None:
@@ -105,13 +107,15 @@ def check_request(request: Request, config: Config) -> None:
             f"frame_mask holds {request.frame_mask.dtype}: give bool, True where given"
         )
     if request.clean_video is not None:
-        _check_clean_video(request, batch, config)
+        _check_clean_video(request.clean_video, request.video_shape, batch, config)
 
 
-def _check_clean_video(request: Request, batch: int, config: Config) -> None:
-    frames, *size = request.video_shape
+def _check_clean_video(
+    clean_video: AnyArray, video_shape: tuple[int, int, int], batch: int, config: Config
+) -> None:
+    frames, *size = video_shape
     time, space = config.video_vae.scale_factor_temporal, config.video_vae.scale_factor_spatial
-    expected, shape = (batch, 3, "T", *(space * side for side in size)), request.clean_video.shape
+    expected, shape = (batch, 3, "T", *(space * side for side in size)), clean_video.shape
     if len(shape) != 5 or (*shape[:2], "T", *shape[3:]) != expected:
         raise ValueError(f"clean_video has shape {shape}, this request needs {expected}")
     longest = time * (frames - 1) + 1
@@ -120,13 +124,13 @@ def _check_clean_video(request: Request, batch: int, config: Config) -> None:
             f"clean_video has {shape[2]} frames; give {time}k + 1 of them, at most the video's "
             f"{longest}"
         )
-    if not jnp.issubdtype(request.clean_video.dtype, jnp.floating):
+    if not jnp.issubdtype(clean_video.dtype, jnp.floating):
         raise ValueError(
-            f"clean_video holds {request.clean_video.dtype}: give floats in [0, 1], divide by 255"
+            f"clean_video holds {clean_video.dtype}: give floats in [0, 1], divide by 255"
         )
 
 
-def check_axes(name: str, array: Array, axes: str, channels: int) -> None:
+def check_axes(name: str, array: AnyArray, axes: str, channels: int) -> None:
     """Raise ValueError unless these are floats with as many axes, and as many channels on the
     second.
     """
@@ -146,7 +150,7 @@ def initial_noise(seed: int, shape: tuple[int, ...]) -> np.ndarray:
     return np.random.RandomState(seed).standard_normal(shape).astype(np.float32)
 
 
-def draw_noise(seed: Array | int, batch: int, shape: tuple[int, ...]) -> Array:
+def draw_noise(seed: AnyArray | int, batch: int, shape: tuple[int, ...]) -> Array:
     """Noise of each example's own seed, drawn on the host even where the seed is traced."""
     seeds = jnp.asarray(seed, jnp.uint32)
     seeds = seeds + jnp.arange(batch, dtype=jnp.uint32) if seeds.ndim == 0 else seeds

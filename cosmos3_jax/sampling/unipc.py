@@ -24,6 +24,7 @@ SCHEDULES = ("native", "diffusers", "karras")
 NUM_TRAIN_TIMESTEPS = 1000
 KARRAS_RHO = 7.0
 
+AnyArray = Array | np.ndarray
 Tree = Any  # a pytree of arrays: latents, velocity
 
 
@@ -41,11 +42,11 @@ class Tableau:
         noise: float32 [K], the standard deviation of fresh noise in the next sample; 0 in UniPC.
     """
 
-    timestep: Array
-    sigma: Array
-    correct: Array
-    predict: Array
-    noise: Array
+    timestep: AnyArray
+    sigma: AnyArray
+    correct: AnyArray
+    predict: AnyArray
+    noise: AnyArray
 
 
 def sigmas(
@@ -207,7 +208,10 @@ def initial_state(noise: Tree) -> State:
 
 
 def step(
-    velocity: Callable[[Tree, Array], Tree], state: State, row: Tableau, noise: Tree | None = None
+    velocity: Callable[[Tree, AnyArray], Tree],
+    state: State,
+    row: Tableau,
+    noise: Tree | None = None,
 ) -> State:
     """One step of the solver, by one row of the tableau.
 
@@ -218,7 +222,7 @@ def step(
         noise: fresh unit noise like the latents, which `row.noise` scales; None adds none.
     """
 
-    def combine(coefficients: Array, *trees: Tree) -> Tree:
+    def combine(coefficients: AnyArray, *trees: Tree) -> Tree:
         return jax.tree.map(
             lambda *leaves: sum(c * x for c, x in zip(coefficients, leaves, strict=True)), *trees
         )
