@@ -1,22 +1,24 @@
 """Colours that files declare -> sRGB.
 
-A file says what its numbers mean by an ICC profile, or by code points of H.273 for its primaries
-and its transfer curve. Where both are ordinary (BT.709, BT.601, sRGB, or not stated), the numbers
-are taken as they are, as viewers and diffusers take them. All else goes through light: the declared
-curve, a matrix to sRGB's primaries, sRGB's curve. Colours that sRGB does not have are clipped, each
-channel by itself.
+A file says what its numbers mean by an ICC profile, by code points of H.273 for its primaries and
+its transfer curve, by both as numbers (PNG), or by one word (Adobe RGB, of cameras). Where they are
+ordinary (BT.709, BT.601, sRGB, or not stated), pixels are taken as they are, as viewers and
+diffusers take them. All else goes through light: the declared curve, a matrix to sRGB's primaries,
+sRGB's curve. Colours that sRGB does not have are clipped, each channel by itself.
 
 HDR, which is PQ and HLG (BT.2100), is mapped as BT.2408 maps SDR to HDR, the other way round: a
 white of 203 cd/m2 becomes 255, darker light keeps its proportion to it, and brighter is clipped.
 """
 
 import io
+import os
+import struct
 import warnings
 from collections.abc import Callable
 from functools import cache
 
 import numpy as np
-from PIL import Image, ImageCms
+from PIL import ExifTags, Image, ImageCms
 
 WHITE = 203.0  # cd/m2, of graphics in HDR
 PQ, HLG = 16, 18  # transfer curves of H.273
@@ -37,6 +39,8 @@ _PRIMARIES = {
     11: (0.680, 0.320, 0.265, 0.690, 0.150, 0.060, 0.314, 0.351),  # DCI-P3
     12: (0.680, 0.320, 0.265, 0.690, 0.150, 0.060, 0.3127, 0.3290),  # Display P3
 }
+_ADOBE = (0.64, 0.33, 0.21, 0.71, 0.15, 0.06, 0.3127, 0.3290), 256 / 563
+_SRGB_GAMMA = 0.45455
 Convert = Callable[[np.ndarray], np.ndarray]
 
 
@@ -69,21 +73,60 @@ def converter(
             )
     if transfer in _ORDINARY_TRANSFERS and primaries in _ORDINARY_PRIMARIES:
         return None
-    return _through_light(primaries, transfer, top)
+    return _by_code_points(primaries, transfer, top)
+
+
+def image_converter(name: object, image: Image.Image) -> Convert | None:
+    """As `converter`, by all that an image's file says but its ICC profile."""
+    code_points = _code_points(image)
+    if code_points is not None:
+        return converter(name, *code_points)
+    if "icc_profile" in image.info or "srgb" in image.info:
+        return None
+    if image.getexif().get_ifd(ExifTags.IFD.Interop).get(1) == "R03":
+        return _by_gamma(*_ADOBE)
+    white, *colours = np.reshape(image.info.get("chromaticity", (*_SRGB[6:], *_SRGB[:6])), (4, 2))
+    chromaticities = np.concatenate([*colours, white])
+    gamma = image.info.get("gamma", _SRGB_GAMMA)
+    if np.abs(chromaticities - _SRGB).max() < 0.005 and abs(gamma - _SRGB_GAMMA) < 0.005:
+        return None
+    return _by_gamma(tuple(chromaticities), gamma)
+
+
+def _code_points(image: Image.Image) -> tuple[int, int] | None:
+    """Primaries and transfer of an image that was opened from a file. Pillow does not read them."""
+    path = getattr(image, "filename", "")
+    if image.format not in ("PNG", "AVIF") or not os.path.isfile(path):
+        return None
+    with open(path, "rb") as file:
+        head = file.read(1 << 16)
+    if image.format == "PNG":
+        at = head[: head.find(b"IDAT")].find(b"\0\0\0\4cICP")
+        return None if at < 0 else (head[at + 8], head[at + 9])
+    at = head.find(b"colrnclx")
+    return None if at < 0 else struct.unpack(">HH", head[at + 8 : at + 12])
 
 
 @cache
-def _through_light(primaries: int, transfer: int, top: int) -> Convert:
+def _by_code_points(primaries: int, transfer: int, top: int) -> Convert:
     to_light = {PQ: _pq, HLG: _hlg}.get(transfer, _srgb)
+    return _through_light(to_light, _PRIMARIES.get(primaries, _SRGB), top)
+
+
+def _by_gamma(chromaticities: tuple[float, ...], gamma: float) -> Convert:
+    return _through_light(lambda signal: signal ** (1 / gamma), chromaticities, 65535)
+
+
+def _through_light(to_light: Convert, chromaticities: tuple[float, ...], top: int) -> Convert:
     table = to_light(np.minimum(np.arange(65536) / top, 1)).astype(np.float32)
-    matrix = np.linalg.inv(_to_xyz(_SRGB)) @ _to_xyz(_PRIMARIES.get(primaries, _SRGB))
+    matrix = np.linalg.inv(_to_xyz(_SRGB)) @ _to_xyz(chromaticities)
     matrix = (matrix / matrix.sum(axis=1, keepdims=True)).astype(np.float32)  # white stays white
 
     def convert(signal: np.ndarray) -> np.ndarray:
         result = np.empty(signal.shape, np.uint8)
         for row, made in zip(signal, result, strict=True):  # as floats, rows are enough
             light = table[row]
-            if transfer == HLG:  # what the display makes of the scene's light
+            if to_light is _hlg:  # what the display makes of the scene's light
                 light *= (_PEAK / WHITE) * (light @ _LUMA)[:, None] ** 0.2
             made[...] = np.rint(255 * _to_srgb(light @ matrix.T))
         return result
@@ -98,9 +141,10 @@ def profile_to_srgb(image: Image.Image, profile: bytes, name: object) -> Image.I
     left out with a warning.
     """
     try:
-        transform = ImageCms.buildTransform(
-            ImageCms.ImageCmsProfile(io.BytesIO(profile)), _srgb_profile(), image.mode, "RGB"
-        )
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if image.mode == "L" and source.profile.xcolor_space.strip() == "RGB":
+            image = image.convert("RGB")
+        transform = ImageCms.buildTransform(source, _srgb_profile(), image.mode, "RGB")
     except (ImageCms.PyCMSError, OSError) as error:
         warnings.warn(f"{name}: its colour profile cannot be used ({error})", stacklevel=2)
         return image.convert("RGB")

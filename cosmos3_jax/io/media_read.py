@@ -10,7 +10,6 @@ Pillow do the decoding.
 
 import dataclasses
 import os
-import struct
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 
@@ -202,7 +201,7 @@ def _of_one_size(frames: Iterable[np.ndarray], name: PathLike) -> Iterator[np.nd
 
 
 def _rgb_from_pil(image: Image.Image, name: PathLike) -> np.ndarray:
-    convert = color.converter(name, *_code_points(image))
+    convert = color.image_converter(name, image)
     image = ImageOps.exif_transpose(image)
     profile = image.info.get("icc_profile")
     if image.mode.startswith("I;16"):
@@ -220,22 +219,6 @@ def _rgb_from_pil(image: Image.Image, name: PathLike) -> np.ndarray:
         image = color.profile_to_srgb(image, profile, name) if profile else image.convert("RGB")
         rgb = np.asarray(image)
     return rgb if alpha is None else _on_white(np.dstack([rgb, alpha]))
-
-
-def _code_points(image: Image.Image) -> tuple[int, int]:
-    """Primaries and transfer, numbers of H.273, of an image that is opened from a file; 2, which is
-    unspecified, if it has none. Pillow does not read them.
-    """
-    path = getattr(image, "filename", "")
-    if image.format not in ("PNG", "AVIF") or not os.path.isfile(path):
-        return 2, 2
-    with open(path, "rb") as file:
-        head = file.read(1 << 16)
-    if image.format == "PNG":
-        at = head[: head.find(b"IDAT")].find(b"\0\0\0\4cICP")
-        return (2, 2) if at < 0 else (head[at + 8], head[at + 9])
-    at = head.find(b"colrnclx")
-    return (2, 2) if at < 0 else struct.unpack(">HH", head[at + 8 : at + 12])
 
 
 def _on_white(pixels: np.ndarray) -> np.ndarray:

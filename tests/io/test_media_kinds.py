@@ -228,6 +228,14 @@ def test_hdr_as_phones_write_it(tmp_path):
     np.testing.assert_allclose(colour_of(clip), srgb(light), atol=6)
 
 
+def test_hdr_whose_matrix_is_not_stated(tmp_path):
+    """The primaries say BT.2020: so is the matrix."""
+    signal = hdr_signal("PQ", np.array(RED))
+    tags = dict(colorspace=2, color_primaries=9, color_trc=16)
+    clip = flat(tmp_path / "a.mkv", signal, BT2020, bits=10, **tags)
+    np.testing.assert_allclose(colour_of(clip), (255, 0, 0), atol=4)
+
+
 @pytest.mark.parametrize("name", ["white", "red", "skin"])
 @pytest.mark.parametrize("primaries", [9, 12])
 def test_wide_primaries_without_hdr(tmp_path, name, primaries):
@@ -458,9 +466,68 @@ def test_a_profile_that_cannot_be_used_is_spoken_of(tmp_path):
     Image.fromarray(PICTURE).save(tmp_path / "a.png", icc_profile=b"not a profile" * 20)
     with pytest.warns(UserWarning, match=r"a\.png: its colour profile cannot be used"):
         np.testing.assert_array_equal(media.read_image(tmp_path / "a.png"), PICTURE)
-    Image.fromarray(PICTURE[..., 0]).save(tmp_path / "b.png", icc_profile=DISPLAY_P3)
-    with pytest.warns(UserWarning, match=r"b\.png: its colour profile cannot be used"):
-        assert np.ptp(media.read_image(tmp_path / "b.png"), axis=-1).max() == 0
+    cmyk = Image.fromarray(PICTURE).convert("CMYK")
+    cmyk.save(tmp_path / "b.tiff", icc_profile=DISPLAY_P3)
+    with pytest.warns(UserWarning, match=r"b\.tiff: its colour profile cannot be used"):
+        shown = media.read_image(tmp_path / "b.tiff")
+    np.testing.assert_array_equal(shown, cmyk.convert("RGB"))
+
+
+def test_grey_with_a_profile(tmp_path):
+    """Of colour, as some programs leave it: linear light is shown brighter than its numbers."""
+    linear = icc_profile([(0.4361, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971),
+                          (0.1431, 0.0606, 0.7141)], gamma=1.0)  # fmt: skip
+    levels = np.arange(0, 256, 17, dtype=np.uint8)[None]
+    Image.fromarray(levels).save(tmp_path / "a.png", icc_profile=linear)
+    expected = np.repeat(srgb(levels / 255)[..., None], 3, -1)
+    np.testing.assert_allclose(media.read_image(tmp_path / "a.png"), expected, atol=2)
+
+
+def with_chunks(path: Path, *chunks: bytes) -> Path:
+    """A PNG with more chunks, name and data, before its pixels."""
+    data = path.read_bytes()
+    at = data.index(b"IDAT") - 4
+    for chunk in chunks:
+        whole = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        data, at = data[:at] + whole + data[at:], at + len(whole)
+    path.write_bytes(data)
+    return path
+
+
+def chroma(*numbers: float) -> bytes:
+    return b"cHRM" + struct.pack(">8I", *(round(100_000 * x) for x in numbers))
+
+
+P3 = (0.3127, 0.3290, 0.680, 0.320, 0.265, 0.690, 0.150, 0.060)
+REC709 = (0.3127, 0.3290, 0.64, 0.33, 0.30, 0.60, 0.15, 0.06)
+NUMBERS = {
+    "linear": ([b"gAMA" + struct.pack(">I", 100_000)], 1, np.eye(3)),
+    "P3": ([b"gAMA" + struct.pack(">I", 45455), chroma(*P3)], 2.2, P3_TO_SRGB),
+    "sRGB": ([b"gAMA" + struct.pack(">I", 45455), chroma(*REC709)], None, None),
+    "sRGB by name": ([b"sRGB\0", b"gAMA" + struct.pack(">I", 100_000)], None, None),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_curve_and_primaries_as_numbers(tmp_path, name):
+    chunks, gamma, matrix = NUMBERS[name]
+    Image.fromarray(PICTURE).save(tmp_path / "a.png")
+    shown = media.read_image(with_chunks(tmp_path / "a.png", *chunks))
+    if gamma is None:
+        np.testing.assert_array_equal(shown, PICTURE)
+    else:
+        assert np.abs(shown.astype(int) - PICTURE).max() > 10
+        np.testing.assert_allclose(shown, srgb((PICTURE / 255) ** gamma @ matrix.T), atol=2)
+
+
+def test_adobe_rgb_of_cameras(tmp_path):
+    """They write no profile, but two words in the EXIF."""
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0xA005] = {1: "R03", 2: b"0100"}
+    Image.new("RGB", (16, 16), (100, 160, 90)).save(tmp_path / "a.jpg", exif=exif, quality=100)
+    to_srgb = np.array([[1.39836, -0.39836, 0], [0, 1, 0], [0, -0.04293, 1.04293]])
+    expected = srgb(to_srgb @ (np.array([100, 160, 90]) / 255) ** (563 / 256))
+    np.testing.assert_allclose(media.read_image(tmp_path / "a.jpg")[3, 3], expected, atol=4)
 
 
 @pytest.mark.parametrize("curve", HDR)
@@ -469,15 +536,11 @@ def test_hdr_pictures(tmp_path, curve):
     light = np.array(LIGHTS["skin"])
     level = np.rint(255 * hdr_signal(curve, light)).astype(np.uint8)
     image = Image.fromarray(np.broadcast_to(level, (16, 16, 3)))
-    plain, data = tmp_path / "plain.png", io.BytesIO()
-    image.save(plain)
-    chunk = b"cICP" + bytes([9, HDR[curve], 0, 1])
-    whole = plain.read_bytes()
-    at = whole.index(b"IDAT") - 4
-    chunk = b"\0\0\0\4" + chunk + struct.pack(">I", zlib.crc32(chunk))
-    (tmp_path / "a.png").write_bytes(whole[:at] + chunk + whole[at:])
-    np.testing.assert_allclose(media.read_image(tmp_path / "a.png")[3, 3], srgb(light), atol=4)
-    np.testing.assert_array_equal(media.read_image(plain)[3, 3], level)
+    png, data = tmp_path / "a.png", io.BytesIO()
+    image.save(png)
+    np.testing.assert_array_equal(media.read_image(png)[3, 3], level)
+    with_chunks(png, b"cICP" + bytes([9, HDR[curve], 0, 1]))
+    np.testing.assert_allclose(media.read_image(png)[3, 3], srgb(light), atol=4)
     image.save(data, "avif", quality=100, subsampling="4:4:4")
     whole = data.getvalue()
     at = whole.index(b"colrnclx") + 8
