@@ -74,7 +74,8 @@ def write_container(
         "movie_timescale": str(sample_rate if sound is not None else 90_000),
     }  # fmt: skip
     kind = CONTAINERS[path.suffix.lower()]
-    with av.open(str(path), "w", format=kind, options=options) as container:
+    # Of "take:2/x.mp4" ffmpeg would make a protocol.
+    with av.open(f"file:{path}", "w", format=kind, options=options) as container:
         if comment is not None:
             container.metadata["comment"] = comment
         packets = _encode_video(container, video, rate, crf, webm)

@@ -650,6 +650,13 @@ def test_any_name_is_a_files(tmp_path, monkeypatch, name):
     np.testing.assert_array_equal(media.read_image(str(picture)), PICTURE)
 
 
+@pytest.mark.parametrize("name", ["12:30.mp4", "take:2/x.mp4", "take:2/a%03d.mp4"])
+def test_any_name_can_be_written(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert len(media.read_video(media.save_mp4({"video": video_of(PICTURE)}, name))[0]) == 2
+    assert [str(x) for x in Path().rglob("*.mp4")] == [name]
+
+
 PLAYLISTS = {
     "a.m3u8": "#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:1,\nclip.mp4\n#EXT-X-ENDLIST\n",
     "a.ffconcat": "ffconcat version 1.0\nfile clip.mp4\n",
