@@ -20,8 +20,7 @@ from cosmos3_jax.models.transformer import Latents, encode_condition, velocity
 from cosmos3_jax.sampling.unipc import NUM_TRAIN_TIMESTEPS
 
 
-@struct.dataclass
-class Batch:
+class Batch(struct.PyTreeNode):
     """Examples to learn from.
 
     Attributes:
@@ -101,7 +100,10 @@ def check_batch(batch: Batch, config: TransformerConfig, text_dropout: float = 0
         raise ValueError(
             f"video of shape {shape}: expected [B, t, h, w, {config.latent_channel}], channels last"
         )
-    expected = {"text_ids": (shape[0], None), "text_mask": batch.text_ids.shape}
+    expected: dict[str, tuple[int | None, ...]] = {
+        "text_ids": (shape[0], None),
+        "text_mask": batch.text_ids.shape,
+    }
     if batch.sound is not None:
         if not config.sound_gen:
             raise ValueError("the batch has sound, the model has none; leave it out")
@@ -132,7 +134,7 @@ def fill_batch(batch: Batch) -> Batch:
     """
     count, frames = batch.video.shape[:2]
     text = {"text_ids": batch.text_ids, "text_mask": batch.text_mask}
-    if batch.uncond_ids is not None:
+    if batch.uncond_ids is not None and batch.uncond_mask is not None:
         text |= {"uncond_ids": batch.uncond_ids, "uncond_mask": batch.uncond_mask}
     width = max(x.shape[-1] for x in text.values())
 
@@ -239,12 +241,13 @@ def flow_loss(
         level = sigma.reshape(-1, *[1] * (x.ndim - 1)).astype(jnp.float32)
         return (1 - level) * x + level * noise
 
+    _, frames, rows, columns, _ = batch.video.shape
     condition = encode_condition(
         params["und"],
         config,
         batch.text_ids,
         batch.text_mask,
-        video_shape=batch.video.shape[1:4],
+        video_shape=(frames, rows, columns),
         fps=batch.fps,
         sound_frames=0 if batch.sound is None else batch.sound.shape[1],
         clean={"video": clean["video"]},

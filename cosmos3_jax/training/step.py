@@ -20,6 +20,7 @@ from jax import Array
 from jax.tree_util import keystr, tree_leaves_with_path
 
 from cosmos3_jax.config import TransformerConfig
+from cosmos3_jax.models.transformer import Latents
 from cosmos3_jax.parallel.sharding import mesh_sizes
 from cosmos3_jax.training.flow import (
     Batch,
@@ -157,7 +158,7 @@ def train_step(
     examples = divide_batch((batch, *sample_noise(for_noise, batch, options.levels)))
     counts = example_counts(batch)
 
-    def loss(params: Tree, part: tuple) -> tuple[Array, dict[str, Array]]:
+    def loss(params: Tree, part: tuple[Batch, Latents, Array]) -> tuple[Array, dict[str, Array]]:
         # Divided once more, so that it is the cast weights that are gathered, half the bytes.
         params = divide_state(cast_params(params, jnp.dtype(options.dtype), config))
         return flow_loss(
