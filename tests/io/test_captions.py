@@ -7,9 +7,9 @@ import warnings
 
 import pytest
 
+from cosmos3_jax import check_caption
 from cosmos3_jax.config import Config
 from cosmos3_jax.io import captions, prompt
-from cosmos3_jax.io.captions import check_caption
 from cosmos3_jax.io.prepare import prepare
 from cosmos3_jax.io.settings import Settings
 
