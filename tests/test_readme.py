@@ -191,7 +191,7 @@ def help_of(command: str) -> str:
 def options(page: Path) -> set[tuple[str, str]]:
     """Each command of ours in a page's code blocks, with each of its options."""
     text = re.sub(r"\n +", " ", "\n".join(lines(page)))  # an indented line goes on
-    commands = re.findall(r"\bcosmos3-jax +([a-z]+)([^\n#:]*)", text)
+    commands = re.findall(r"\bcosmos3-jax +([a-z]+)([^\n#]*)", text)
     return {(name, x) for name, rest in commands for x in re.findall(r"(?<=\W)--[a-z-]+", rest)}
 
 
