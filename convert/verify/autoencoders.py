@@ -5,6 +5,7 @@ Axes: B batch, C channels; T frames, H rows, W columns of pixels, t, h, w of lat
 
 import copy
 import itertools
+import re
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,9 +15,10 @@ import torch
 from convert.verify import reference, weights
 from convert.verify.compare import FLOAT32, Outcome, Pool
 from convert.verify.names import Target, autoencoder_target
-from convert.verify.sides import Sides
+from convert.verify.sides import FOLDERS, Sides
 from cosmos3_jax import Cosmos3
-from cosmos3_jax.checkpoint.load import Component, load_params
+from cosmos3_jax.checkpoint.files import TensorFiles
+from cosmos3_jax.checkpoint.load import PUBLIC_STEM, load_params
 from cosmos3_jax.config import Config
 
 # Latents: odd and oblong; and two frames after the first, which is a kind of its own.
@@ -35,7 +37,7 @@ def compare(outcome: Outcome, sides: Sides) -> None:
     component, modality = sides.component(name), name.removesuffix("_vae")
     module = reference.load_module(sides, name)
     has_encoder = any(leaf.startswith("encoder/") for leaf in component.leaves)
-    wrong = _compare_weights(outcome, component, module, sides.rounded(name), has_encoder)
+    wrong = _compare_weights(outcome, sides, module, has_encoder)
     inputs = {"decode": _latents(config, modality), "encode": _signals(config, modality)}
     if not has_encoder:
         del inputs["encode"]
@@ -74,18 +76,22 @@ def compare(outcome: Outcome, sides: Sides) -> None:
 
 
 def _compare_weights(
-    outcome: Outcome, component: Component, module: torch.nn.Module, rounded: str, encoder: bool
+    outcome: Outcome, sides: Sides, module: torch.nn.Module, encoder: bool
 ) -> list[Target]:
+    name = outcome.component
+    stored = TensorFiles(sides.checkpoint / FOLDERS[name], PUBLIC_STEM).shapes
+    gain = re.compile(r"(weight_g|parametrizations\.weight\.original0)$")
+    normed = {gain.sub("weight", key) for key in stored if gain.search(key)}
     plain = copy.deepcopy(module)
-    normed = reference.fold_weight_norms(plain)
+    reference.fold_weight_norms(plain)
     tensors = {
         key: tensor.detach().float().cpu().numpy() for key, tensor in plain.named_parameters()
         if encoder or not key.startswith("encoder.")
     }  # fmt: skip
     in_order = sorted(tensors.items(), key=lambda item: weights.natural_order(item[0]))
     return weights.compare(
-        outcome, component, in_order, autoencoder_target, folded=normed,
-        dtype="bfloat16" if rounded else "float32",
+        outcome, sides.component(name), in_order, autoencoder_target, folded=normed,
+        dtype="bfloat16" if sides.rounded(name) else "float32",
     )  # fmt: skip
 
 

@@ -35,62 +35,35 @@ FLOAT32 = {
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of the report: one result of one component, pooled over its inputs.
-
-    Attributes:
-        component, case: what was compared.
-        dtype: of our computation.
-        shape: of the reference's result, for one input.
-        inputs: how many were pooled.
-        max_abs: the largest difference of two values.
-        relative_l2: |ours - reference| / |reference|.
-        cosine: of the angle between the two.
-        psnr: in dB, for pictures in [0, 1]; None elsewhere.
-        reference_error: the reference's own relative L2 at this precision; None in float32, which
-            is what errors are measured against.
-        bar: the largest `relative_l2` that passes.
-        passed: the verdict.
-        note: why it failed, where the numbers do not say.
-    """
+    """One line of the report: one result of one component, pooled over its inputs."""
 
     component: str
-    case: str
-    dtype: str
-    shape: tuple[int, ...]
-    inputs: int
-    max_abs: float
-    relative_l2: float
-    cosine: float
-    psnr: float | None
-    reference_error: float | None
-    bar: float
+    case: str  # what was compared
+    dtype: str  # of our computation
+    shape: tuple[int, ...]  # of the reference's result, for one input
+    inputs: int  # how many were pooled
+    max_abs: float  # the largest difference of two values
+    relative_l2: float  # |ours - reference| / |reference|
+    cosine: float  # of the angle between the two
+    psnr: float | None  # in dB, for pictures in [0, 1]
+    reference_error: float | None  # its own relative L2 in bfloat16, against itself in float32
+    bar: float  # the largest `relative_l2` that passes
     passed: bool
-    note: str = ""
+    note: str = ""  # why it failed, where the numbers do not say
 
 
 @dataclasses.dataclass(frozen=True)
 class Mismatch:
-    """A tensor, or a step of the computation, at which the two differ.
-
-    Attributes:
-        component: of the checkpoint.
-        operation: the public name of a tensor, or the step in words.
-        tensors: public names of the tensor as it is stored, two under weight norm; empty where it
-            is the computation that differs.
-        leaf: where our parameter tree has it, or "".
-        relative_l2, bar: how far apart; the bar is 0 for tensors that must be equal.
-        hint: what our tensor looks like instead, or "".
-        alone: found on the reference's own inputs; False where earlier errors may have added up.
-    """
+    """A tensor, or a step of the computation, at which the two differ."""
 
     component: str
-    operation: str
-    tensors: tuple[str, ...] = ()
-    leaf: str = ""
+    operation: str  # the public name of a tensor, or the step in words
+    tensors: tuple[str, ...] = ()  # public names as stored, two under weight norm; none of a step
+    leaf: str = ""  # where our parameter tree has the tensor
     relative_l2: float = np.inf
-    bar: float = 0.0
-    hint: str = ""
-    alone: bool = True
+    bar: float = 0.0  # 0 for tensors that must be equal
+    hint: str = ""  # what our tensor looks like instead
+    alone: bool = True  # found on the reference's own inputs, so earlier errors do not add up
 
     def __str__(self) -> str:
         weights = f" [{', '.join(self.tensors)} -> {self.leaf}]" if self.tensors else ""
@@ -101,22 +74,14 @@ class Mismatch:
 
 @dataclasses.dataclass
 class Outcome:
-    """What the comparison of one component found.
-
-    Attributes:
-        component: its name.
-        rows: the lines of the table.
-        mismatches: tensors first, then steps of the computation in their order. A step that reads
-            tensors that differ is left out.
-        details: numbers for the JSON and the plots, by name.
-        skipped: what was not compared, and why.
-    """
+    """What the comparison of one component found."""
 
     component: str
     rows: list[Row] = dataclasses.field(default_factory=list)
+    # Tensors first, then steps in their order. A step that reads tensors that differ is left out.
     mismatches: list[Mismatch] = dataclasses.field(default_factory=list)
-    details: dict[str, Any] = dataclasses.field(default_factory=dict)
-    skipped: list[str] = dataclasses.field(default_factory=list)
+    details: dict[str, Any] = dataclasses.field(default_factory=dict)  # for the JSON and the plots
+    skipped: list[str] = dataclasses.field(default_factory=list)  # what, and why
 
     @property
     def passed(self) -> bool:
@@ -238,9 +203,10 @@ class Pool:
     ) -> Row:
         """The pool as a line, held to `bar`, the component's in float32, or the reference's own."""
         ours, exact = (np.float64(np.concatenate(x)) for x in (self._ours, self._exact))
-        error, low, note, sane = self.relative_l2, self.reference_error, self.note, True
+        error, low, note = self.relative_l2, self.reference_error, self.note
+        sane = low is None or (low <= NONSENSE and error >= FLOOR * low)
         if low is not None:
-            bar, sane = RATIO * low, low <= NONSENSE and error >= FLOOR * low
+            bar = RATIO * low
             if error < FLOOR * low:
                 note = note or f"less than {FLOOR} of the reference's error: not in {dtype} at all"
             elif low > NONSENSE:
@@ -248,21 +214,13 @@ class Pool:
         elif bar is None:
             bar = FLOAT32[component]
         norms = np.linalg.norm(ours) * np.linalg.norm(exact)
-        both_zero = float(not ours.any() and not exact.any())
+        with np.errstate(invalid="ignore"):  # infinite values have no angle
+            cosine = np.divide(ours @ exact, norms) if norms else not (ours.any() or exact.any())
         # In dB, of values in [0, 1], and no more than float32 can tell.
         psnr = float(-10 * np.log10(max(np.mean((ours - exact) ** 2), 2.0**-48)))
         return Row(
-            component=component,
-            case=case,
-            dtype=dtype,
-            shape=tuple(int(n) for n in self.shape),
-            inputs=self.inputs,
-            max_abs=float(np.abs(ours - exact).max()),
-            relative_l2=error,
-            cosine=float(ours @ exact / norms) if norms else both_zero,
-            psnr=psnr if picture else None,
-            reference_error=low,
-            bar=bar,
-            passed=bool(error <= bar and sane),  # NaN misses every bar
-            note=note,
-        )
+            component, case, dtype, tuple(int(n) for n in self.shape), self.inputs,
+            max_abs=float(np.abs(ours - exact).max()), relative_l2=error, cosine=float(cosine),
+            psnr=psnr if picture else None, reference_error=low, bar=bar,
+            passed=bool(error <= bar and sane), note=note,  # NaN misses every bar
+        )  # fmt: skip

@@ -3,14 +3,13 @@
 `checkpoint/layouts.py` has the rules that loading uses; a mistake in them would also be in a check
 made of them. So names, transposes and the order of parts are written out here a second time.
 
-Axes: D model, F hidden, N query heads, K key/value heads, H head dimension; I inputs and O outputs
-of a convolution.
+Axes: d model, f hidden, n heads, h head dimension; i inputs and o outputs of a convolution.
 """
 
 import re
-from collections.abc import Callable
 from typing import NamedTuple
 
+import einops
 import numpy as np
 
 from cosmos3_jax.config import TransformerConfig
@@ -19,24 +18,22 @@ EVERYTHING = slice(None)
 
 
 class Target(NamedTuple):
-    """The place of one public tensor.
+    """The place of one public tensor."""
 
-    Attributes:
-        leaf: path in the component's parameter tree.
-        layer: index of the layer in a stacked leaf, or None.
-        index: the part of the leaf, or of its layer, that the tensor fills.
-        arrange: from the public axes to ours.
-    """
-
-    leaf: str
-    layer: int | None = None
-    index: tuple = ()
-    arrange: Callable[[np.ndarray], np.ndarray] = lambda tensor: tensor
+    leaf: str  # path in the component's parameter tree
+    layer: int | None = None  # in a stacked leaf
+    index: tuple = ()  # the part of the leaf, or of its layer, that the tensor fills
+    axes: str = "... -> ..."  # from the public axes to ours
+    size: int | None = None  # of a head, where `axes` tells heads apart
 
     @property
     def label(self) -> str:
         """For messages: `und/layers/mlp/gate_up/kernel[1]`."""
         return self.leaf if self.layer is None else f"{self.leaf}[{self.layer}]"
+
+    def arrange(self, tensor: np.ndarray) -> np.ndarray:
+        """A public tensor in our axes."""
+        return einops.rearrange(tensor, self.axes, **({"h": self.size} if self.size else {}))
 
 
 def transformer_target(name: str, config: TransformerConfig) -> Target | None:
@@ -51,76 +48,65 @@ def transformer_target(name: str, config: TransformerConfig) -> Target | None:
         return None
     if name.startswith("audio_") and not config.sound_gen:
         return None
-    if name == "audio_modality_embed":
-        return Target("gen/sound_modality_embed")
+    named = {
+        "audio_modality_embed": "gen/sound_modality_embed",
+        "embed_tokens.weight": "und/embed/embedding",
+        "norm_moe_gen.weight": "gen/norm/scale",
+    }
+    if name in named:
+        return Target(named[name])
     module, _, kind = name.rpartition(".")
-    if module == "embed_tokens":
-        return Target("und/embed/embedding")
-    if module == "norm_moe_gen":
-        return Target("gen/norm/scale")
     leaf = "gen/" + module.replace("audio_", "sound_").replace(".", "/")
-    return (
-        Target(f"{leaf}/bias") if kind == "bias" else Target(f"{leaf}/kernel", arrange=np.transpose)
-    )
+    return Target(f"{leaf}/bias") if kind == "bias" else Target(f"{leaf}/kernel", axes="o i -> i o")
 
 
 # The public names of both towers' modules: only prefixes and suffixes tell them apart.
-UND = {
-    "self_attn.to_q": "q", "self_attn.to_k": "k", "self_attn.to_v": "v", "self_attn.to_out": "out",
-    "self_attn.norm_q": "attention/q_norm", "self_attn.norm_k": "attention/k_norm",
-    "input_layernorm": "input_norm", "post_attention_layernorm": "post_attention_norm",
-    "mlp.gate_proj": "gate", "mlp.up_proj": "up", "mlp.down_proj": "down",
-}  # fmt: skip
-GEN = {
-    "self_attn.add_q_proj": "q", "self_attn.add_k_proj": "k", "self_attn.add_v_proj": "v",
-    "self_attn.to_add_out": "out", "self_attn.norm_added_q": "attention/q_norm",
-    "self_attn.norm_added_k": "attention/k_norm", "input_layernorm_moe_gen": "input_norm",
-    "post_attention_layernorm_moe_gen": "post_attention_norm", "mlp_moe_gen.gate_proj": "gate",
-    "mlp_moe_gen.up_proj": "up", "mlp_moe_gen.down_proj": "down",
+TOWERS = {
+    "und": {
+        "self_attn.to_q": "q", "self_attn.to_k": "k", "self_attn.to_v": "v",
+        "self_attn.to_out": "out", "self_attn.norm_q": "attention/q_norm",
+        "self_attn.norm_k": "attention/k_norm", "input_layernorm": "input_norm",
+        "post_attention_layernorm": "post_attention_norm",
+        "mlp.gate_proj": "gate", "mlp.up_proj": "up", "mlp.down_proj": "down",
+    },
+    "gen": {
+        "self_attn.add_q_proj": "q", "self_attn.add_k_proj": "k", "self_attn.add_v_proj": "v",
+        "self_attn.to_add_out": "out", "self_attn.norm_added_q": "attention/q_norm",
+        "self_attn.norm_added_k": "attention/k_norm", "input_layernorm_moe_gen": "input_norm",
+        "post_attention_layernorm_moe_gen": "post_attention_norm",
+        "mlp_moe_gen.gate_proj": "gate", "mlp_moe_gen.up_proj": "up",
+        "mlp_moe_gen.down_proj": "down",
+    },
 }  # fmt: skip
 
 
 def _layer_target(layer: int, module: str, config: TransformerConfig) -> Target | None:
-    if module not in UND | GEN:
+    tower = next((tower for tower, names in TOWERS.items() if module in names), None)
+    if tower is None:
         raise ValueError(f"layers.{layer}.{module}.weight is unknown: is this Cosmos3?")
-    tower = "und" if module in UND else "gen"
-    role = (UND if tower == "und" else GEN)[module]
-    heads, kv_heads, size = (
-        config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    )  # fmt: skip
-
-    def split_heads(tensor: np.ndarray) -> np.ndarray:
-        """[N H, D] -> [D, N, H]."""
-        return tensor.reshape(-1, size, tensor.shape[1]).transpose(2, 0, 1)
-
+    role = TOWERS[tower][module]
+    q, kv, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    heads = {"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)}
     if tower == "und" and layer == config.num_hidden_layers - 1:
         # The media tower reads only the keys and values of the last text layer.
-        kernel = "und/last_layer/kv/kernel"
-        places = {
-            "input_norm": Target("und/last_layer/input_norm/scale"),
-            "attention/k_norm": Target("und/last_layer/k_norm/scale"),
-            "k": Target(kernel, None, (EVERYTHING, slice(0, kv_heads)), split_heads),
-            "v": Target(kernel, None, (EVERYTHING, slice(kv_heads, None)), split_heads),
-        }
-        return places.get(role)
-
-    def target(leaf: str, *index, arrange: Callable = np.transpose) -> Target:
-        return Target(f"{tower}/layers/{leaf}", layer, index, arrange)
-
-    first = {"q": 0, "k": heads, "v": heads + kv_heads}
-    end = {"q": heads, "k": heads + kv_heads, "v": None}
-    if role in first:
-        part = slice(first[role], end[role])
-        return target("attention/qkv/kernel", EVERYTHING, part, arrange=split_heads)
-    if role == "out":  # [D, N H] -> [N, H, D]
-        return target(
-            "attention/out/kernel", arrange=lambda tensor: tensor.T.reshape(heads, size, -1)
-        )
+        if role in ("k", "v"):
+            part = slice(*(head - q for head in heads[role]))
+            kernel = "und/last_layer/kv/kernel"
+            return Target(kernel, None, (EVERYTHING, part), "(n h) d -> d n h", size)
+        norms = {"input_norm": "input_norm", "attention/k_norm": "k_norm"}
+        return Target(f"und/last_layer/{norms[role]}/scale") if role in norms else None
+    if role in heads:
+        leaf, index = "attention/qkv/kernel", (EVERYTHING, slice(*heads[role]))
+        return Target(f"{tower}/layers/{leaf}", layer, index, "(n h) d -> d n h", size)
+    if role == "out":
+        leaf = f"{tower}/layers/attention/out/kernel"
+        return Target(leaf, layer, (), "d (n h) -> n h d", size)
     if role in ("gate", "up"):
-        return target("mlp/gate_up/kernel", EVERYTHING, ("gate", "up").index(role))
+        index = (EVERYTHING, ("gate", "up").index(role))
+        return Target(f"{tower}/layers/mlp/gate_up/kernel", layer, index, "f d -> d f")
     if role == "down":
-        return target("mlp/down/kernel")
-    return target(f"{role}/scale")
+        return Target(f"{tower}/layers/mlp/down/kernel", layer, (), "d f -> f d")
+    return Target(f"{tower}/layers/{role}/scale", layer)
 
 
 def autoencoder_target(name: str, axes: int) -> Target:
@@ -134,9 +120,7 @@ def autoencoder_target(name: str, axes: int) -> Target:
     half = {"quant_conv": "encoder/", "post_quant_conv": "decoder/"}.get(module, "")
     path = half + re.sub(r"\.(\d+)", r"_\1", module).replace(".", "/")
     if kind == "weight" and axes > 1:
-        if module.endswith("conv_t1"):  # transposed: [I, O, ...]
-            return Target(f"{path}/kernel", arrange=lambda x: np.moveaxis(x, (0, 1), (-2, -1)))
-        return Target(f"{path}/kernel", arrange=lambda x: np.moveaxis(x, (0, 1), (-1, -2)))
-    if kind in ("weight", "gamma"):
-        return Target(f"{path}/scale", arrange=np.ravel)
-    return Target(f"{path}/{kind}", arrange=np.ravel)  # bias; alpha and beta, [1, C, 1]
+        transposed = module.endswith("conv_t1")
+        return Target(f"{path}/kernel", axes=f"{'i o' if transposed else 'o i'} ... -> ... i o")
+    kind = "scale" if kind in ("weight", "gamma") else kind  # or bias; alpha and beta, [1, C, 1]
+    return Target(f"{path}/{kind}", axes="... -> (...)")

@@ -26,34 +26,17 @@ INPUTS = 8  # of a case: errors in bfloat16 scatter
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Inputs of one shape: one batch of ours, one after the other in the reference.
+    """Inputs of one shape: one batch of ours, one after the other in the reference."""
 
-    Attributes:
-        name: for the report.
-        grid: latent frames, rows, columns.
-        texts: lengths of the prompts, in turn; padded to the longest.
-        sound_frames: sound latents, where the checkpoint has sound.
-        fps: of the video.
-        given: indices of the latent frames that are known.
-        ids: of the prompts, a list each.
-        latents: float32, `video` [B, t, h, w, C] and, with sound, `sound` [B, s, C].
-        timestep: int32 [B], 0..999.
-    """
-
-    name: str
-    grid: tuple[int, int, int]
-    texts: tuple[int, ...]
-    sound_frames: int
+    name: str  # for the report
+    grid: tuple[int, int, int]  # latent frames, rows, columns
+    texts: tuple[int, ...]  # lengths of the prompts, in turn; padded to the longest
+    sound_frames: int  # sound latents, where the checkpoint has sound
     fps: float
-    given: tuple[int, ...] = ()
-    ids: tuple[list[int], ...] = ()
-    latents: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    given: tuple[int, ...] = ()  # the latent frames that are known
+    ids: tuple[list[int], ...] = ()  # of the prompts
+    latents: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # see `transformer`
     timestep: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
-
-    def text(self, und) -> np.ndarray:
-        """The tokens [*, D] of all prompts in [B, S, D], without padding."""
-        pairs = zip(und, self.ids, strict=True)
-        return np.concatenate([np.asarray(x[: len(ids)], np.float32) for x, ids in pairs])
 
 
 # Rows or columns are odd in the first, as those of 720p, so patches are padded; both frame rates
@@ -83,18 +66,19 @@ def make_cases(config: TransformerConfig) -> list[Case]:
 
 @struct.dataclass
 class Stream:
-    """The tokens of one case between two layers, and what stays beside them.
+    """The tokens of one case between two layers, and what stays beside them."""
 
-    Attributes:
-        und: [B, S, D], and `text_table` its rotary table.
-        gen: [B, M, D].
-        condition: of the case; its keys and values are no layer's.
-    """
-
-    und: Array
+    und: Array  # [B, S, D]
     text_table: rope.Rope
-    gen: Array
-    condition: transformer.Condition
+    gen: Array  # [B, M, D]
+    condition: transformer.Condition  # its keys and values are no layer's
+
+    def tokens(self, case: Case) -> dict[str, np.ndarray]:
+        """`und`, the text tokens [*, D] of all examples without padding, and `gen` [B, M, D]."""
+        und = [x[: len(ids)] for x, ids in zip(self.und, case.ids, strict=True)]
+        return {
+            "und": np.float32(np.concatenate(und)), "gen": np.asarray(self.gen, np.float32)
+        }  # fmt: skip
 
 
 class OurTransformer:

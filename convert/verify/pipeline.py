@@ -128,6 +128,7 @@ def _assemble(sides: Sides, parts: dict) -> Cosmos3OmniPipeline:
 
 
 def _their_pipeline(sides: Sides, dtype: str) -> Cosmos3OmniPipeline:
+    """The reference's pipeline, which returns the latents of sound as they are."""
     names = [name for name in FOLDERS if name != "sound_vae" or sides.config.has_sound]
     parts = {FOLDERS[name]: reference.load_module(sides, name, dtype) for name in names}
     pipe = _assemble(sides, parts)
@@ -136,34 +137,20 @@ def _their_pipeline(sides: Sides, dtype: str) -> Cosmos3OmniPipeline:
     )
     pipe.register_to_config(use_native_flow_schedule=True)
     pipe.set_progress_bar_config(disable=True)
+    pipe.decode_sound = lambda latents: latents
     return pipe
 
 
 def _their_latents(pipe, request, sides: Sides) -> dict[str, np.ndarray]:
-    """Final latents of a request's noise. The pipeline keeps those of sound to itself: they are
-    caught on their way to the decoder.
-    """
-    caught, decode = {}, pipe.decode_sound
-
-    def catch(latents):
-        caught["sound"] = latents.float().cpu().numpy()[None]
-        return torch.zeros(1, 1)
-
-    def keep(pipe, step, timestep, values):
-        caught["video"] = values["latents"].float().cpu().numpy()
-        return {}
-
-    sound = (
-        torch.from_numpy(request.sound_noise[0]).to(sides.device) if request.sound_frames else None
-    )
-    pipe.decode_sound = catch
-    try:
-        pipe(
-            PROMPTS[0][0], negative_prompt=PROMPTS[0][1], enable_sound=sound is not None,
-            latents=torch.from_numpy(request.noise).to(sides.device), sound_latents=sound,
-            output_type="latent", callback_on_step_end=keep,
-            guidance_scale=sides.config.recipe.guidance_scale, **SETTINGS,
-        )  # fmt: skip
-    finally:
-        pipe.decode_sound = decode
-    return caught
+    """Final latents of a request's noise."""
+    video, sound = (
+        None if noise is None else torch.from_numpy(noise).to(sides.device)
+        for noise in (request.noise, request.sound_noise[0] if request.sound_frames else None)
+    )  # fmt: skip
+    out = pipe(
+        PROMPTS[0][0], negative_prompt=PROMPTS[0][1], latents=video, sound_latents=sound,
+        enable_sound=sound is not None, output_type="latent",
+        guidance_scale=sides.config.recipe.guidance_scale, **SETTINGS,
+    )  # fmt: skip
+    made = {"video": out.video} | ({} if sound is None else {"sound": out.sound[None]})
+    return {name: x.float().cpu().numpy() for name, x in made.items()}

@@ -73,21 +73,13 @@ def to_bfloat16(module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
-def fold_weight_norms(module: torch.nn.Module) -> set[str]:
-    """Weight norm, in either of its implementations, becomes a plain weight, in place.
-
-    Returns the names of those weights.
-    """
-    folded = set()
-    for name, part in module.named_modules():
+def fold_weight_norms(module: torch.nn.Module) -> None:
+    """Weight norm, in either of its implementations, becomes a plain weight, in place."""
+    for part in module.modules():
         if parametrize.is_parametrized(part, "weight"):
             parametrize.remove_parametrizations(part, "weight")
         elif hasattr(part, "weight_g"):
             remove_weight_norm(part)
-        else:
-            continue
-        folded.add(f"{name}.weight")
-    return folded
 
 
 def pack(config: Any, ids: list[int], video: np.ndarray, sound: np.ndarray | None, **how) -> dict:

@@ -127,9 +127,7 @@ class ReferenceTransformer:
         ]
 
     def tokens(self, number: int) -> dict[str, np.ndarray]:
-        """Of a case, `und`, the text tokens [*, D] of all examples, and `gen`, the media tokens
-        [B, M, D].
-        """
+        """Of a case, as `Stream.tokens` has them."""
         und, gen, _ = zip(*self.streams[number], strict=True)
         return {"und": to_numpy(torch.cat(und)), "gen": to_numpy(torch.stack(gen))}
 

@@ -13,25 +13,15 @@ FOLDERS = {"transformer": "transformer", "video_vae": "vae", "sound_vae": "sound
 
 @dataclasses.dataclass(frozen=True)
 class Sides:
-    """Both sides, and how they are compared.
+    """Both sides, and how they are compared."""
 
-    Attributes:
-        checkpoint: the public one, for the reference.
-        folder: where our weights are read from.
-        config: of both.
-        components: ours, opened, by the name of their folder.
-        dtypes: of `float32` and `bfloat16`, what to compare in.
-        layers: how many of the transformer's to run, of both sides, from the first; None runs all.
-        device: torch's name of it.
-    """
-
-    checkpoint: Path
-    folder: Path
-    config: Config
-    components: dict[str, Component]
-    dtypes: tuple[str, ...]
-    layers: int | None = None
-    device: str = "cpu"
+    checkpoint: Path  # the public one, for the reference
+    folder: Path  # where our weights are read from
+    config: Config  # of both
+    components: dict[str, Component]  # ours, opened, by the name of their folder
+    dtypes: tuple[str, ...]  # of `float32` and `bfloat16`, what to compare in
+    layers: int | None = None  # of the transformer, how many to run, of both sides; None runs all
+    device: str = "cpu"  # torch's name of it
 
     def component(self, name: str) -> Component:
         """Ours, by the name of the component."""

@@ -26,6 +26,9 @@ from cosmos3_jax.checkpoint.load import Component
 from cosmos3_jax.config import TransformerConfig
 from cosmos3_jax.models import rope, transformer
 
+Theirs = dict[str, ReferenceTransformer]  # by dtype
+Streams = dict[str, list[Stream]]  # by dtype, for each case
+
 PADDING = 9.0  # what stands behind a prompt's tokens, and is not to be read
 AXES = ("time", "height", "width")
 SLOT = 1e-3  # a slot of a rotary table that is further off has another frequency or axis
@@ -45,81 +48,66 @@ def compare(outcome: Outcome, sides: Sides) -> None:
     Layers by themselves are always compared in float32.
     """
     component, config = sides.component("transformer"), sides.config.transformer
-    dtypes, layers = sides.dtypes, sides.layers
+    folder, dtypes = sides.checkpoint / "transformer", sides.dtypes
     depth = config.num_hidden_layers
-    count = depth if layers is None else layers
+    count = sides.layers or depth
     if count < depth:
         outcome.skipped.append(f"transformer: layers {count} to {depth - 1}, by --layers {count}")
     if count < LEAST:
         outcome.skipped.append("transformer: how the towers combine their layers, which takes two")
-    folder = sides.checkpoint / "transformer"
     tensors = PublicTensors(folder, sides.rounded("transformer"))
     wrong = _compare_weights(outcome, component, config, tensors, count)
     print(f"{outcome.details['tensors']} tensors, {len(wrong)} differ", flush=True)
-    around = [target for target in wrong if target.layer is None]
-    right_gen = not any(target.leaf.startswith("gen/") for target in around)
 
     cases = make_cases(config)
     outcome.details["cases"] = [case.name for case in cases]
     exact = ReferenceTransformer(folder, tensors, sides.device, cases)
-    theirs = {"float32": exact}
-    if "bfloat16" in dtypes:
-        theirs["bfloat16"] = exact.in_bfloat16()
+    theirs = {"float32": exact} | (
+        {"bfloat16": exact.in_bfloat16()} if "bfloat16" in dtypes else {}
+    )
     for side in theirs.values():
         side.forget_embedding()
     ours = OurTransformer(component, config, cases)
     with outcome.naming("what enters layers.0"):
         starts = [ours.start(case, "float32") for case in cases]
-    axes = rope.axis_of_slot(config)
-    right_und = not any(target.leaf.startswith("und/embed") for target in around)
-    for number, start in enumerate(starts):
-        _check_start(outcome, exact, number, start, axes, right_und, right_gen)
+    _check_start(outcome, exact, starts, rope.axis_of_slot(config), wrong)
     streams = {dtype: [ours.start(case, dtype) for case in cases] for dtype in dtypes}
 
     first: list[dict] = []
-    curves = outcome.details["layers"] = []
+    outcome.details["layers"] = []
     for index in range(count):
         last = index == depth - 1
         layer, tree = exact.layer(index), ours.read_layer(index)
         before = [_as_ours(exact, number, start) for number, start in enumerate(starts)]
         exact.advance(layer)
         with outcome.naming(f"layers.{index}"):
-            after = [run_layer(tree, x, config=config, dtype="float32") for x in before]
-        # A layer with other weights is not blamed for its computation.
-        blame = not any(
-            target.layer == index or (last and "/last_layer/" in target.leaf) for target in wrong
-        )
-        worst = _check_layer(outcome, exact, index, last, after, blame)
+            alone = [run_layer(tree, x, config=config, dtype="float32") for x in before]
         for dtype in dtypes:
             own = cast(tree, dtype)
             streams[dtype] = [run_layer(own, x, config=config, dtype=dtype) for x in streams[dtype]]
         if "bfloat16" in theirs:
             theirs["bfloat16"].advance(reference.to_bfloat16(layer))
+        # A layer with other weights is not blamed for its computation.
+        blame = not any(
+            target.layer == index or (last and "/last_layer/" in target.leaf) for target in wrong
+        )
+        worst = _check_layer(outcome, index, last, theirs, alone, streams, blame)
         if index < DEPTH:
             first.append(tree)
         if len(first) == min(DEPTH, count) >= LEAST:
             _check_towers(outcome, ours, config, exact, first, not wrong)
             first.clear()
         del tree, own, layer
-        curves += _curves(index, last, theirs, streams)
         print(f"layer {index}: relative L2 {worst:.1e} on the reference's inputs", flush=True)
-    for number, (case, start) in enumerate(zip(cases, starts, strict=True)):
-        made = ours.velocity(case, "float32", _as_ours(exact, number, start))
-        for name, right in exact.velocity(number).items():
-            step = f"velocity, {name}: final norm, projection, patches"
-            outcome.check_step(step, made[name], right, BAR, right_gen)
-    _add_rows(outcome, ours, theirs, streams)
+    _check_end(outcome, ours, theirs, starts, streams, _right_around(wrong, "gen/"))
     if not outcome.mismatches:
-        _add_first_drift(outcome, curves)
+        _add_first_drift(outcome)
 
 
 def _compare_weights(
-    outcome: Outcome,
-    component: Component,
-    config: TransformerConfig,
-    tensors: PublicTensors,
+    outcome: Outcome, component: Component, config: TransformerConfig, tensors: PublicTensors,
     count: int,
-) -> list[Target]:
+) -> list[Target]:  # fmt: skip
     beyond = tuple(f"layers.{index}." for index in range(count, config.num_hidden_layers))
     names = sorted(
         (n for n in tensors.files if not n.startswith(beyond)), key=weights.natural_order
@@ -128,6 +116,11 @@ def _compare_weights(
         outcome, component, ((name, tensors.read(name).numpy()) for name in names),
         lambda name, axes: transformer_target(name, config), layers=count if beyond else None,
     )  # fmt: skip
+
+
+def _right_around(wrong: list[Target], prefix: str) -> bool:
+    """Whether the tensors around the layers are right that our tree has there."""
+    return not any(x.layer is None and x.leaf.startswith(prefix) for x in wrong)
 
 
 def _as_ours(side: ReferenceTransformer, number: int, stream: Stream) -> Stream:
@@ -147,53 +140,59 @@ def _as_ours(side: ReferenceTransformer, number: int, stream: Stream) -> Stream:
 
 
 def _check_start(
-    outcome: Outcome, exact: ReferenceTransformer, number: int, start: Stream, axes: np.ndarray,
-    right_und: bool, right_gen: bool,
+    outcome: Outcome, exact: ReferenceTransformer, starts: list[Stream], axes: np.ndarray,
+    wrong: list[Target],
 ) -> None:  # fmt: skip
     """Embeddings, patches, times and rotary tables."""
-    tokens, right = exact.tokens(number), _as_ours(exact, number, start)
-    text = exact.cases[number].text(start.und)
-    outcome.check_step("layers.0, its text input (embedding)", text, tokens["und"], BAR, right_und)
-    step = "layers.0, its media input (patches, time, sums)"
-    outcome.check_step(step, start.gen, tokens["gen"], BAR, right_gen)
-    for positions, mine, theirs in (
-        ("text", start.text_table, right.text_table),
-        ("media", start.condition.rope, right.condition.rope),
-    ):
-        for which, one, other in zip(("cos", "sin"), mine, theirs, strict=True):
+    for number, mine in enumerate(starts):
+        right = _as_ours(exact, number, mine)
+        for what, tower, prefix in (
+            ("text input (embedding)", "und", "und/embed"),
+            ("media input (patches, time, sums)", "gen", "gen/"),
+        ):
+            pair = (stream.tokens(exact.cases[number])[tower] for stream in (mine, right))
+            blame = _right_around(wrong, prefix)
+            outcome.check_step(f"layers.0, its {what}", *pair, BAR, blame)
+        for which, one, other in zip(
+            ("cos of text", "sin of text", "cos of media", "sin of media"),
+            (*mine.text_table, *mine.condition.rope), (*right.text_table, *right.condition.rope),
+            strict=True,
+        ):  # fmt: skip
             off = [
                 f"{slot} ({AXES[axis]})" for slot, axis in enumerate(axes)
                 if relative_l2(one[..., slot], other[..., slot]) > SLOT
             ]  # fmt: skip
             where = f", slots off, with our axis: {', '.join(off[:8])}" if off else ""
-            outcome.check_step(
-                f"rotary_emb: {which} of {positions} positions{where}", one, other, BAR
-            )
+            outcome.check_step(f"rotary_emb: {which} positions{where}", one, other, BAR)
 
 
 def _check_layer(
-    outcome: Outcome, exact: ReferenceTransformer, index: int, last: bool, after: list[Stream],
-    blame: bool,
+    outcome: Outcome, index: int, last: bool, theirs: Theirs, alone: list[Stream],
+    streams: Streams, blame: bool,
 ) -> float:  # fmt: skip
-    """Our layer on what the reference's read. Returns the largest error."""
-    worst = 0.0
-    for number, stream in enumerate(after):
-        right, mine = exact.tokens(number), _tokens(exact, number, stream)
-        for tower in _compared(last):
+    """Our layer on what the reference's read; and, over all cases, how far the streams are apart.
+
+    Returns the largest error of the former.
+    """
+    towers, worst = list(TOWERS), 0.0
+    if last:  # ours ends at the keys and values of the text, which the media reads
+        towers.remove("und")
+    pools = {(tower, dtype): Pool() for tower in towers for dtype in streams}
+    for number, case in enumerate(theirs["float32"].cases):
+        right = {dtype: side.tokens(number) for dtype, side in theirs.items()}
+        exact, made = right.pop("float32"), alone[number].tokens(case)
+        for tower in towers:
             step = f"layers.{index}, {TOWERS[tower]}: its computation"
-            worst = max(worst, outcome.check_step(step, mine[tower], right[tower], BAR, blame))
+            error = outcome.check_step(step, made[tower], exact[tower], BAR, blame)
+            worst = max(worst, error)
+        for (tower, dtype), pool in pools.items():
+            mine = streams[dtype][number].tokens(case)[tower]
+            pool.add(mine, exact[tower], right[dtype][tower] if dtype in right else None)
+    for (tower, dtype), pool in pools.items():
+        errors = {"relative_l2": pool.relative_l2, "reference_error": pool.reference_error}
+        entry = {"layer": index, "tower": tower, "dtype": dtype} | errors
+        outcome.details["layers"].append(entry)
     return worst
-
-
-def _tokens(exact: ReferenceTransformer, number: int, stream: Stream) -> dict[str, np.ndarray]:
-    """Ours as `ReferenceTransformer.tokens` has them."""
-    gen = np.asarray(stream.gen, np.float32)
-    return {"und": exact.cases[number].text(stream.und), "gen": gen}
-
-
-def _compared(last: bool) -> list[str]:
-    """The last text layer ends here at its keys and values, which the media layer reads."""
-    return ["gen"] if last else [*TOWERS]
 
 
 def _check_towers(
@@ -218,8 +217,7 @@ def _check_towers(
     # A step that one layer computes wrong is named there.
     blame = blame and not outcome.mismatches
     for number, case in enumerate(exact.cases):
-        condition = ours.condition(und, config, case)
-        right = exact.velocity(number)
+        condition, right = ours.condition(und, config, case), exact.velocity(number)
         for form, arranged in FORMS.items():
             made = transformer.velocity(
                 arranged(gen), config, condition, case.latents, case.timestep
@@ -232,51 +230,32 @@ def _check_towers(
                 outcome.check_step(step, values, right[name], FLOAT32["transformer"], blame)
 
 
-Sides = dict[str, ReferenceTransformer]
+def _check_end(
+    outcome: Outcome, ours: OurTransformer, theirs: Theirs, starts: list[Stream],
+    streams: Streams, blame: bool,
+) -> None:  # fmt: skip
+    """The velocity, for video and for sound: of the reference's tokens, and of each side's own."""
+    exact, pools = theirs["float32"], {}
+    for number, case in enumerate(exact.cases):
+        right = {dtype: side.velocity(number) for dtype, side in theirs.items()}
+        made = ours.velocity(case, "float32", _as_ours(exact, number, starts[number]))
+        own = {dtype: ours.velocity(case, dtype, mine[number]) for dtype, mine in streams.items()}
+        for name, values in right["float32"].items():
+            step = f"velocity, {name}: final norm, projection, patches"
+            outcome.check_step(step, made[name], values, BAR, blame)
+            for dtype, velocity in own.items():
+                low = right[dtype][name] if dtype == "bfloat16" else [None] * len(values)
+                for one in zip(velocity[name], values, low, strict=True):
+                    pools.setdefault((dtype, name), Pool()).add(*one)
+    for dtype, name in sorted(pools, key=lambda key: list(streams).index(key[0])):
+        row = pools[dtype, name].row("transformer", f"velocity, {name}", dtype)
+        outcome.rows.append(row)
 
 
-def _curves(index: int, last: bool, theirs: Sides, streams: dict[str, list[Stream]]) -> list[dict]:
-    """How far the streams are apart after a layer, over all cases, by tower and dtype."""
-    found = []
-    for tower in _compared(last):
-        for dtype, mine in streams.items():
-            pool = Pool()
-            for number, stream in enumerate(mine):
-                low = theirs[dtype].tokens(number)[tower] if dtype == "bfloat16" else None
-                exact = theirs["float32"]
-                pool.add(_tokens(exact, number, stream)[tower], exact.tokens(number)[tower], low)
-            found.append(
-                {
-                    "layer": index, "tower": tower, "dtype": dtype,
-                    "relative_l2": pool.relative_l2, "reference_error": pool.reference_error,
-                }
-            )  # fmt: skip
-    return found
-
-
-def _add_rows(
-    outcome: Outcome, ours: OurTransformer, theirs: Sides, streams: dict[str, list[Stream]]
-) -> None:
-    """The velocity of all cases, for video and for sound."""
-    exact = theirs["float32"]
-    right = [exact.velocity(number) for number in range(len(exact.cases))]
-    for dtype, mine in streams.items():
-        pools: dict[str, Pool] = {}
-        for number, (case, stream) in enumerate(zip(exact.cases, mine, strict=True)):
-            made = ours.velocity(case, dtype, stream)
-            low = theirs[dtype].velocity(number) if dtype == "bfloat16" else {}
-            for name, values in right[number].items():
-                for i, one in enumerate(values):
-                    pool = pools.setdefault(name, Pool())
-                    pool.add(made[name][i], one, low[name][i] if low else None)
-        for name, pool in pools.items():
-            outcome.rows.append(pool.row("transformer", f"velocity, {name}", dtype))
-
-
-def _add_first_drift(outcome: Outcome, curves: list[dict]) -> None:
+def _add_first_drift(outcome: Outcome) -> None:
     """Where a result is off and no step is by itself: the first layer after which it is."""
     for dtype in dict.fromkeys(row.dtype for row in outcome.rows if not row.passed):
-        for entry in curves:
+        for entry in outcome.details["layers"]:
             low, error = entry["reference_error"], entry["relative_l2"]
             bar = FLOAT32["transformer"] if low is None else RATIO * low
             if entry["dtype"] == dtype and not error <= bar:
