@@ -289,7 +289,7 @@ def _port(job: int) -> int:
 
 
 def _open_mpi_coordinator(environment: Mapping[str, str], one_machine: bool) -> str | None:
-    """mpirun's machine, which Open MPI 4 names. Version 5 does not: then this one, if it is alone."""
+    """On the machine of mpirun, which Open MPI 4 names; on this one, if it is alone, with 5."""
     uri = environment.get("OMPI_MCA_orte_hnp_uri", "")
     match = re.match(r"(\d+)\..*?tcp6?://\[?([^,:\]]+)", uri)
     if match:
