@@ -56,12 +56,10 @@ def convert_checkpoint(
         ValueError: an option is not one of those above, or one folder lies in the other.
         OSError: the disk does not take a file.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} is not supported; choose {' or '.join(DTYPES)}")
     if not 0 < max_shard_bytes <= LARGEST_SHARD:
         raise ValueError(f"max_shard_bytes={max_shard_bytes} is not between 1 and {LARGEST_SHARD}")
     place = target.resolve()
-    _check_place(place, source.resolve(), overwrite)
+    check_place(place, source.resolve(), dtype, overwrite)
     config = load_config(source, sound)
     if not (source / TOKENIZER_FOLDER).is_dir():
         raise CheckpointError(f"{source} has no {TOKENIZER_FOLDER}/; download the checkpoint again")
@@ -86,8 +84,15 @@ def convert_checkpoint(
     return target
 
 
-def _check_place(target: Path, source: Path, overwrite: bool) -> None:
-    """Raise unless `target` can be made, or replaced, without losing anything else."""
+def check_place(target: Path, source: Path, dtype: str, overwrite: bool) -> None:
+    """Raise unless `target` can be made from `source`, or replaced, without losing anything else.
+
+    Raises:
+        ValueError: one folder lies in the other, or the dtype is not supported.
+        FileExistsError: see `check_target`.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not supported; choose {' or '.join(DTYPES)}")
     if source == target or source in target.parents or target in source.parents:
         raise ValueError(
             f"{target} and the checkpoint being read, {source}, overlap; choose a folder beside it"

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 from jax import Array
 
 from cosmos3_jax.checkpoint import publish
-from cosmos3_jax.checkpoint.convert import DTYPES, check_target
+from cosmos3_jax.checkpoint.convert import check_place
 from cosmos3_jax.checkpoint.files import (
     FLOAT_DTYPES,
     MAX_SHARD_BYTES,
@@ -66,11 +66,7 @@ def write_public_checkpoint(
     known = [part for parts in PARTS.values() for part in parts]
     if not params or set(params) - set(known):
         raise ValueError(f"params has {sorted(params)}: expected any of {', '.join(known)}")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} is not supported; choose {' or '.join(DTYPES)}")
-    if folder == base or base in folder.parents or folder in base.parents:
-        raise ValueError(f"{folder} and the base, {base}, overlap; choose a folder beside it")
-    check_target(folder, overwrite)
+    check_place(folder, base, dtype, overwrite)
     for name in PARTS:
         if is_converted(base / name):
             raise CheckpointError(f"{base / name} is in the converted layout; give the public one")

@@ -20,7 +20,7 @@ from cosmos3_jax.checkpoint import publish
 from cosmos3_jax.checkpoint.files import MAX_SHARD_BYTES, PUBLIC_STEM, write_tensors
 from cosmos3_jax.checkpoint.layouts import layouts
 from cosmos3_jax.checkpoint.load import RECIPE_FILE, TOKENIZER_FOLDER
-from cosmos3_jax.checkpoint.rules import Rule
+from cosmos3_jax.checkpoint.rules import Rule, split_weight_norm
 from cosmos3_jax.checkpoint.tiny_tokenizer import write_tokenizer
 from cosmos3_jax.config import Config, SoundVAEConfig, TransformerConfig, VideoVAEConfig
 from cosmos3_jax.models.tokenizer import Tokenizer
@@ -96,8 +96,8 @@ def write(folder: Path) -> None:
     vocabulary = Tokenizer.from_folder(folder / TOKENIZER_FOLDER).vocab_size
     configs = {
         "transformer": TRANSFORMER | {"vocab_size": vocabulary},
-        "vae": VIDEO_VAE | _defaults(VideoVAEConfig.from_dict(VIDEO_VAE)),
-        "sound_tokenizer": SOUND_VAE | _defaults(SoundVAEConfig.from_dict(SOUND_VAE)),
+        "vae": VIDEO_VAE | dataclasses.asdict(VideoVAEConfig.from_dict(VIDEO_VAE)),
+        "sound_tokenizer": SOUND_VAE | dataclasses.asdict(SoundVAEConfig.from_dict(SOUND_VAE)),
     }
     for name, values in configs.items():
         _write_json(folder / name / "config.json", values)
@@ -121,14 +121,6 @@ def write(folder: Path) -> None:
         sizes = {key: value.nbytes for key, value in tensors.items()}
         shard = TRANSFORMER_SHARD_BYTES if name == "transformer" else MAX_SHARD_BYTES
         write_tensors(folder / name, PUBLIC_STEM, sizes, tensors.__getitem__, shard)
-
-
-def _defaults(config: VideoVAEConfig | SoundVAEConfig) -> dict:
-    """Every field of a configuration, as its JSON file would have it."""
-    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    return {
-        key: list(value) if isinstance(value, tuple) else value for key, value in values.items()
-    }
 
 
 def _write_json(path: Path, values: dict) -> None:
@@ -161,12 +153,9 @@ def unread_shapes(config: TransformerConfig, values: dict) -> dict[str, tuple[in
 
 def _random_for(rule: Rule, leaf_shape: tuple[int, ...]) -> dict[str, np.ndarray]:
     """Values for the tensors of one rule; a weight-norm pair folds to the random weight."""
-    key, *gain = rule.public_shapes(leaf_shape)
-    values = _random(rule.key, rule.public_shapes(leaf_shape)[key])
-    if not gain:
-        return {key: values}
-    norm = np.sqrt(np.square(values).sum(axis=tuple(range(1, values.ndim)), keepdims=True))
-    return {key: values, gain[0]: norm}
+    values = _random(rule.key, rule.public_shapes(leaf_shape)[rule.keys[0]])
+    halves = split_weight_norm(values) if rule.weight_norm else (values,)
+    return dict(zip(rule.keys, halves, strict=True))
 
 
 def _random(key: str, shape: tuple[int, ...]) -> np.ndarray:

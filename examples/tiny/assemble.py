@@ -15,6 +15,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from cosmos3_jax.checkpoint import publish, random_checkpoint
 from cosmos3_jax.checkpoint.export import write_public_checkpoint
@@ -27,7 +28,6 @@ from cosmos3_jax.checkpoint.load import (
     load_config,
     open_components,
 )
-from cosmos3_jax.checkpoint.rules import Rule
 from cosmos3_jax.config import Recipes, SoundVAEConfig, TransformerConfig, VideoVAEConfig
 from cosmos3_jax.models.tokenizer import Tokenizer
 from examples.tiny import grammar, model
@@ -90,9 +90,9 @@ def write_base(
         _write_json(partial / "transformer" / "config.json", values)
         _write_json(partial / "model_index.json", model.MODEL_INDEX)
         write_recipe(partial, recipe)
-        params = model.init_params(config, seed)
+        params = flatten_dict(model.init_params(config, seed), sep="/")
         tensors = {
-            rule.key: np.ascontiguousarray(rule.to_public(_leaf(params, rule)))
+            rule.key: np.ascontiguousarray(rule.to_public(params[rule.leaf]))
             for rule in transformer_layout(config).rules
         }
         unread = random_checkpoint.unread_shapes(config, values)
@@ -152,12 +152,6 @@ def check(folder: Path) -> int:
     if size > model.MAX_BYTES:
         raise ValueError(f"{folder} has {size:,} bytes, the limit is {model.MAX_BYTES:,}")
     return size
-
-
-def _leaf(params: dict, rule: Rule) -> np.ndarray:
-    for name in rule.leaf.split("/"):
-        params = params[name]
-    return params
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
 from cosmos3_jax.checkpoint.files import TensorFiles, write_shard
@@ -156,9 +157,9 @@ def write_public(folder: Path, model: Autoencoder, params: Params, dtype: str = 
 
     A weight-norm pair is `split_weight_norm`'s. Raises OSError if the disk does not take it.
     """
-    tensors = {}
+    tensors, leaves = {}, flatten_dict(params, sep="/")
     for rule in model.layout(model.config).rules:
-        value = np.asarray(rule.to_public(_leaf(params, rule.leaf)), np.float32)
+        value = np.asarray(rule.to_public(np.asarray(leaves[rule.leaf])), np.float32)
         if rule.weight_norm:
             tensors |= dict(zip(rule.keys, split_weight_norm(value), strict=True))
         else:
@@ -178,18 +179,8 @@ def read_public(folder: Path, model: Autoencoder) -> tuple[Autoencoder, Params]:
     layout, files = model.layout(model.config), TensorFiles(folder, PUBLIC_STEM)
     leaves = leaf_shapes(model.shapes(model.config))
     check(layout, files.shapes, leaves)
-    params: Params = {}
-    for rule in layout.rules:  # in these two layouts, a tensor is a whole leaf
-        *parents, name = rule.leaf.split("/")
-        node = params
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        values = rule.to_leaf(*(files.read(key) for key in rule.keys))
-        node[name] = jnp.asarray(values, jnp.float32)
-    return model, params
-
-
-def _leaf(params: Params, path: str) -> np.ndarray:
-    for name in path.split("/"):
-        params = params[name]
-    return np.asarray(params)
+    params = {  # in these two layouts, a tensor is a whole leaf
+        rule.leaf: jnp.asarray(rule.to_leaf(*(files.read(key) for key in rule.keys)), jnp.float32)
+        for rule in layout.rules
+    }
+    return model, unflatten_dict(params, sep="/")
