@@ -140,7 +140,7 @@ def run_ours(config: Config, jobs: dict[str, Job], dtype: str, compiled: bool) -
     yield {"side": "ours", "environment": environment()}
     params = jax.block_until_ready(random_params(config, jnp.dtype(dtype)))
     for size, job in jobs.items():
-        found = _try(partial(measure_ours, config, params, job, timed_steps(size, job)))
+        found = or_error(partial(measure_ours, config, params, job, timed_steps(size, job)))
         yield {"size": size, "side": "ours", "found": found}
 
 
@@ -159,14 +159,14 @@ def run_diffusers(
         for size, job in jobs.items():
             steps = timed_steps(size, job)
             attempt = partial(oracle_model.measure_job, pipeline, job, steps)
-            found = _try(attempt)
+            found = or_error(attempt)
             if variant == "compiled" and "error" in found:
                 oracle_model.compile_blocks(pipeline, fullgraph=False)
-                found = _try(attempt) | {"fullgraph": False}
+                found = or_error(attempt) | {"fullgraph": False}
             yield {"size": size, "side": variant, "found": found}
 
 
-def _try(measure: Callable[[], dict]) -> dict:
+def or_error(measure: Callable[[], dict]) -> dict:
     # One variant that fails (no memory, no compiler) must not cost what comes after it.
     try:
         return measure()

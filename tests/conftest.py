@@ -9,6 +9,7 @@ import mesh_cases
 import pytest
 import quick
 import torch
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from oracle import load_pipeline, save_pipeline
 from several_processes import Command
 
@@ -196,6 +197,25 @@ def run_command(tmp_path, divisible_checkpoint):
     for command in started:
         command.process.kill()
         command.process.wait()
+
+
+@pytest.fixture
+def compilation_cache(tmp_path):
+    """A folder in which JAX keeps every program that it can."""
+    settings = {
+        "jax_enable_compilation_cache": True,
+        "jax_compilation_cache_dir": str(tmp_path),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    reset_cache()
+    yield tmp_path
+    for name, value in before.items():
+        jax.config.update(name, value)
+    reset_cache()
 
 
 @pytest.fixture

@@ -75,6 +75,14 @@ def collectives(text: str) -> list[dict]:
     return found
 
 
+def kernel_shapes() -> list[list[int]]:
+    """Of the matrices of one layer: qkv, out, gate and up, down."""
+    heads, size = MODEL.num_attention_heads, MODEL.head_dim
+    width, inner = MODEL.hidden_size, MODEL.intermediate_size
+    qkv = [width, heads + 2 * MODEL.num_key_value_heads, size]
+    return [qkv, [heads, size, width], [width, 2, inner], [inner, width]]
+
+
 def random_params(shapes: dict) -> dict:
     random = np.random.RandomState(0)
 

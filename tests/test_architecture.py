@@ -26,8 +26,8 @@ from cosmos3_jax.sampling import stages
 
 ROOT = Path(cosmos3_jax.__file__).parent
 PARTS = (
-    "recipes", "config", "parallel", "models", "sampling", "checkpoint", "io", "runtime", "training",
-    "pipeline", "cli",
+    "recipes", "config", "parallel", "models", "sampling", "checkpoint", "io", "runtime",
+    "training", "pipeline", "cli",
 )  # fmt: skip
 # What each part may import besides itself. The package's own `__init__`, and the old names in
 # `moved`, are above all of them.
@@ -265,3 +265,44 @@ def test_a_command_reads_configuration_and_tokenizer_once(public_checkpoint, tmp
     command = ["generate", "--checkpoint", str(public_checkpoint), "--prompt", "A red ball"]
     assert cli.main([*command, *settings, "--out", str(tmp_path / "a.mp4")]) == 0
     assert sorted(opened) == ["from_folder", "load_config"]
+
+
+# ---------------------------------------------------------------- tests
+
+TESTS = Path(__file__).parent
+OURS = {"cosmos3_jax", "convert", "examples"} | {
+    path.stem for path in (TESTS.parent / "benchmarks").glob("*.py")
+}
+
+
+def is_private(name) -> bool:
+    return isinstance(name, str) and name.startswith("_") and not name.startswith("__")
+
+
+def private_names(source: str) -> set[str]:
+    """Names of this repository's modules that are no test's business."""
+    nodes, modules, found = list(ast.walk(ast.parse(source))), set(), set()
+    for node in nodes:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            for alias in node.names:
+                if (getattr(node, "module", None) or alias.name).split(".")[0] in OURS:
+                    modules.add(alias.asname or alias.name)
+                    found |= {alias.name} if is_private(alias.name) else set()
+    for node in nodes:
+        owner, name = None, None
+        if isinstance(node, ast.Attribute):
+            owner, name = node.value, node.attr
+        elif isinstance(node, ast.Call) and len(node.args) > 1:  # monkeypatch.setattr
+            owner, name = node.args[0], getattr(node.args[1], "value", None)
+        if is_private(name) and ast.unparse(owner) in modules:
+            found.add(f"{ast.unparse(owner)}.{name}")
+    return found
+
+
+def test_tests_reach_no_private_name():
+    reached = {path: private_names(path.read_text("utf-8")) for path in TESTS.rglob("*.py")}
+    assert {str(path): names for path, names in reached.items() if names} == {}
+    wrong = (
+        "from cosmos3_jax.models import rope as r, _x\nr._y\npatch.setattr(r, '_z', 1)\nr.__doc__"
+    )
+    assert private_names(wrong) == {"_x", "r._y", "r._z"}

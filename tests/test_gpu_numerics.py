@@ -8,7 +8,6 @@ import dataclasses
 import importlib
 import json
 import os
-from pathlib import Path
 
 import jax
 import pytest
@@ -16,8 +15,6 @@ import torch
 
 # Before JAX takes hold of the GPU: torch needs a share of it, which JAX would take at once.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*TF32:UserWarning"),
@@ -27,9 +24,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def script():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        yield importlib.import_module("gpu_numerics")
+    return importlib.import_module("gpu_numerics")
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import tqdm
 from checkpoint_files import link_checkpoint, replace_file
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from oracle import NEGATIVE, PROMPT, SETTINGS, prepare
 from rounding import relative_l2
 
@@ -289,25 +288,6 @@ def test_autoencoders_alone(model):
     latents = model.encode_sound(waveform)
     assert latents.shape == (1, model.config.sound_vae.vocoder_input_dim, 3)
     assert model.decode_sound(latents).shape == (1, 2, 3 * 1920)
-
-
-@pytest.fixture
-def compilation_cache(tmp_path):
-    """A folder in which JAX keeps every program that it can."""
-    settings = {
-        "jax_enable_compilation_cache": True,
-        "jax_compilation_cache_dir": str(tmp_path),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    reset_cache()
-    yield tmp_path
-    for name, value in before.items():
-        jax.config.update(name, value)
-    reset_cache()
 
 
 @pytest.mark.parametrize("progress", [True, False])

@@ -31,13 +31,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def path():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        yield
-
-
 @pytest.fixture
 def report(tmp_path):
     """(script, *arguments) -> what it writes in a dry run in this process."""

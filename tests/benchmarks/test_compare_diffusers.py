@@ -6,19 +6,14 @@ That both sides do the same work is in `test_benchmarks.py`.
 import dataclasses
 import json
 import math
-import sys
-from pathlib import Path
 
+import compare_diffusers as compare
+import compare_report
 import jax
+import oracle_model
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, Cosmos3OmniTransformer
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-
-import compare_diffusers as compare  # noqa: E402
-import compare_report  # noqa: E402
-import oracle_model  # noqa: E402
 
 from cosmos3_jax.checkpoint import random_checkpoint
 from cosmos3_jax.cli import bench
@@ -276,7 +271,7 @@ def test_a_failure_is_kept_and_ends_nothing():
     def fails():
         raise MemoryError("all of it")
 
-    event = {"size": SIZE, "side": "eager", "found": compare._try(fails)}
+    event = {"size": SIZE, "side": "eager", "found": compare.or_error(fails)}
     compare_report.merge(report, event)
     assert report["failed"] == [f"{SIZE} eager: MemoryError: all of it"]
     assert report["sizes"][SIZE]["variants_run"] == []

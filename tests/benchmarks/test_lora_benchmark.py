@@ -1,11 +1,10 @@
 """The arithmetic of the LoRA benchmark."""
 
 import functools
-import importlib.util
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import lora as benchmark
 import numpy as np
 import optax
 import pytest
@@ -25,12 +24,6 @@ def test_the_benchmark_counts_what_a_step_computes(monkeypatch):
     On a CPU the backward pass has the logits that it computed again; on a GPU it computes them
     once more. Not counted on paper: zeros between the adapters of one kernel, half a per cent.
     """
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    spec = importlib.util.spec_from_file_location(
-        "lora_benchmark", Path(__file__).parents[2] / "benchmarks" / "lora.py"
-    )
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
     config, model = benchmark.NANO, benchmark.NANO.transformer
     job = Job(num_frames=189, height=192, width=320, steps=1, text_tokens=512, negative_tokens=0)
     request = bench.random_request(config, job)

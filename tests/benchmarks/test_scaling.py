@@ -3,23 +3,13 @@
 That paper and program agree at tiny sizes is in `test_benchmarks.py`.
 """
 
-import importlib
-from pathlib import Path
-
 import numpy as np
 import pytest
+import scaling
 
 from cosmos3_jax.cli import bench
 from cosmos3_jax.config import Config
 from cosmos3_jax.runtime.job import Job
-
-
-@pytest.fixture(scope="module")
-def scaling():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-        yield importlib.import_module("scaling")
-
 
 GROUPS = {
     "lists": "replica_groups={{0,1},{2,3}}",
@@ -48,7 +38,7 @@ backend_config={{"known_trip_count":{{"n":"5"}}}}
 
 
 @pytest.mark.parametrize("groups", GROUPS)
-def test_bytes_are_counted_by_kind_as_often_as_a_loop_runs(scaling, groups):
+def test_bytes_are_counted_by_kind_as_often_as_a_loop_runs(groups):
     sent = scaling.sent_bytes(PROGRAM.format(groups=GROUPS[groups]), ways=4)
     each = 2 * 4 * 8 * 2 // 2  # two arrays of bfloat16, half of which stays
     assert sent["all-to-all"] == 5 * 2 * each
@@ -58,7 +48,7 @@ def test_bytes_are_counted_by_kind_as_often_as_a_loop_runs(scaling, groups):
     assert sent["reduce-scatter"] == 0
 
 
-def test_the_count_on_paper(scaling):
+def test_the_count_on_paper():
     """720p on two devices: each sends half of its tokens' queries, keys, values and what they
     become.
     """

@@ -71,25 +71,13 @@ def test_a_mesh_generates_what_one_device_does(results, name):
     assert not of_kind(result, "collective-permute") and not of_kind(result, "reduce-scatter")
 
 
-def kernel_shapes() -> dict[str, list[int]]:
-    """Of one layer."""
-    heads, size = MODEL.num_attention_heads, MODEL.head_dim
-    width, inner = MODEL.hidden_size, MODEL.intermediate_size
-    return {
-        "qkv": [width, heads + 2 * MODEL.num_key_value_heads, size],
-        "out": [heads, size, width],
-        "gate_up": [width, 2, inner],
-        "down": [inner, width],
-    }
-
-
 def in_kernel_shapes(shape: list[int]) -> bool:
     """Whether it is a matrix of either tower, of one layer if of layers."""
     width, kv = MODEL.hidden_size, 2 * MODEL.num_key_value_heads
     ends = [[192, width], [256, width], [width, width], [64, width], [width, 192], [width, 64]]
     ends.append([width, kv, MODEL.head_dim])
     one = shape[1:] if len(shape) > 2 and shape[0] == 1 else shape  # the text tower's are stacked
-    return one in [*ends, *kernel_shapes().values()]
+    return one in [*ends, *mesh_cases.kernel_shapes()]
 
 
 def test_fsdp_holds_a_share_and_gathers_a_layer_at_a_time(results):
@@ -98,7 +86,7 @@ def test_fsdp_holds_a_share_and_gathers_a_layer_at_a_time(results):
     assert result["held"] <= 0.27 * result["weights"]
     assert results["generate seq4"]["held"] == results["generate seq4"]["weights"]
     gathered = [(x["shapes"][0], x["looped"]) for x in of_kind(result, "all-gather")]
-    for shape in kernel_shapes().values():
+    for shape in mesh_cases.kernel_shapes():
         # Inside the loop over steps: gathered before it, all layers would be there at once.
         assert gathered.count((shape, True)) == MODEL.num_hidden_layers
         assert (shape, False) not in gathered

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from cosmos3_jax.runtime import measure
 from cosmos3_jax.sampling import stages, unipc
@@ -12,37 +11,27 @@ from cosmos3_jax.sampling.denoise import Steps
 from cosmos3_jax.sampling.stages import Stage
 
 
-def test_a_program_is_compiled_cold_and_then_read_from_the_cache(tmp_path):
+def test_a_program_is_compiled_cold_and_then_read_from_the_cache(compilation_cache):
     """The caller's cache is neither read nor written, and is in use again afterwards."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
     x = np.arange(4, dtype=np.float32)
-    try:
-        for name, value in zip(names, (str(tmp_path), 0), strict=True):
-            jax.config.update(name, value)
-        reset_cache()
-        for _ in range(2):  # cold both times
-            events = []
+    for _ in range(2):  # cold both times
+        events = []
 
-            def listen(event, events=events, **_):
-                events.append(event)
+        def listen(event, events=events, **_):
+            events.append(event)
 
-            jax.monitoring.register_event_listener(listen)
-            program, found = measure.compile_cold_and_cached(lambda x: jnp.sin(x) @ x, x)
-            jax.monitoring.unregister_event_listener(listen)
-            assert events.count("/jax/compilation_cache/cache_misses") == 1
-            assert events[-1] == measure.CACHE_HIT
-            assert found.keys() == {"compile_seconds", "compile_seconds_cached"}
-            assert all(seconds > 0 for seconds in found.values())
-            np.testing.assert_allclose(program(x), np.sin(x) @ x, rtol=1e-6)
-        assert not list(tmp_path.iterdir())
-        assert jax.config.jax_compilation_cache_dir == str(tmp_path)
-        jax.jit(lambda x: jnp.cos(x) @ x)(x).block_until_ready()
-        assert list(tmp_path.iterdir())
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        reset_cache()
+        jax.monitoring.register_event_listener(listen)
+        program, found = measure.compile_cold_and_cached(lambda x: jnp.sin(x) @ x, x)
+        jax.monitoring.unregister_event_listener(listen)
+        assert events.count("/jax/compilation_cache/cache_misses") == 1
+        assert events[-1] == measure.CACHE_HIT
+        assert found.keys() == {"compile_seconds", "compile_seconds_cached"}
+        assert all(seconds > 0 for seconds in found.values())
+        np.testing.assert_allclose(program(x), np.sin(x) @ x, rtol=1e-6)
+    assert not list(compilation_cache.iterdir())
+    assert jax.config.jax_compilation_cache_dir == str(compilation_cache)
+    jax.jit(lambda x: jnp.cos(x) @ x)(x).block_until_ready()
+    assert list(compilation_cache.iterdir())
 
 
 @pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="every program is kept")

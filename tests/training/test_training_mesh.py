@@ -75,7 +75,7 @@ def test_what_moves_between_devices_in_training(on_meshes, name):
             assert x["kind"] == "collective-permute" and "/embed/" in x["origin"], x
             assert x["size"] <= own_text, x
     # Weights are gathered by fsdp, a layer at a time, in both passes of both towers.
-    kernels = kernels_of_a_layer(model)
+    kernels = mesh_cases.kernel_shapes()
     gathered = [x for x in gathers if x["shapes"][0] in [[1, *shape] for shape in kernels]]
     assert {x["group"] for x in gathered} == ({fsdp} if fsdp > 1 else set())
     passes = 3 if with_lora else 4  # a text tower that does not learn is not differentiated
@@ -89,13 +89,6 @@ def test_what_moves_between_devices_in_training(on_meshes, name):
         assert [6, 80] in summed and not [x for x in kernels if sorted(x) in summed]
     else:
         assert all(sorted(x) in summed for x in kernels)
-
-
-def kernels_of_a_layer(model) -> list[list[int]]:
-    heads, size = model.num_attention_heads, model.head_dim
-    width, inner = model.hidden_size, model.intermediate_size
-    qkv = [width, heads + 2 * model.num_key_value_heads, size]
-    return [qkv, [heads, size, width], [width, 2, inner], [inner, width]]
 
 
 def test_a_state_is_restored_onto_another_mesh(on_meshes):
