@@ -16,7 +16,7 @@ PROMPT = "A red ball"
 TEXTS = ["--prompt", PROMPT, "--negative-prompt", "blurry"]
 BARE = ["generate", *SHAPE, "--steps", "2", "--sound"]
 SMALL = [*BARE, *TEXTS]
-# Relative L2 distance of latents that another process made; measured in test_cli.py.
+# Relative L2 distance of latents that another process made; measured in `cli/test_main.py`.
 SAME = 1e-5
 
 

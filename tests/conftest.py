@@ -55,11 +55,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--sensitivities",
-        action="store_true",
-        help="print what tolerances stand on",
-    )
+    parser.addoption("--sensitivities", action="store_true", help="print what tolerances stand on")
     parser.addoption("--need-gpu", action="store_true", help="fail if no test passed")
     parser.addoption(
         "--dry", action="store_true", help="run GPU tests on the CPU: the same code, tiny sizes"

@@ -200,12 +200,7 @@ NAN, INF = float("nan"), float("inf")
         (TransformerConfig, "head_dim", None, "must be an integer"),
         (TransformerConfig, "sound_dim", 0, "must be positive"),
         (TransformerConfig, "sound_dim", 64.0, "must be an integer"),
-        (
-            TransformerConfig,
-            "unified_3d_mrope_temporal_modality_margin",
-            -1,
-            "must be at least 0",
-        ),
+        (TransformerConfig, "unified_3d_mrope_temporal_modality_margin", -1, "must be at least 0"),
         (VideoVAEConfig, "base_dim", 0, "must be positive"),
         (SoundVAEConfig, "sampling_rate", 0, "must be positive"),
         (SoundVAEConfig, "hop_size", 0, "must be positive"),

@@ -1,4 +1,4 @@
-"""What `test_training.py` asks of eight simulated devices, run in a process that has them.
+"""What `training/test_training_mesh.py` asks of eight simulated devices, in a process that has them.
 
 It prints one JSON object: the result of each case, by its name. `training_mesh_cases.py FOLDER`
 keeps states in the folder.
@@ -27,12 +27,7 @@ from cosmos3_jax.parallel.mesh import make_mesh, parse_mesh
 from cosmos3_jax.training import flow, placement
 from cosmos3_jax.training.checkpoints import Checkpoints
 from cosmos3_jax.training.params import join_params, split_params
-from cosmos3_jax.training.step import (
-    TrainOptions,
-    TrainState,
-    init_state,
-    train_step,
-)
+from cosmos3_jax.training.step import TrainOptions, TrainState, init_state, train_step
 
 EXAMPLES, TEXT, STEPS = 8, 8, 2
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))

@@ -17,12 +17,7 @@ from cosmos3_jax.models.transformer import Latents, param_shapes
 from cosmos3_jax.training import flow
 from cosmos3_jax.training.checkpoints import Checkpoints
 from cosmos3_jax.training.params import split_params
-from cosmos3_jax.training.step import (
-    TrainOptions,
-    TrainState,
-    init_state,
-    train_step,
-)
+from cosmos3_jax.training.step import TrainOptions, TrainState, init_state, train_step
 
 # 1 s instead of 10, also in a process that was started without flags.
 compiled = functools.partial(jax.jit, compiler_options=quick.OPTIONS)

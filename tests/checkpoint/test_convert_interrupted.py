@@ -75,9 +75,7 @@ def test_resumed_after_a_kill(public_checkpoint, converted, unfinished, monkeypa
     written = []
     write_shard = files.write_shard
     monkeypatch.setattr(
-        files,
-        "write_shard",
-        lambda path, values: (written.append(path), write_shard(path, values)),
+        files, "write_shard", lambda path, values: (written.append(path), write_shard(path, values))
     )
     reported = []
     convert_checkpoint(

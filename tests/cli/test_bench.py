@@ -8,25 +8,17 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.extend.core import jaxprs_in_params
+from small_config import CONFIG
 
 from cosmos3_jax.cli import bench
 from cosmos3_jax.cli import main as cli
-from cosmos3_jax.config import Config, SoundVAEConfig, TransformerConfig, VideoVAEConfig
+from cosmos3_jax.config import Config
 from cosmos3_jax.models import transformer
 from cosmos3_jax.parallel import device
 from cosmos3_jax.runtime import random_inputs
 from cosmos3_jax.runtime.job import Job
 from cosmos3_jax.sampling import denoise, stages
 
-# Every number that enters the count of the arithmetic is another one.
-CONFIG = Config(
-    transformer=TransformerConfig(
-        hidden_size=64, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,
-        head_dim=32, intermediate_size=80, vocab_size=128, rope_axes_dim=(6, 5, 5),
-    ),
-    video_vae=VideoVAEConfig(base_dim=8, decoder_base_dim=8, num_res_blocks=1),
-    sound_vae=SoundVAEConfig(enc_dim=8, dec_dim=4),
-)  # fmt: skip
 JOB = Job(num_frames=5, height=48, width=80, steps=3, text_tokens=20, negative_tokens=130)
 REPEATS = 2
 SHAPE = ["--num-frames", "5", "--height", "48", "--width", "80", "--steps", "2", "--repeats", "1"]

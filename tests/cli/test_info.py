@@ -5,10 +5,7 @@ import re
 
 import jax
 import pytest
-from command_line import (
-    PROMPT,
-    SHAPE,
-)
+from command_line import PROMPT, SHAPE
 
 from cosmos3_jax.cli import main as cli
 from cosmos3_jax.parallel import device

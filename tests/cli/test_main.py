@@ -9,16 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from command_line import (
-    PROMPT,
-    SAME,
-    SMALL,
-    assert_equal,
-    assert_same,
-    generate,
-    load,
-    replay,
-)
+from command_line import PROMPT, SAME, SMALL, assert_equal, assert_same, generate, load, replay
 from rounding import check
 
 import cosmos3_jax

@@ -5,16 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from command_line import (
-    PROMPT,
-    SHAPE,
-    SMALL,
-    TEXTS,
-    assert_equal,
-    generate,
-    load,
-    replay,
-)
+from command_line import PROMPT, SHAPE, SMALL, TEXTS, assert_equal, generate, load, replay
 from PIL import Image
 
 from cosmos3_jax.cli import main as cli

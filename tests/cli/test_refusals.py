@@ -3,10 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from command_line import (
-    BARE,
-    SMALL,
-)
+from command_line import BARE, SMALL
 
 from cosmos3_jax import Cosmos3
 from cosmos3_jax.cli import main as cli

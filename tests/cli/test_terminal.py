@@ -8,9 +8,7 @@ import sys
 import termios
 
 import pytest
-from command_line import (
-    SMALL,
-)
+from command_line import SMALL
 
 from cosmos3_jax import Cosmos3
 from cosmos3_jax.cli import main as cli
@@ -20,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("own_cache", "no_compilation_cache")
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_terminal_gets_a_progress_bar(tmp_path, monkeypatch, terminal):
-    """The bar itself is tested in test_pipeline.py."""
+    """The bar itself is tested in test_pipeline_run.py."""
     asked = []
 
     def run(self, request, *, progress, **_):

@@ -74,8 +74,7 @@ def test_what_is_missing_is_said(environment, arguments, message):
 
 
 @pytest.mark.parametrize(
-    "nodes, host",
-    [("a1", "a1"), ("a1,b2", "a1"), ("n[001-004]", "n001"), ("n[3,5],m", "n3")],
+    "nodes, host", [("a1", "a1"), ("a1,b2", "a1"), ("n[001-004]", "n001"), ("n[3,5],m", "n3")]
 )
 def test_the_first_host(nodes, host):
     assert first_host(nodes) == host
