@@ -121,16 +121,17 @@ def random_request(config: Config, job: Job) -> Request:
 
     ids, mask = tokens(job.text_tokens)
     negative = tokens(job.negative_tokens) if job.negative_tokens else (None, None)
-    frames = 0
-    if job.sound:
-        frames = sound_vae.sound_latent_length(config.sound_vae, job.num_frames, job.fps)
-    channels, sound_channels = config.transformer.latent_channel, config.transformer.sound_dim
+    sound = config.sound_vae if job.sound else None
+    frames = sound_vae.sound_latent_length(sound, job.num_frames, job.fps) if sound else 0
+    sound_noise = None
+    if sound and frames:
+        sound_noise = initial_noise(0, (1, sound.vocoder_input_dim, frames))
     return Request(
         text_ids=ids, text_mask=mask, neg_text_ids=negative[0], neg_text_mask=negative[1],
         video_shape=shape, fps=np.float32(job.fps), num_inference_steps=job.steps,
         guidance_scale=np.float32(6), sound_frames=frames,
-        noise=initial_noise(0, (1, channels, *shape)),
-        sound_noise=initial_noise(0, (1, sound_channels, frames)) if frames else None,
+        noise=initial_noise(0, (1, config.transformer.latent_channel, *shape)),
+        sound_noise=sound_noise,
         sampler=unipc.tableau(unipc.sigmas("native", job.steps)),
     )  # fmt: skip
 
@@ -148,8 +149,7 @@ def denoise_flops(config: Config, request: Request) -> float:
     tokens = video + request.sound_frames
     a_token = 2 * (width * (2 * heads + 2 * kv_heads) + 3 * width * model.intermediate_size)
     ends = 4 * width * video * model.patch_latent_dim
-    if request.sound_frames:
-        ends += 4 * width * request.sound_frames * model.sound_dim
+    ends += 4 * width * request.sound_frames * (model.sound_dim or 0)
     embedding = 2 * width * (2 * TimestepEmbedding.frequencies + width)
     masks = [mask for mask in (request.text_mask, request.neg_text_mask) if mask is not None]
     layers = sum(

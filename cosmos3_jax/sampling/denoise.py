@@ -245,7 +245,7 @@ def _initial_latents(request: Request, config: Config) -> Latents:
     """The request's noise, or what its seed draws."""
     batch, model = request.text_ids.shape[0], config.transformer
     shapes: dict[str, tuple[int, ...]] = {"video": (model.latent_channel, *request.video_shape)}
-    if request.sound_frames:
+    if request.sound_frames and model.sound_dim:
         shapes["sound"] = (model.sound_dim, request.sound_frames)
     given = {"video": request.noise, "sound": request.sound_noise}
     noise = {
