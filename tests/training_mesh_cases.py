@@ -1,4 +1,4 @@
-"""What `training/test_training_mesh.py` asks of eight simulated devices, in a process that has them.
+"""What `training/test_training_mesh.py` asks of eight simulated devices, in a process with them.
 
 It prints one JSON object: the result of each case, by its name. `training_mesh_cases.py FOLDER`
 keeps states in the folder.
