@@ -24,7 +24,7 @@ BLOCK_BITS = 22  # 4 million normal values, which all weights are taken from
 def weight_shapes(config: Config, dtype: jnp.dtype) -> dict:
     """What generation reads, as `jax.ShapeDtypeStruct`s: both towers and the decoders.
 
-    As a checkpoint is loaded: the media tower's layers apart, the timestep embedding in float32
+    As a checkpoint is loaded: the media tower's layers unstacked, the timestep embedding in float32
     and all else in `dtype`.
     """
     shapes = dict(transformer.param_shapes(config.transformer))
