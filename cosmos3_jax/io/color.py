@@ -137,8 +137,8 @@ def _through_light(to_light: Convert, chromaticities: tuple[float, ...], top: in
 def profile_to_srgb(image: Image.Image, profile: bytes, name: object) -> Image.Image:
     """An image of mode L, RGB or CMYK by its ICC profile, as RGB.
 
-    A profile that means sRGB changes nothing. One that is damaged, or made for another mode, is
-    left out with a warning.
+    A profile that means sRGB, but for its rounding, changes nothing. One that is damaged, or made
+    for another mode, is left out with a warning.
     """
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
@@ -150,7 +150,7 @@ def profile_to_srgb(image: Image.Image, profile: bytes, name: object) -> Image.I
         return image.convert("RGB")
     probe = _probe().convert(image.mode)
     change = np.subtract(probe.convert("RGB"), ImageCms.applyTransform(probe, transform), dtype=int)
-    if np.abs(change).max() <= 1:
+    if np.abs(change).mean() < 0.1:
         return image.convert("RGB")
     return ImageCms.applyTransform(image, transform)
 

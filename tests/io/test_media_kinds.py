@@ -395,7 +395,7 @@ def test_uneven_times_are_sampled_for_the_video(tmp_path):
 @pytest.mark.parametrize("keep", ["first", "last"])
 def test_even_times_are_left_alone(tmp_path, keep):
     """Rounded to milliseconds, or at another rate, frames are taken as they are stored."""
-    for rate in (24, 30, 59.94):
+    for rate in (24, 30, 59.94, 240):
         times = [round(1000 * t / rate) for t in range(20)]
         path = numbered(tmp_path / "a.mkv", times, Fraction(1, 1000))
         frames, found = media.read_video(path, fps=24, max_frames=9, keep=keep)
@@ -417,12 +417,18 @@ def test_only_the_times_of_what_is_taken_count(tmp_path):
 # ----------------------------------------------------------------------------------------------
 
 
-def icc_profile(primaries, gamma: float = 2.2) -> bytes:
-    """Version 2, three primaries adapted to D50, as XYZ, and one gamma."""
+def icc_profile(primaries, gamma: float | None = 2.2) -> bytes:
+    """Version 2: three primaries adapted to D50, as XYZ; a gamma, or None for sRGB's curve."""
     tags = {name: b"XYZ \0\0\0\0" + struct.pack(">3i", *(round(65536 * x) for x in xyz))
             for name, xyz in zip((b"rXYZ", b"gXYZ", b"bXYZ"), primaries, strict=True)}  # fmt: skip
     tags[b"wtpt"] = b"XYZ \0\0\0\0" + struct.pack(">3i", 63190, 65536, 54061)
-    curve = b"curv\0\0\0\0" + struct.pack(">IHxx", 1, round(256 * gamma))
+    if gamma is None:
+        levels = np.linspace(0, 1, 1024)
+        light = np.where(levels <= 0.04045, levels / 12.92, ((levels + 0.055) / 1.055) ** 2.4)
+        table = np.rint(65535 * light).astype(">u2").tobytes()
+        curve = b"curv\0\0\0\0" + struct.pack(">I", 1024) + table
+    else:
+        curve = b"curv\0\0\0\0" + struct.pack(">IHxx", 1, round(256 * gamma))
     tags |= dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve)
     tags[b"desc"] = b"desc\0\0\0\0" + struct.pack(">I", 2) + b"x\0" + bytes(78)
     table, body, start = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
@@ -438,6 +444,7 @@ def icc_profile(primaries, gamma: float = 2.2) -> bytes:
 DISPLAY_P3 = icc_profile(
     [(0.51512, 0.24120, -0.00105), (0.29198, 0.69225, 0.04189), (0.15710, 0.06657, 0.78407)]
 )
+SRGB_AT_D50 = [(0.436, 0.222, 0.014), (0.385, 0.717, 0.097), (0.143, 0.061, 0.714)]
 P3_TO_SRGB = np.array([[1.2249, -0.2247, 0], [-0.0420, 1.0419, 0], [-0.0197, -0.0786, 1.0979]])
 
 
@@ -457,9 +464,10 @@ def test_display_p3(tmp_path, suffix):
 
 def test_a_profile_that_means_srgb_changes_nothing(tmp_path):
     picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    Image.fromarray(picture).save(tmp_path / "a.png", icc_profile=profile)
-    np.testing.assert_array_equal(media.read_image(tmp_path / "a.png"), picture)
+    ours = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for profile in (ours, icc_profile(SRGB_AT_D50, None)):  # of three digits, as many have it
+        Image.fromarray(picture).save(tmp_path / "a.png", icc_profile=profile)
+        np.testing.assert_array_equal(media.read_image(tmp_path / "a.png"), picture)
 
 
 def test_a_profile_that_cannot_be_used_is_spoken_of(tmp_path):
@@ -475,8 +483,7 @@ def test_a_profile_that_cannot_be_used_is_spoken_of(tmp_path):
 
 def test_grey_with_a_profile(tmp_path):
     """Of colour, as some programs leave it: linear light is shown brighter than its numbers."""
-    linear = icc_profile([(0.4361, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971),
-                          (0.1431, 0.0606, 0.7141)], gamma=1.0)  # fmt: skip
+    linear = icc_profile(SRGB_AT_D50, gamma=1.0)
     levels = np.arange(0, 256, 17, dtype=np.uint8)[None]
     Image.fromarray(levels).save(tmp_path / "a.png", icc_profile=linear)
     expected = np.repeat(srgb(levels / 255)[..., None], 3, -1)
