@@ -7,6 +7,7 @@ compiles and shows progress. Research code that wants none of that calls `prepar
 Axes: B batch, C channels, T frames, H rows, W columns; latents t, h, w; s sound latents.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Unpack
@@ -58,6 +59,7 @@ class Cosmos3:
         self.config, self.tokenizer, self.meshes = config, tokenizer, mesh
         self.weights = Weights(params, mesh.weights) if isinstance(params, dict) else params
         self._name: str | Path | None = None
+        self._revision: str | None = None
         self._loras: list = []
 
     @classmethod
@@ -67,6 +69,7 @@ class Cosmos3:
         *,
         load_sound: bool | None = None,
         lora: Loras | None = None,
+        revision: str | None = None,
     ) -> "Cosmos3":
         """A checkpoint's configuration and tokenizer, and LoRAs for it; no weights yet.
 
@@ -76,32 +79,35 @@ class Cosmos3:
             load_sound: None takes the sound that there is, True insists, False leaves it out.
             lora: a LoRA file in diffusers' layout, or a list of files or of (file, factor). They
                 are merged into the weights as these are read, and cost nothing afterwards.
+            revision: of a Hub id, a branch, a tag or a commit.
 
         Raises:
             ValueError: a LoRA changes nothing.
             CheckpointError: the folder is no checkpoint, or a LoRA does not fit it.
             ConfigError: a configuration asks for what is not implemented.
         """
-        config, tokenizer = open_folder(find_checkpoint(path_or_hub_id, False), load_sound)
+        folder = find_checkpoint(path_or_hub_id, False, revision)
+        config, tokenizer = open_folder(folder, load_sound)
         model = cls(config, None, tokenizer)
-        model._name = path_or_hub_id
+        model._name, model._revision = path_or_hub_id, revision
         model._loras = [] if lora is None else lora_files.load_scaled(lora, config.transformer)
         return model
 
     def load(
         self,
-        dtype: str = "bfloat16",
+        dtype: str | None = None,
         *,
         offload: bool | None = None,
         mesh: Mesh | Meshes | str | None = None,
+        progress: bool | None = None,
     ) -> "Cosmos3":
         """Read the weights of an opened checkpoint.
 
         The autoencoders come whole: `encode_video` and `encode_sound` read their encoders.
 
         Args:
-            dtype: of the weights and of the computation, `bfloat16` or `float32`. The timestep
-                embedding and the sampler are always float32.
+            dtype: of the weights and of the computation, `bfloat16` or `float32`; None is float32
+                on a CPU, else bfloat16. The timestep embedding and the sampler are always float32.
             offload: False loads all parts now, and they stay. True loads none: text tower, media
                 tower and autoencoders are read from the checkpoint one after the other, each when
                 it is used, and leave the device afterwards; every call reads them again. The
@@ -110,6 +116,7 @@ class Cosmos3:
                 guidance), `seq` (tokens) and `fsdp` (weights, and tokens): a mesh of JAX's, or for
                 example `cfg=2,seq=2`. None uses all devices, for each job as suits it; it divides
                 the weights if they do not fit whole.
+            progress: show a bar over the bytes; None does where stderr is a terminal.
 
         Returns:
             The same object.
@@ -118,6 +125,7 @@ class Cosmos3:
             ValueError: the mesh does not fit the devices or the model.
             CheckpointError: the checkpoint's files do not fit the model.
         """
+        dtype = device.default_dtype() if dtype is None else dtype
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is not supported; choose bfloat16 or float32")
         if self._name is None:
@@ -130,8 +138,9 @@ class Cosmos3:
                 self.config, device.memory_limit(), mesh, offload, job
             )
         self.weights = Weights.of_checkpoint(
-            find_checkpoint(self._name), self.config, dtype, offload=offload,
+            self.folder(), self.config, dtype, offload=offload,
             mesh=self.meshes.weights, loras=self._loras,
+            progress=sys.stderr.isatty() if progress is None else progress,
         )  # fmt: skip
         return self
 
@@ -139,15 +148,23 @@ class Cosmos3:
     def from_pretrained(
         cls,
         path_or_hub_id: str | Path,
-        dtype: str = "bfloat16",
+        dtype: str | None = None,
         load_sound: bool | None = None,
         offload: bool | None = None,
         mesh: Mesh | str | None = None,
         lora: Loras | None = None,
+        revision: str | None = None,
+        progress: bool | None = None,
     ) -> "Cosmos3":
         """`open` and `load`: a checkpoint in the public or the converted layout, with weights."""
-        model = cls.open(path_or_hub_id, load_sound=load_sound, lora=lora)
-        return model.load(dtype, offload=offload, mesh=mesh)
+        model = cls.open(path_or_hub_id, load_sound=load_sound, lora=lora, revision=revision)
+        return model.load(dtype, offload=offload, mesh=mesh, progress=progress)
+
+    def folder(self) -> Path:
+        """Where the checkpoint's files are, weights included; a Hub id is downloaded."""
+        if self._name is None:
+            raise ValueError("this model was made from parameters; it has no checkpoint")
+        return find_checkpoint(self._name, revision=self._revision)
 
     @property
     def params(self) -> dict:
@@ -183,7 +200,7 @@ class Cosmos3:
         *,
         output: str = "media",
         return_trajectory: bool = False,
-        progress: bool = False,
+        progress: bool | None = None,
         decode_chunk_size: int | None = None,
         steps_per_program: int | None = None,
         **settings: Unpack[SettingsDict],
@@ -196,7 +213,7 @@ class Cosmos3:
             output: `media`, or `latents` for the final normalised latents.
             return_trajectory: add `trajectory`: `latents` and `clean`, every step's latents and
                 clean predictions, stacked on a leading axis.
-            progress: show a bar over the steps.
+            progress: show a bar over the steps; None does where stderr is a terminal.
             decode_chunk_size: latent frames decoded at a time; more are faster and need more
                 memory. None chooses by size.
             steps_per_program: denoising steps of one call to the device; another number rounds
@@ -205,7 +222,7 @@ class Cosmos3:
                 `io.settings.Settings`.
 
         Returns:
-            `video`: float32 [B, 3, T, H, W] in [0, 1]; with sound also `sound`: float32
+            `video`: float32 [B, 3, T, H, W] in [0, 1], and `fps`; with sound also `sound`: float32
             [B, channels, samples] in [-1, 1], and `sample_rate` in Hz. As latents:
             [B, C, t, h, w] and [B, C_sound, s].
 
@@ -227,7 +244,7 @@ class Cosmos3:
         *,
         output: str = "media",
         return_trajectory: bool = False,
-        progress: bool = False,
+        progress: bool | None = None,
         decode_chunk_size: int | None = None,
         steps_per_program: int | None = None,
         after: Callable[[Stage, Values], None] | None = None,
@@ -259,7 +276,7 @@ class Cosmos3:
         text_tokens: int | None = None,
         output: str = "media",
         return_trajectory: bool = False,
-        progress: bool = False,
+        progress: bool | None = None,
         decode_chunk_size: int | None = None,
         steps_per_program: int | None = None,
         **settings: Unpack[SettingsDict],
@@ -303,7 +320,7 @@ class Cosmos3:
         yield from self._generation(request, output="latents").steps()
 
     def denoise(
-        self, request: Request, *, return_trajectory: bool = False, progress: bool = False
+        self, request: Request, *, return_trajectory: bool = False, progress: bool | None = None
     ) -> tuple[dict[str, Array], dict | None]:
         """A request -> final latents, channels first, and the trajectory or None."""
         result = self.run(

@@ -28,6 +28,15 @@ def of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def of_path(path: Path) -> str:
+    """Of a file, or of all files in a folder with their names."""
+    if path.is_file():
+        return of_file(path)
+    names = sorted(each for each in path.rglob("*") if each.is_file())
+    lines = [f"{each.relative_to(path).as_posix()} {of_file(each)}" for each in names]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
 def of_folder(folder: Path, whole: bool = False) -> dict[str, Any]:
     """What a checkpoint's folder holds.
 

@@ -21,38 +21,50 @@ HUB_FILES = [
 HUB_WEIGHTS = [f"{part}/*.safetensors" for part in ("transformer", "vae", "sound_tokenizer")]
 
 
-def find_checkpoint(path_or_hub_id: str | Path, weights: bool = True) -> Path:
-    """The local folder of a checkpoint: itself, one that is built in, or a Hub download.
+def find_checkpoint(
+    path_or_hub_id: str | Path, weights: bool = True, revision: str | None = None
+) -> Path:
+    """The local folder of a checkpoint: one that is built in, itself, or a Hub download.
 
     `tiny` is what the package brings along: it was trained, see examples/tiny. `random` is written
-    into the cache of this user on first use. A folder of such a name comes before either. From the
-    Hub comes only what generation reads; without `weights`, only configurations and tokenizer:
-    enough to check a request.
+    into the cache of this user on first use. A folder of such a name is `./tiny`. From the Hub
+    comes only what generation reads; without `weights`, only configurations and tokenizer: enough
+    to check a request. `revision` is a branch, a tag or a commit there.
 
     Raises:
-        CheckpointError: it is none of these, the Hub cannot be reached, or the package was
-            installed without its data.
+        CheckpointError: it is none of these, a folder has no revisions, the Hub cannot be reached,
+            or the package was installed without its data.
         OSError: the cache cannot be written.
     """
-    path = Path(path_or_hub_id)
+    name = str(path_or_hub_id)
+    path = Path(path_or_hub_id).expanduser()
+    on_hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not path.is_dir()
+    if revision is not None and not on_hub:
+        raise CheckpointError(
+            f"revision {revision!r} is for a Hub id owner/name, and {name} is none: leave it out"
+        )
+    if name == TINY:
+        return _tiny_checkpoint()
+    if name == random_checkpoint.NAME:
+        return random_checkpoint.cached()
     if path.is_dir():
         return path
-    if str(path_or_hub_id) == TINY:
-        return _tiny_checkpoint()
-    if str(path_or_hub_id) == random_checkpoint.NAME:
-        return random_checkpoint.cached()
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_hub_id)):
+    if path.exists():
+        raise CheckpointError(f"{name} is a file; a checkpoint is the folder that holds it")
+    if not on_hub:
         raise CheckpointError(
-            f"{path_or_hub_id} is not a folder, nor a Hub id of the form owner/name"
+            f"there is no folder {name}; a checkpoint is a folder, a Hub id of the form owner/name "
+            f"or one that is built in, {' or '.join(BUILT_IN)}"
         )
     from huggingface_hub import snapshot_download
 
     try:
         wanted = HUB_FILES + HUB_WEIGHTS * weights
-        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=wanted))
+        return Path(snapshot_download(name, allow_patterns=wanted, revision=revision))
     except Exception as error:  # of a dozen kinds, from a name not found to a licence not accepted
+        at = "" if revision is None else f" at revision {revision}"
         raise CheckpointError(
-            f"{path_or_hub_id} is no local folder, and downloading it from the Hub failed: {error}"
+            f"{name} is no local folder, and downloading it{at} from the Hub failed: {error}"
         ) from error
 
 

@@ -7,6 +7,7 @@ Axes: B batch, C channels; latents t frames, h rows, w columns; s sound latents;
 """
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from typing import Unpack
 
@@ -27,6 +28,8 @@ from cosmos3_jax.models import sound_vae, video_vae
 from cosmos3_jax.recipes import check_recommended, nearest_aspect, parse_size, tier_name
 from cosmos3_jax.sampling import unipc
 from cosmos3_jax.sampling.request import Request, check_request, initial_noise
+
+log = logging.getLogger("cosmos3_jax")
 
 TEXT_BUCKET = 128  # prompts are padded to a multiple of it, so that few programs are compiled
 
@@ -73,6 +76,8 @@ def prepare(
         FileNotFoundError: on an image or a clip that is not there.
     """
     settings, mode, sources, notes = resolve_settings(config.recipes, settings)
+    for note in notes:
+        log.warning(note)  # which Python shows, where nobody has asked for another way
     prompts = [prompt] if isinstance(prompt, str | dict) else list(prompt)
     unwrapped = [unwrap(one) for one in prompts]
     prompts, negatives = [one for one, _ in unwrapped], [negative for _, negative in unwrapped]

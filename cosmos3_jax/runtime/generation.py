@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Callable, Generator
 from functools import partial
 
 import jax
+import numpy as np
 import tqdm
 from jax import Array
 
@@ -82,9 +84,11 @@ class Generation:
         )
 
     def run(
-        self, *, progress: bool = False, after: Callable[[Stage, Values], None] | None = None
+        self, *, progress: bool | None = None, after: Callable[[Stage, Values], None] | None = None
     ) -> dict:
         """See `Cosmos3.run`."""
+        if progress is None:
+            progress = sys.stderr.isatty()
         limit = device.memory_limit()
         memory.check_fits(self.config, limit, self.job)
         trajectory: list[dict] = []
@@ -104,6 +108,8 @@ class Generation:
                 self.weights, self.config, block_steps=self.block_steps, listen=listen, after=after
             )
             result = stages.result_of(stages.walk(self._reachable(), execute))
+        if self.job.decode:
+            result["fps"] = float(np.ravel(self.request.fps)[0])
         if "sound" in result and self.job.decode and self.config.sound_vae:
             result["sample_rate"] = self.config.sound_vae.sampling_rate
         if self.trajectory:

@@ -7,6 +7,7 @@ device before the next comes. The loop over steps runs in blocks: one call of it
 """
 
 import functools
+import logging
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
@@ -25,6 +26,8 @@ from cosmos3_jax.sampling.stages import Stage, Values
 # Steps of one call of the loop's program, at most. Five cost what all of them as one program do,
 # and one at a time 1.5% more (benchmarks/NOTES.md).
 BLOCK_STEPS = 5
+
+log = logging.getLogger("cosmos3_jax")
 
 
 @functools.cache
@@ -99,6 +102,7 @@ class Run:
         self.listen, self.after = listen, after
 
     def __call__(self, stage: Stage, values: Values) -> Values:
+        log.info("%s: computing, after compiling if its program is new", stage.name)
         result: Values = {}
         waiting: Values = {}
         for result in self.each_call(stage, values):

@@ -5,12 +5,14 @@ The parts are the top-level keys of the parameter tree: `und` (text tower), `gen
 """
 
 import dataclasses
+import logging
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import tqdm
 from jax.sharding import Mesh
 
 from cosmos3_jax.checkpoint import load
@@ -18,6 +20,8 @@ from cosmos3_jax.checkpoint.lora import merge_on_read
 from cosmos3_jax.config import Config
 from cosmos3_jax.parallel import sharding
 from cosmos3_jax.sampling.stages import params_dtype
+
+log = logging.getLogger("cosmos3_jax")
 
 
 class Weights:
@@ -35,6 +39,7 @@ class Weights:
         self.structs = jax.tree.map(self._struct, self._held)
         self._components: list[load.Component] = []
         self._dtype = jnp.dtype(jnp.float32)  # in which missing parts are read
+        self._progress = False
 
     @classmethod
     def of_checkpoint(
@@ -46,11 +51,13 @@ class Weights:
         offload: bool,
         mesh: Mesh | None = None,
         loras: Sequence = (),
+        progress: bool = False,
     ) -> "Weights":
         """All parts of a checkpoint, now; with `offload` each when it is used.
 
         The media tower's layers come apart, which is faster (see `transformer.unstack_layers`).
-        LoRAs (see `lora_files.load_scaled`) are merged as the weights are read.
+        LoRAs (see `lora_files.load_scaled`) are merged as the weights are read. `progress` shows a
+        bar whenever they are.
 
         Raises CheckpointError as `load.open_components` and `load.load_params` do.
         """
@@ -60,6 +67,7 @@ class Weights:
             components[0] = dataclasses.replace(components[0], addition=addition)
         weights = cls({}, mesh)
         weights._components, weights._dtype = components, jnp.dtype(dtype)
+        weights._progress = progress
         weights.structs = load.param_structs(components, weights._dtype, True, mesh)
         if not offload:
             weights.all()
@@ -109,9 +117,17 @@ class Weights:
             load.compile_loading(self._components, self._dtype, True, self.mesh)
 
     def _read(self, parts: list[str]) -> dict:
-        return load.load_params(
-            self._components, self._dtype, parts=parts, unstacked=True, mesh=self.mesh
+        structs = jax.tree.leaves([self.structs[part] for part in parts])
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in structs)
+        log.info("loading %s: %.2f GiB", ", ".join(parts), size / 2**30)
+        bar = tqdm.tqdm(
+            total=size, unit="B", unit_scale=True, desc="load", disable=not self._progress
         )
+        with bar:
+            return load.load_params(
+                self._components, self._dtype, parts=parts, unstacked=True, mesh=self.mesh,
+                on_bytes=bar.update,
+            )  # fmt: skip
 
     def _struct(self, leaf: jax.Array) -> jax.ShapeDtypeStruct:
         placed = leaf.sharding if self.mesh is not None else None

@@ -1,0 +1,262 @@
+"""The record of a generation: all that is needed to make it again, beside and inside its file."""
+
+import argparse
+import json
+import platform
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import av
+import jax
+import numpy as np
+import PIL
+
+import cosmos3_jax
+from cosmos3_jax.checkpoint import digests
+from cosmos3_jax.checkpoint.find import BUILT_IN
+from cosmos3_jax.io.encode import IMAGE_SUFFIXES, VIDEO_SUFFIXES, read_comment
+from cosmos3_jax.io.prepare import Prepared
+from cosmos3_jax.parallel import device
+from cosmos3_jax.runtime.job import Job
+from cosmos3_jax.sampling.denoise import all_steps
+
+Record = dict[str, Any]
+# Of one run, not of what it makes. A file leaves them out: the same again is the same bytes.
+RUN = ("seconds", "peak_memory_bytes", "offload")
+# Options that are in a record under their own names.
+SAME_NAMES = (
+    "checkpoint", "prompt", "negative_prompt", "system_prompt", "prompt_style", "prompt_metadata",
+    "num_frames", "height", "width", "fps", "num_inference_steps", "guidance_scale", "seed", "keep",
+    "dtype", "steps_per_program",
+)  # fmt: skip
+
+
+def make_record(
+    options: argparse.Namespace,
+    files: Record,
+    prepared: Prepared,
+    job: Job,
+    block_steps: int,
+    prompt: str,
+    negative_prompt: str | None,
+    seed: int,
+) -> Record:
+    """What was asked for, what it was resolved to, and with what it is made.
+
+    Args:
+        options: of the command line.
+        files: the checkpoint's, see `digests.of_folder`.
+        prepared: the request, and where its settings come from.
+        job: as it was placed on the devices.
+        block_steps: denoising steps of one call to the device.
+        prompt: as it was given.
+        negative_prompt: as it was given, or None.
+        seed: of this file.
+    """
+    request, settings, [texts] = prepared.request, prepared.settings, prepared.texts
+    negative_mask = request.neg_text_mask
+    return {
+        "checkpoint": str(options.checkpoint),
+        "checkpoint_files": files,
+        "lora": [
+            {"factor": factor, **(_file(path) or {"path": str(path)})}
+            for path, factor in map(parse_lora, options.lora or [])
+        ],
+        "mode": prepared.mode,
+        "sources": prepared.sources,
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "system_prompt": options.system_prompt,
+        "prompt_metadata": options.prompt_metadata,
+        "resolved_prompt": texts.prompt,
+        "resolved_negative_prompt": texts.negative_prompt if job.guidance else None,
+        "resolved_system_prompt": texts.system_prompt,
+        "prompt_style": options.prompt_style,
+        "prompt_tokens": int(request.text_mask.sum()),
+        "negative_prompt_tokens": None if negative_mask is None else int(negative_mask.sum()),
+        "image": _file(options.image),
+        "video": _file(options.video),
+        "num_frames": settings.num_frames,
+        "height": settings.height,
+        "width": settings.width,
+        "fps": float(settings.fps),
+        "sound_frames": request.sound_frames,
+        "seed": seed,
+        "noise": str(options.noise) if options.noise else None,
+        "noise_sha256": digests.of_file(options.noise) if options.noise else None,
+        "condition_frames": np.flatnonzero(request.frame_mask[0]).tolist()
+        if request.frame_mask is not None
+        else [],
+        "keep": (options.keep or "first") if options.video else None,
+        "num_inference_steps": request.num_inference_steps,
+        "guidance_scale": float(request.guidance_scale),
+        "sigmas": prepared.sigmas.tolist(),
+        "steps_per_program": block_steps,
+        "timesteps": [*map(int, all_steps(request).solver.timestep)],
+        "dtype": job.dtype,
+        "offload": job.offload,
+        "device": device.default_device().device_kind,
+        "mesh": dict(job.mesh),
+        "processes": jax.process_count(),
+        "versions": {
+            "cosmos3_jax": cosmos3_jax.__version__,
+            "jax": jax.__version__,
+            "numpy": np.__version__,
+            "pillow": PIL.__version__,
+            "av": av.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def to_text(record: Record) -> str:
+    """For the file beside what was made."""
+    return json.dumps(record, indent=2) + "\n"
+
+
+def to_comment(record: Record) -> str:
+    """For the inside of what was made: files by their names, without the folders of this machine,
+    and without what belongs to one run.
+    """
+    record = {name: value for name, value in record.items() if name not in RUN}
+    for name in ("image", "video"):
+        record[name] = _without_folder(record[name])
+    record["lora"] = [_without_folder(lora) for lora in record["lora"]]
+    if record["noise"]:
+        record["noise"] = Path(record["noise"]).name
+    if Path(record["checkpoint"]).is_dir() and record["checkpoint"] not in BUILT_IN:
+        record["checkpoint"] = Path(record["checkpoint"]).resolve().name
+    return json.dumps(record)
+
+
+def read_record(path: Path) -> Record:
+    """The record in a JSON file, or inside of a video or an image.
+
+    Raises:
+        ValueError: there is none, or it is no record of this package.
+        OSError: the file cannot be read.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"--from-record {path}: there is no such file")
+    if path.suffix.lower() in (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES):
+        text, where = read_comment(path), "inside of it"
+    else:
+        text, where = path.read_text("utf-8", errors="replace"), "in it"
+    try:
+        record = json.loads(text or "")
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not {"prompt", "seed", "sigmas"} <= record.keys():
+        raise ValueError(
+            f"--from-record {path}: there is no record {where}; give the .json beside it, or a "
+            "file that was written without --no-metadata"
+        )
+    return record
+
+
+def recorded_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The values of a command line's options as the record says, for those that it does not name.
+
+    Args:
+        options: of a first reading, with `from_record`.
+
+    Raises:
+        ValueError: there is no record, or a file that it names is not here.
+        OSError: the record cannot be read.
+    """
+    path = options.from_record
+    record = read_record(path)
+    found = {name: record[name] for name in SAME_NAMES if record.get(name) is not None}
+    found["sound"] = bool(record.get("sound_frames"))
+    named = {name for name, value in vars(options).items() if value is not None}
+    if {"size", "aspect", "height", "width"} & named:
+        found = {name: value for name, value in found.items() if name not in ("height", "width")}
+    if not {"num_inference_steps", "flow_shift", "schedule", "sigmas"} & named:
+        found["sigmas"] = ",".join(map(repr, record["sigmas"]))
+    if {"text", "prompt_file"} & named:
+        found.pop("prompt", None)
+    if "negative_prompt_file" in named:
+        found.pop("negative_prompt", None)
+    if "image" not in named and "video" not in named:
+        for name in ("image", "video"):
+            if record.get(name):
+                found[name] = _look_for(record[name]["path"], path, f"--{name}")
+        if record.get("condition_frames") and record.get("video"):
+            found["condition_frames"] = ",".join(map(str, record["condition_frames"]))
+    if record.get("noise") and "noise" not in named and not {"seed", "seeds"} & named:
+        found["noise"] = _look_for(record["noise"], path, "--noise")
+    if "lora" not in named:
+        found["lora"] = [
+            f"{_look_for(lora['path'], path, '--lora')}:{lora['factor']!r}"
+            for lora in record.get("lora", [])
+        ] or None
+    checkpoint = record.get("checkpoint", "")
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint) and not Path(checkpoint).is_dir()
+    if on_hub:
+        found["revision"] = record.get("checkpoint_files", {}).get("revision")
+    elif checkpoint not in BUILT_IN:
+        found["checkpoint"] = str(_look_for(checkpoint, path, "--checkpoint", missing_ok=True))
+    return found
+
+
+def differences(recorded: Record, found: Record) -> list[str]:
+    """In words, what may make another file than the recorded one."""
+    words = []
+    for package, version in recorded.get("versions", {}).items():
+        now = found["versions"].get(package)
+        if now != version:
+            words.append(f"{package} is {now}, was {version}")
+    for name in ("device", "mesh", "processes", "dtype", "steps_per_program", "noise_sha256"):
+        if name in recorded and recorded[name] != found[name]:
+            words.append(f"{name} is {found[name]}, was {recorded[name]}")
+    for name in ("image", "video"):
+        old, new = recorded.get(name) or {}, found[name] or {}
+        if old.get("sha256") != new.get("sha256"):
+            words.append(f"the {name} holds something else")
+    loras = [
+        [lora.get("sha256") for lora in record.get("lora", [])] for record in (recorded, found)
+    ]
+    if loras[0] != loras[1]:
+        words.append("the LoRA files hold something else")
+    if "checkpoint_files" in recorded:
+        words += digests.differences(recorded["checkpoint_files"], found["checkpoint_files"])
+    for name in ("resolved_prompt", "resolved_negative_prompt", "resolved_system_prompt"):
+        if recorded.get(name) != found[name]:
+            words.append(f"{name} is another text")
+    return words
+
+
+def parse_lora(text: str) -> tuple[Path, float]:
+    """FILE or FILE:FACTOR -> the file and its factor."""
+    name, _, factor = text.rpartition(":")
+    try:
+        return Path(name or text), float(factor) if name else 1.0
+    except ValueError:  # a colon that belongs to the name
+        return Path(text), 1.0
+
+
+def _file(path: Path | None) -> dict[str, str] | None:
+    """A file or folder that is read, and what is in it."""
+    if path is None or not path.exists():
+        return None
+    return {"path": str(path), "sha256": digests.of_path(path)}
+
+
+def _without_folder(file: dict[str, Any] | None) -> dict[str, Any] | None:
+    return file and file | {"path": Path(file["path"]).name}
+
+
+def _look_for(name: str, record: Path, option: str, missing_ok: bool = False) -> Path:
+    """A file of a record: where it says, beside the record, or here."""
+    places: Sequence[Path] = (Path(name), record.parent / name, Path(Path(name).name))
+    for place in places:
+        if place.exists():
+            return place
+    if missing_ok:
+        return Path(name)
+    raise ValueError(
+        f"--from-record {record}: {name} is neither there nor beside the record; name it with "
+        f"{option}"
+    )
