@@ -114,8 +114,9 @@ def test_native_ids_are_the_frameworks(byte_tokenizer, aspect, num_frames, text)
         (64, 48, "4,3"),
         (1000, 100, "16,9"),
         (16, 320, "9,16"),
-        (1104, 960, "1,1"),  # a ratio of 1.150: below the mean of 1 and 4/3 as ratios go, 1.155
-        (1120, 960, "4,3"),  # 1.167
+        # As ratios go, the middle of 1 and 4/3 is 1.155; their mean is 1.167.
+        (1150, 1000, "1,1"),
+        (1160, 1000, "4,3"),
     ],
 )
 def test_another_size_has_the_nearest_aspect_ratio(width, height, aspect):
@@ -355,11 +356,9 @@ def test_prompts_of_every_form_have_the_ids_of_what_they_hold(byte_tokenizer):
     assert ids(record, negative_prompt="ugly") == ids(caption, negative_prompt="ugly")
     assert ids(record, negative_prompt="") == ids(caption, negative_prompt="")
     # In a batch each has its own, and the recipe's where it has none.
-    prepared = prepare(Config(), byte_tokenizer, [record, caption], Settings(**SMALL))
-    assert [one.negative_prompt[:6] for one in prepared.texts] == [
-        "blurry",
-        prompt.built_in_negative_prompt()[:6],
-    ]
+    image = Settings(**SMALL | dict(num_frames=1), prompt_style="phyai")
+    prepared = prepare(Config(), byte_tokenizer, [record, caption], image)
+    assert [one.negative_prompt for one in prepared.texts] == ["blurry", ""]
     assert prepared.sources["negative_prompt"] == "the prompt's record"
 
 
