@@ -1,31 +1,41 @@
-"""LoRA files as diffusers and PEFT write and read them: one safetensors file of public names.
+"""LoRA files: one safetensors file of public names.
 
-`transformer.<module>.lora_A.weight` [R, i] and `transformer.<module>.lora_B.weight` [o, R]. What we
-write has its scale folded into B, so that a reader that ignores the metadata gets the same model.
-What we read may have its scale in diffusers' metadata (alpha, rank, rank_pattern, alpha_pattern) or
-in `.alpha` tensors; it is folded too.
+We write diffusers' and PEFT's `transformer.<module>.lora_A.weight` [R, i] and
+`transformer.<module>.lora_B.weight` [o, R], with the scale folded into B, so that a reader that
+ignores the metadata gets the same model. We read every spelling of `lora_spellings.py`; the scale
+is folded too.
 
 Axes: L layers, R rank, i inputs, o outputs of a module.
 """
 
-import dataclasses
 import json
 import math
-import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from cosmos3_jax.checkpoint.files import write_shard
-from cosmos3_jax.checkpoint.lora import Lora, check_changes, families
+from cosmos3_jax.checkpoint.files import FLOAT_DTYPES, write_shard
+from cosmos3_jax.checkpoint.lora import Family, Lora, check_changes, families
+from cosmos3_jax.checkpoint.lora_spellings import (
+    PEFT_PREFIX,
+    WAY_OUT,
+    Settings,
+    finite,
+    is_unread,
+    other_kind,
+    parse,
+    scale,
+)
 from cosmos3_jax.checkpoint.names import near
 from cosmos3_jax.checkpoint.rules import CheckpointError, raise_problems
 from cosmos3_jax.config import TransformerConfig
 
 FILE_NAME = "pytorch_lora_weights.safetensors"  # what diffusers looks for in a folder
+PEFT_NAME, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "transformer."
 METADATA = "lora_adapter_metadata"  # diffusers' key for PEFT's LoraConfig
 
@@ -46,7 +56,7 @@ def save(lora: Lora, path: str | Path, config: TransformerConfig, dtype: str = "
     check_changes(lora)
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype={dtype!r} is not supported; choose float32 or bfloat16")
-    path = _file(Path(path))
+    path = Path(path) if Path(path).suffix == ".safetensors" else Path(path) / FILE_NAME
     known, tensors, ranks = families(config), {}, {}
     for name, pair in lora.adapters.items():
         a, b = np.asarray(pair["a"], np.float32), np.asarray(pair["b"], np.float32)
@@ -71,128 +81,165 @@ def save(lora: Lora, path: str | Path, config: TransformerConfig, dtype: str = "
 
 
 def load(path: str | Path, config: TransformerConfig) -> Lora:
-    """Read an adapter, ours or PEFT's, in float32 and with scale 1.
+    """Read an adapter of either tower, ours or another program's, in float32 and with scale 1.
 
     A family's layers may have several ranks: the smaller ones are padded with zeros. What adapts
-    the sound's projections is left out where the model is read without sound.
+    modules that generation does not read is left out: the sound's where the model is read without
+    sound, and those of `lora_spellings.is_unread`.
 
     Args:
-        path: a `.safetensors` file, or a folder that holds `FILE_NAME`.
+        path: a safetensors file, or a folder that holds one: diffusers' `FILE_NAME`, PEFT's
+            `PEFT_NAME`, or the only one in it. `PEFT_CONFIG` is read beside PEFT's.
         config: the transformer's.
 
     Raises:
-        CheckpointError: no such file; or its tensors do not fit the model, with all that differ.
+        CheckpointError: no such file; it is no LoRA but DoRA, LoKr or another; its scale is not
+            known, odd or contradictory; or its tensors do not fit the model, with all that differ.
         ValueError: the adapter changes nothing, or is not finite.
     """
-    path = _file(Path(path))
-    tensors, settings = _read(path)
-    pairs = _pairs(path, tensors, config)
-    known = families(config)
-    adapters = {}
-    for name, family in known.items():
-        found = {module: pairs[module] for module in family.modules if module in pairs}
-        if not found:
-            continue
-        rank, layers = max(len(a) for a, _ in found.values()), (len(family.modules),)
-        shape = layers if family.stacked else ()
-        a, b = (np.zeros((*shape, *x), np.float32) for x in _shapes(family.sizes, rank))
-        for module, layer in _modules(family):
-            if module in found:
-                down, up = found[module]
-                a[layer][:, : len(down)] = down.T
-                alpha = tensors.get(f"{PREFIX}{module}.alpha")
-                b[layer][: len(down)] = up.T * _scale(module, len(down), alpha, settings)
-        adapters[name] = {"a": jnp.asarray(a), "b": jnp.asarray(b)}
-    lora = Lora(adapters)
+    path = _find(Path(path))
     try:
+        tensors, said = _read(path)
+        pairs = _pairs(tensors, said, config)
+        adapters = {
+            name: _stack(family, pairs)
+            for name, family in families(config).items()
+            if pairs.keys() & set(family.modules)
+        }
+        lora = Lora(adapters)
         check_changes(lora)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return lora
 
 
-def _file(path: Path) -> Path:
-    return path if path.suffix == ".safetensors" else path / FILE_NAME
+def _find(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if path.suffix == ".safetensors" or not path.is_dir():
+        raise CheckpointError(f"{path} is missing: give the LoRA's file or folder")
+    named = [path / name for name in (FILE_NAME, PEFT_NAME) if (path / name).is_file()]
+    found = named or sorted(path.glob("*.safetensors"))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = ", ".join(file.name for file in found)
+        raise CheckpointError(f"{path} holds several LoRA files: {names}; give one of them")
+    raise CheckpointError(f"{path / FILE_NAME} is missing, and so is any .safetensors beside it")
 
 
-def _modules(family) -> list[tuple[str, tuple]]:
+def _modules(family: Family) -> Iterator[tuple[str, tuple]]:
     """Each module of a family, and its place in the family's arrays."""
-    return [(module, (i,) if family.stacked else ()) for i, module in enumerate(family.modules)]
+    for i, module in enumerate(family.modules):
+        yield module, (i,) if family.stacked else ()
 
 
-def _shapes(sizes: tuple[int, int], rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    return (sizes[0], rank), (rank, sizes[1])
+def _stack(family: Family, pairs: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict:
+    inputs, outputs = family.sizes
+    rank = max(len(pairs[module][0]) for module in family.modules if module in pairs)
+    layers = (len(family.modules),) * family.stacked
+    a = np.zeros((*layers, inputs, rank), np.float32)
+    b = np.zeros((*layers, rank, outputs), np.float32)
+    for module, layer in _modules(family):
+        if module in pairs:
+            down, up = pairs[module]
+            a[layer][:, : len(down)], b[layer][: len(down)] = down.T, up.T
+    return {"a": jnp.asarray(a), "b": jnp.asarray(b)}
 
 
-def _read(path: Path) -> tuple[dict[str, np.ndarray], dict]:
-    """The tensors, and PEFT's settings without their prefix; {} if there are none."""
+def _read(path: Path) -> tuple[dict[str, np.ndarray], list[Settings]]:
+    """The tensors in float32, and what is said of their scale."""
+    tensors, stored = {}, {}
     try:
-        with safe_open(path, framework="flax") as file:
-            tensors = {key: np.asarray(file.get_tensor(key), np.float32) for key in file.keys()}
-            settings = json.loads((file.metadata() or {}).get(METADATA, "{}"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing: give the LoRA's file or folder") from error
+        with safe_open(path, framework="np") as file:
+            for key in file.keys():
+                stored[key] = kind = file.get_slice(key).get_dtype()
+                if kind in FLOAT_DTYPES or (kind in ("I32", "I64") and key.endswith(".alpha")):
+                    tensors[key] = np.asarray(file.get_tensor(key), np.float32)
+            metadata = (file.metadata() or {}).get(METADATA)
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a safetensors file with a LoRA: {error}") from error
-    return tensors, {name.removeprefix(PREFIX): value for name, value in settings.items()}
+        raise CheckpointError(
+            f"this is no whole safetensors file ({error}); download it again, or, if it is a "
+            "pickled .bin or .pt, save it as safetensors"
+        ) from error
+    odd = [f"{key}: {kind}" for key, kind in stored.items() if key not in tensors]
+    raise_problems(
+        f"matrices are read from {', '.join(FLOAT_DTYPES)} alone", {"stored otherwise": odd}
+    )
+    said = [] if metadata is None else [Settings.parse(METADATA, metadata)]
+    if path.name == PEFT_NAME or any(key.startswith(PEFT_PREFIX) for key in tensors):
+        beside = path.with_name(PEFT_CONFIG)
+        if beside.is_file():
+            text = beside.read_bytes()
+            said.append(Settings.parse(PEFT_CONFIG, text))
+        elif not any(said) and not any(key.endswith(".alpha") for key in tensors):
+            raise CheckpointError(
+                f"PEFT's {PEFT_CONFIG}, whose lora_alpha is the scale, is not beside it; copy it "
+                "there"
+            )
+    return tensors, [settings for settings in said if settings is not None]
 
 
 def _pairs(
-    path: Path, tensors: dict[str, np.ndarray], config: TransformerConfig
+    tensors: dict[str, np.ndarray], said: list[Settings], config: TransformerConfig
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Module -> (A, B), checked against the model."""
+    """Module -> (A, scale B), checked against the model."""
     sizes = {m: family.sizes for family in families(config).values() for m in family.modules}
-    silenced = {
-        m
-        for family in families(dataclasses.replace(config, sound_gen=True)).values()
-        for m in family.modules
-        if m not in sizes
-    }
-    halves: dict[str, dict[str, np.ndarray]] = {}
-    problems: dict[str, list[str]] = {"unexpected": [], "half a pair": [], "wrong shape": []}
+    found: dict[str, dict[str, np.ndarray]] = {}
+    problems: dict[str, list[str]] = {}
+    adapters, unread = Counter(), 0
     for key, tensor in tensors.items():
-        known = re.fullmatch(
-            rf"{re.escape(PREFIX)}(.+)\.(lora_A\.weight|lora_B\.weight|alpha)", key
-        )
-        if known is not None and known[1] in silenced:
-            continue
-        if known is None or known[1] not in sizes:
-            module = key.removeprefix(PREFIX).partition(".lora_")[0]
-            problems["unexpected"].append(f"{key}; near: {near(module, {m: [m] for m in sizes})}")
-        elif known[2] != "alpha":
-            halves.setdefault(known[1], {})[known[2][5]] = tensor
+        name, kind = parse(key, config), other_kind(key)
+        if name is not None and name.half != "alpha":
+            adapters[name.adapter] += 1
+        if name is not None and name.module in sizes:
+            halves = found.setdefault(name.module, {})
+            if name.half in halves:
+                problems.setdefault("in two spellings", []).append(f"{name.module}: {key}")
+            halves[name.half] = tensor
+        elif kind is not None:
+            problems.setdefault(f"of {kind}; {WAY_OUT}", []).append(key)
+        elif name is not None and is_unread(name.module, config):
+            unread += 1
+        else:
+            words = near(name.module if name else key, {m: [m] for m in sizes})
+            problems.setdefault("unexpected", []).append(f"{key}; near: {words}")
+    if len(adapters) > 1:
+        names = ", ".join(name or "one without a name" for name in adapters)
+        problems["several adapters in one file; save each in its own"] = [names]
+    for module, halves in found.items():
+        if problem := _misfit(halves, *sizes[module]):
+            kind, words = problem
+            problems.setdefault(kind, []).append(f"{module}: {words}")
+    raise_problems("the LoRA does not fit the model", problems)
+    if not found:
+        what = "it adapts only what is not read here" if unread else "no <module>.lora_A.weight"
+        raise CheckpointError(f"this is no LoRA for this model: {what}")
     pairs = {}
-    for module, half in halves.items():
-        if half.keys() != {"A", "B"}:
-            problems["half a pair"].append(f"{module}: only lora_{''.join(half)}")
-            continue
-        a, b = pairs[module] = half["A"], half["B"]
-        inputs, outputs = sizes[module]
-        fits = a.ndim == b.ndim == 2 and len(a) == b.shape[1] > 0
-        if not fits or (a.shape[1], len(b)) != (inputs, outputs):
-            problems["wrong shape"].append(
-                f"{module}: A {a.shape} and B {b.shape}, expected (R, {inputs}) and ({outputs}, R)"
-            )
-    raise_problems(f"{path} does not fit the model", problems)
-    if not pairs:
-        what = "sound alone is adapted" if silenced and tensors else f"no {PREFIX}<module>.lora_A"
-        raise CheckpointError(f"{path} holds no LoRA for this model: {what}")
+    for module, halves in found.items():
+        a, b, alpha = halves["A"], halves["B"], halves.get("alpha")
+        value = None if alpha is None else finite(f"{module}.alpha", alpha.item())
+        pairs[module] = a, b * scale(module, len(a), value, said)
     return pairs
 
 
-def _scale(module: str, rank: int, alpha: np.ndarray | None, settings: dict) -> float:
-    """alpha / rank, as PEFT resolves it; 1 where nothing is said."""
-    if alpha is not None:
-        value = float(np.ravel(alpha)[0])
-    elif "lora_alpha" in settings:
-        value = settings["lora_alpha"]
-        for pattern, special in (settings.get("alpha_pattern") or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):  # as PEFT looks it up
-                value = special
-                break
-    else:
-        return 1.0
-    return value / (np.sqrt(rank) if settings.get("use_rslora") else rank)
+def _misfit(halves: dict[str, np.ndarray], inputs: int, outputs: int) -> tuple[str, str] | None:
+    """What is wrong with the tensors of one module, its kind first."""
+    if not {"A", "B"} <= halves.keys():
+        return "half a pair", f"only {', '.join(_PUBLIC[half] for half in halves)}"
+    a, b = halves["A"], halves["B"]
+    fits = a.ndim == b.ndim == 2 and len(a) == b.shape[1] > 0
+    if not fits or (a.shape[1], len(b)) != (inputs, outputs):
+        words = f"A {a.shape} and B {b.shape}, expected (R, {inputs}) and ({outputs}, R), R > 0"
+        return "wrong shape", words
+    if "alpha" in halves and halves["alpha"].size != 1:
+        return "wrong shape", f"alpha {halves['alpha'].shape}, expected ()"
+    return None
+
+
+_PUBLIC = {"A": "lora_A", "B": "lora_B", "alpha": "alpha"}
 
 
 def load_scaled(
@@ -205,8 +252,8 @@ def load_scaled(
     several = [loras] if isinstance(loras, str | Path) else loras
     pairs = [(each, 1.0) if isinstance(each, str | Path) else each for each in several]
     found = []
-    for path, scale in pairs:
-        if scale == 0 or not math.isfinite(scale):
-            raise ValueError(f"{path}: its scale is {scale}; give a finite factor other than 0")
-        found.append(load(path, config).replace(scale=float(scale)))
+    for path, factor in pairs:
+        if factor == 0 or not math.isfinite(factor):
+            raise ValueError(f"{path}: its scale is {factor}; give a finite factor other than 0")
+        found.append(load(path, config).replace(scale=float(factor)))
     return found
