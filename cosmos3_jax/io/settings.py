@@ -71,12 +71,14 @@ class Settings:
     image: Images | None = _setting(
         None,
         "what the video begins with: a path, a PIL image or an array, one for all or a list of "
-        "one for each; resized to fill the picture and cropped in its middle",
+        "one for each; resized to fill the picture and cropped in its middle; what is transparent "
+        "in it becomes white",
     )
     video: VideoSource | None = _setting(
         None,
         "a clip to go on from, for all: a path, an array or a list of frames; or "
-        "[B, 3, T, H, W], as `generate` returns it, one for each; resized likewise",
+        "[B, 3, T, H, W], as `generate` returns it, one for each; resized likewise; "
+        "a file with uneven time stamps is sampled at fps",
     )
     condition_frames: Iterable[int] | None = _setting(
         None,
