@@ -1,12 +1,14 @@
 """Starting from an image or a clip: encoding and sampling against the oracle's."""
 
 import functools
+import warnings
 
 import jax
 import numpy as np
 import pytest
 import torch
 from conditioning_cases import CLIP, HEIGHT, WIDTH, picture
+from media_cases import write_clip
 from oracle import NEGATIVE, PROMPT, SETTINGS, prepare, run_oracle
 from PIL import Image
 from rounding import check, relative_l2
@@ -159,6 +161,15 @@ def test_the_speed_of_a_clip_is_spoken_of(model, tmp_path):
     path = media.save_mp4(video, tmp_path / "a.mp4", fps=12)
     with pytest.warns(UserWarning, match="12 frames per second, the video 24"):
         prepare(model, video=path)
+
+
+def test_an_uneven_clip_is_sampled_at_the_rate_of_the_video(model, tmp_path):
+    """Its third frame is shown for four: at 24 frames per second nothing changes its speed."""
+    path = write_clip(tmp_path / "a.mkv", CLIP[:6], times=[0, 1, 2, 6, 7, 8], to="bgr0")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*frames per second, the video")
+        pixels = prepare(model, video=path).clean_video
+    np.testing.assert_array_equal(pixels, prepare(model, video=CLIP[[0, 1, 2, 2, 2]]).clean_video)
 
 
 def test_a_batch_starts_from_one_image_or_from_one_each(model):
