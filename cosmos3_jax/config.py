@@ -6,15 +6,16 @@ a checkpoint of an unsupported kind fails before any weight is touched.
 """
 
 import dataclasses
-import json
 import math
-import sys
-from collections.abc import Mapping
-from pathlib import Path
-from types import UnionType
-from typing import Any, ClassVar, Self, get_args, get_origin
+from typing import Any, Self
 
-from cosmos3_jax.recipes import MODES, RECIPES, parse_size, tier_name
+from cosmos3_jax.json_config import ConfigError, JsonConfig, check, only, read_json
+from cosmos3_jax.recipes import Recipe, Recipes
+
+__all__ = [
+    "Config", "ConfigError", "Recipe", "Recipes", "SchedulerConfig", "SoundVAEConfig",
+    "TransformerConfig", "VideoVAEConfig", "check_fps", "read_json",
+]  # fmt: skip
 
 MEAN_WAN22 = (
     -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557,
@@ -34,95 +35,8 @@ STD_WAN22 = (
 )  # fmt: skip
 
 
-class ConfigError(ValueError):
-    """A configuration is unreadable, impossible, or asks for what is not implemented."""
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-def _check_value(name: str, value: Any, kind: Any, least: float | None) -> None:
-    """Raise unless `value` is of the declared type `kind`, and no number in it is too small.
-
-    `least` is the smallest number that is accepted; None stands for any positive one. JSON has one
-    kind of number, so an integer will do for a float; true and false are not numbers.
-    """
-    found = f"{name}={value!r}"
-    if isinstance(kind, UnionType):  # X | None
-        if value is not None:
-            _check_value(name, value, get_args(kind)[0], least)
-    elif get_origin(kind) is tuple:
-        _check(isinstance(value, tuple), f"{found} must be a tuple (in JSON: a list)")
-        for i, entry in enumerate(value):
-            _check_value(f"{name}[{i}]", entry, get_args(kind)[0], least)
-    elif kind is bool:
-        _check(isinstance(value, bool), f"{found} must be true or false")
-    elif kind is str:
-        _check(isinstance(value, str), f"{found} must be a string")
-    elif kind in (int, float):
-        number = isinstance(value, (int, kind)) and not isinstance(value, bool)
-        _check(number, f"{found} must be {'an integer' if kind is int else 'a number'}")
-        _check(abs(value) <= sys.float_info.max, f"{found} must be finite")
-        if least is None:
-            _check(value > 0, f"{found} must be positive")
-        else:
-            _check(value >= least, f"{found} must be at least {least}")
-
-
-def _only(value: Any) -> Any:
-    """A field of which this one value is implemented; any other is refused when it is read."""
-    return dataclasses.field(default=value, metadata={"only": value})
-
-
 @dataclasses.dataclass(frozen=True)
-class _JsonConfig:
-    """Reads the fields that it declares from a JSON object, and ignores the rest."""
-
-    # The smallest numbers that some fields accept; those of every other field must be positive.
-    _least: ClassVar[Mapping[str, float]] = {}
-
-    def __post_init__(self):
-        fields = [(field, getattr(self, field.name)) for field in dataclasses.fields(self)]
-        for field, value in fields:
-            _check_value(field.name, value, field.type, self._least.get(field.name))
-        for field, value in fields:
-            only = field.metadata.get("only", value)
-            _check(value == only, f"{field.name}={value!r} is not supported; only {only!r} is")
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Build from a parsed JSON object, lists as tuples; ConfigError for impossible values."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        chosen = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known
-        }
-        return cls(**chosen)
-
-    @classmethod
-    def from_file(cls, path: str | Path) -> Self:
-        """Build from a JSON file. Raises ConfigError, naming the file, if it cannot be read."""
-        try:
-            return cls.from_dict(read_json(path))
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from error
-
-
-def read_json(path: str | Path) -> dict[str, Any]:
-    """The JSON object in `path`. Raises ConfigError if there is none."""
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from error
-    _check(isinstance(values, dict), f"{path} holds a {type(values).__name__}, not a JSON object")
-    return values
-
-
-@dataclasses.dataclass(frozen=True)
-class TransformerConfig(_JsonConfig):
+class TransformerConfig(JsonConfig):
     """`transformer/config.json`: the two-tower Mixture-of-Transformers."""
 
     _least = {"num_hidden_layers": 2, "unified_3d_mrope_temporal_modality_margin": 0}
@@ -138,7 +52,7 @@ class TransformerConfig(_JsonConfig):
     rope_theta: float = 5_000_000.0
     rope_axes_dim: tuple[int, int, int] = (24, 20, 20)
     unified_3d_mrope_temporal_modality_margin: int = 15000
-    unified_3d_mrope_reset_spatial_ids: bool = _only(True)
+    unified_3d_mrope_reset_spatial_ids: bool = only(True)
     enable_fps_modulation: bool = True
     base_fps: float = 24.0
     latent_channel: int = 48
@@ -148,10 +62,10 @@ class TransformerConfig(_JsonConfig):
     sound_gen: bool = True
     sound_dim: int | None = 64
     sound_latent_fps: float = 25.0
-    hidden_act: str = _only("silu")
-    attention_bias: bool = _only(False)
-    qk_norm_for_text: bool = _only(True)
-    use_und_k_norm_for_gen: bool = _only(False)
+    hidden_act: str = only("silu")
+    attention_bias: bool = only(False)
+    qk_norm_for_text: bool = only(True)
+    use_und_k_norm_for_gen: bool = only(False)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -159,7 +73,7 @@ class TransformerConfig(_JsonConfig):
         # mean "no sound" in the public format, whatever our defaults are.
         values = {"sound_gen": False, **values}
         scaling = values.get("rope_scaling")
-        _check(
+        check(
             scaling is None or isinstance(scaling, dict),
             f"rope_scaling={scaling!r} must be a JSON object or null",
         )
@@ -170,36 +84,36 @@ class TransformerConfig(_JsonConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _check(
+        check(
             self.num_attention_heads % self.num_key_value_heads == 0,
             f"num_attention_heads={self.num_attention_heads} is not a multiple of "
             f"num_key_value_heads={self.num_key_value_heads}",
         )
-        _check(
+        check(
             len(self.rope_axes_dim) == 3 and 2 * sum(self.rope_axes_dim) == self.head_dim,
             f"rope_axes_dim={self.rope_axes_dim} must be three numbers that add up to "
             f"head_dim / 2 = {self.head_dim / 2:g}",
         )
         time, height, width = self.rope_axes_dim
-        _check(
+        check(
             time >= max(height, width),
             f"rope_axes_dim={self.rope_axes_dim}: "
             "interleaving needs time >= height and time >= width",
         )
         patch_dim = self.latent_channel * self.latent_patch_size**2
-        _check(
+        check(
             self.patch_latent_dim == patch_dim,
             f"patch_latent_dim={self.patch_latent_dim} is not latent_channel * "
             f"latent_patch_size^2 = {patch_dim}",
         )
-        _check(
+        check(
             not self.sound_gen or self.sound_dim is not None,
             "sound_gen is on, but sound_dim=None: it must be a positive number of channels",
         )
 
 
 @dataclasses.dataclass(frozen=True)
-class VideoVAEConfig(_JsonConfig):
+class VideoVAEConfig(JsonConfig):
     """`vae/config.json`: the Wan2.2 residual video autoencoder."""
 
     _least = {"latents_mean": -math.inf}
@@ -217,32 +131,32 @@ class VideoVAEConfig(_JsonConfig):
     scale_factor_temporal: int = 4
     latents_mean: tuple[float, ...] = MEAN_WAN22
     latents_std: tuple[float, ...] = STD_WAN22
-    is_residual: bool = _only(True)
-    attn_scales: tuple[float, ...] = _only(())
-    clip_output: bool = _only(False)
+    is_residual: bool = only(True)
+    attn_scales: tuple[float, ...] = only(())
+    clip_output: bool = only(False)
 
     def __post_init__(self):
         super().__post_init__()
-        _check(
+        check(
             len(self.temperal_downsample) == len(self.dim_mult) - 1,
             f"temperal_downsample={self.temperal_downsample} needs one entry fewer than "
             f"dim_mult={self.dim_mult}",
         )
         for name in ("latents_mean", "latents_std"):
             length = len(getattr(self, name))
-            _check(length == self.z_dim, f"{name} has {length} entries, z_dim is {self.z_dim}")
-        _check(
+            check(length == self.z_dim, f"{name} has {length} entries, z_dim is {self.z_dim}")
+        check(
             self.in_channels == self.out_channels == 3 * self.patch_size**2,
             f"in_channels={self.in_channels} and out_channels={self.out_channels} must be "
             f"3 * patch_size^2 = {3 * self.patch_size**2}",
         )
-        _check(
+        check(
             self.scale_factor_spatial == self.patch_size * 2 ** len(self.temperal_downsample),
             f"scale_factor_spatial={self.scale_factor_spatial} is not what "
             f"patch_size={self.patch_size} and "
             f"{len(self.temperal_downsample)} downsamplings give",
         )
-        _check(
+        check(
             self.scale_factor_temporal == 2 ** sum(self.temperal_downsample),
             f"scale_factor_temporal={self.scale_factor_temporal} is not what "
             f"temperal_downsample={self.temperal_downsample} gives",
@@ -250,7 +164,7 @@ class VideoVAEConfig(_JsonConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class SoundVAEConfig(_JsonConfig):
+class SoundVAEConfig(JsonConfig):
     """`sound_tokenizer/config.json`: the AVAE sound autoencoder."""
 
     sampling_rate: int = 48000
@@ -270,38 +184,38 @@ class SoundVAEConfig(_JsonConfig):
     dec_c_mults: tuple[int, ...] = (1, 2, 4, 8, 16)
     dec_strides: tuple[int, ...] = (2, 4, 5, 6, 8)
     dec_out_channels: int = 2
-    model_type: str = _only("autoencoder_v2")
-    enc_type: str = _only("spec_convnext")
-    enc_use_snake: bool = _only(True)
-    dec_type: str = _only("oobleck")
-    dec_use_snake: bool = _only(True)
-    dec_final_tanh: bool = _only(False)
-    dec_anti_aliasing: bool = _only(False)
-    dec_use_nearest_upsample: bool = _only(False)
-    dec_use_tanh_at_final: bool = _only(False)
-    bottleneck_type: str = _only("vae")
-    activation: str = _only("snakebeta")
-    snake_logscale: bool = _only(True)
-    anti_aliasing: bool = _only(False)
-    causal: bool = _only(False)
-    padding_mode: str = _only("zeros")
-    latent_mean: None = _only(None)
-    latent_std: None = _only(None)
+    model_type: str = only("autoencoder_v2")
+    enc_type: str = only("spec_convnext")
+    enc_use_snake: bool = only(True)
+    dec_type: str = only("oobleck")
+    dec_use_snake: bool = only(True)
+    dec_final_tanh: bool = only(False)
+    dec_anti_aliasing: bool = only(False)
+    dec_use_nearest_upsample: bool = only(False)
+    dec_use_tanh_at_final: bool = only(False)
+    bottleneck_type: str = only("vae")
+    activation: str = only("snakebeta")
+    snake_logscale: bool = only(True)
+    anti_aliasing: bool = only(False)
+    causal: bool = only(False)
+    padding_mode: str = only("zeros")
+    latent_mean: None = only(None)
+    latent_std: None = only(None)
 
     def __post_init__(self):
         super().__post_init__()
         for part in ("dec", "enc"):
             mults, strides = (getattr(self, f"{part}_{name}") for name in ("c_mults", "strides"))
-            _check(
+            check(
                 len(mults) == len(strides),
                 f"{part}_c_mults={mults} and {part}_strides={strides} must have one entry a stage",
             )
-        _check(
+        check(
             self.enc_latent_dim == 2 * self.vocoder_input_dim,
             f"enc_latent_dim={self.enc_latent_dim} must be 2 * vocoder_input_dim = "
             f"{2 * self.vocoder_input_dim} (mean and scale)",
         )
-        _check(
+        check(
             self.samples_per_latent == math.prod(self.dec_strides),
             f"hop_size={self.hop_size} is not the product of dec_strides, "
             f"{math.prod(self.dec_strides)}",
@@ -319,7 +233,7 @@ class SoundVAEConfig(_JsonConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class SchedulerConfig(_JsonConfig):
+class SchedulerConfig(JsonConfig):
     """`scheduler/scheduler_config.json`: what UniPC needs of it.
 
     `flow_shift` and `use_karras_sigmas` are kept for `info` alone: the recipe, not this file,
@@ -328,97 +242,20 @@ class SchedulerConfig(_JsonConfig):
 
     _least = {"disable_corrector": 0}
 
-    num_train_timesteps: int = _only(1000)
-    solver_order: int = _only(2)
-    solver_type: str = _only("bh2")
-    predict_x0: bool = _only(True)
-    prediction_type: str = _only("flow_prediction")
-    lower_order_final: bool = _only(True)
-    final_sigmas_type: str = _only("zero")
-    thresholding: bool = _only(False)
-    use_dynamic_shifting: bool = _only(False)
-    disable_corrector: tuple[int, ...] = _only(())
+    num_train_timesteps: int = only(1000)
+    solver_order: int = only(2)
+    solver_type: str = only("bh2")
+    predict_x0: bool = only(True)
+    prediction_type: str = only("flow_prediction")
+    lower_order_final: bool = only(True)
+    final_sigmas_type: str = only("zero")
+    thresholding: bool = only(False)
+    use_dynamic_shifting: bool = only(False)
+    disable_corrector: tuple[int, ...] = only(())
     sigma_max: float | None = 200.0
     sigma_min: float | None = 0.147
     flow_shift: float = 1.0
     use_karras_sigmas: bool = True
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe(_JsonConfig):
-    """Sizes and sampler settings of one mode, where the caller names none.
-
-    `size` is the tier of the model's that the pixels come from (see `recipes.TIERS`), None for
-    pixels of their own. `negative_prompt` None is the prompt style's default.
-    """
-
-    _least = {"guidance_scale": -math.inf}
-
-    num_frames: int = 189
-    height: int = 720
-    width: int = 1280
-    fps: float = 24.0
-    num_inference_steps: int = 35
-    guidance_scale: float = 6.0
-    flow_shift: float = 10.0
-    schedule: str = "native"
-    negative_prompt: str | None = None
-    size: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipes:
-    """The recipe of each mode: a row of `recipes.RECIPES`, and over it what the checkpoint says.
-
-    Attributes:
-        model: whose rows, `Nano` or `Super`.
-        file: the checkpoint's `cosmos3_recipe.json`. Fields of `Recipe`, `aspect` beside `size`,
-            for every mode; and `modes`, from a mode's name to fields for it alone. An image has
-            one frame whatever the file says.
-    """
-
-    model: str = "Nano"
-    file: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
-
-    def __post_init__(self):
-        modes = self.file.get("modes", {})
-        named = isinstance(modes, dict) and all(
-            isinstance(fields, dict) for fields in modes.values()
-        )
-        _check(named, f"modes={modes!r} must be an object of objects")
-        for mode in modes:
-            _check(mode in MODES, f"modes: {mode!r} is none of {', '.join(MODES)}")
-        for mode in MODES:
-            self.of(mode)
-
-    def of(self, mode: str) -> Recipe:
-        """The recipe of one of `recipes.MODES`."""
-        own = self._own(mode)
-        fields = RECIPES[self.model][mode] | own
-        if own.keys() & {"height", "width"}:
-            fields["size"] = None
-        if fields["size"] is not None:
-            try:
-                size, aspect = str(fields["size"]), str(fields["aspect"])
-                fields["width"], fields["height"] = parse_size(size, aspect, aspect)
-            except ValueError as error:
-                raise ConfigError(str(error)) from error
-            fields["size"] = tier_name(size)
-        return Recipe.from_dict(fields)
-
-    def source(self, mode: str, name: str) -> str:
-        """Where the recipe's value of a field comes from, in words."""
-        own = self._own(mode)
-        if name in own or (name in ("height", "width") and own.keys() & {"size", "aspect"}):
-            return "the checkpoint's recipe"
-        return f"{self.model}'s recipe for {mode}"
-
-    def _own(self, mode: str) -> dict[str, Any]:
-        own = {name: value for name, value in self.file.items() if name != "modes"}
-        own |= self.file.get("modes", {}).get(mode, {})
-        if mode == "text2image":
-            own.pop("num_frames", None)
-        return own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -432,19 +269,19 @@ class Config:
     recipes: Recipes = Recipes()
 
     def __post_init__(self):
-        _check(
+        check(
             self.transformer.latent_channel == self.video_vae.z_dim,
             f"the transformer's latent_channel={self.transformer.latent_channel} is not "
             f"the video VAE's z_dim={self.video_vae.z_dim}",
         )
         if self.sound_vae is not None and self.transformer.sound_gen:
-            _check(
+            check(
                 self.transformer.sound_dim == self.sound_vae.vocoder_input_dim,
                 f"the transformer's sound_dim={self.transformer.sound_dim} is not the sound VAE's "
                 f"vocoder_input_dim={self.sound_vae.vocoder_input_dim}",
             )
             rate, hop = self.sound_vae.sampling_rate, self.sound_vae.samples_per_latent
-            _check(
+            check(
                 math.isclose(self.transformer.sound_latent_fps, rate / hop),
                 f"the transformer's sound_latent_fps={self.transformer.sound_latent_fps} is not "
                 f"the sound VAE's sampling_rate / samples_per_latent = {rate} / {hop}",

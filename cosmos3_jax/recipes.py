@@ -4,10 +4,14 @@ The model was trained on these. A mode is what is made and from what: an image f
 from text, or a video that goes on from an image or from a clip. Sound changes none of this.
 """
 
+import dataclasses
 import math
 import re
 import warnings
+from collections.abc import Mapping
 from typing import Any
+
+from cosmos3_jax.json_config import ConfigError, JsonConfig, check
 
 MODES = ("text2image", "text2video", "image2video", "video2video")
 
@@ -178,3 +182,80 @@ def check_recommended(num_frames: int, height: int, width: int, fps: float) -> N
             f"outside of what the model was trained on: {'; '.join(outside)}; expect less quality",
             stacklevel=2,
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe(JsonConfig):
+    """Sizes and sampler settings of one mode, where the caller names none.
+
+    `size` is the tier of the model's that the pixels come from (see `TIERS`), None for
+    pixels of their own. `negative_prompt` None is the prompt style's default.
+    """
+
+    _least = {"guidance_scale": -math.inf}
+
+    num_frames: int = 189
+    height: int = 720
+    width: int = 1280
+    fps: float = 24.0
+    num_inference_steps: int = 35
+    guidance_scale: float = 6.0
+    flow_shift: float = 10.0
+    schedule: str = "native"
+    negative_prompt: str | None = None
+    size: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipes:
+    """The recipe of each mode: a row of `RECIPES`, and over it what the checkpoint says.
+
+    Attributes:
+        model: whose rows, `Nano` or `Super`.
+        file: the checkpoint's `cosmos3_recipe.json`. Fields of `Recipe`, `aspect` beside `size`,
+            for every mode; and `modes`, from a mode's name to fields for it alone. An image has
+            one frame whatever the file says.
+    """
+
+    model: str = "Nano"
+    file: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+
+    def __post_init__(self):
+        modes = self.file.get("modes", {})
+        named = isinstance(modes, dict) and all(
+            isinstance(fields, dict) for fields in modes.values()
+        )
+        check(named, f"modes={modes!r} must be an object of objects")
+        for mode in modes:
+            check(mode in MODES, f"modes: {mode!r} is none of {', '.join(MODES)}")
+        for mode in MODES:
+            self.of(mode)
+
+    def of(self, mode: str) -> Recipe:
+        """The recipe of one of `MODES`."""
+        own = self._own(mode)
+        fields = RECIPES[self.model][mode] | own
+        if own.keys() & {"height", "width"}:
+            fields["size"] = None
+        if fields["size"] is not None:
+            try:
+                size, aspect = str(fields["size"]), str(fields["aspect"])
+                fields["width"], fields["height"] = parse_size(size, aspect, aspect)
+            except ValueError as error:
+                raise ConfigError(str(error)) from error
+            fields["size"] = tier_name(size)
+        return Recipe.from_dict(fields)
+
+    def source(self, mode: str, name: str) -> str:
+        """Where the recipe's value of a field comes from, in words."""
+        own = self._own(mode)
+        if name in own or (name in ("height", "width") and own.keys() & {"size", "aspect"}):
+            return "the checkpoint's recipe"
+        return f"{self.model}'s recipe for {mode}"
+
+    def _own(self, mode: str) -> dict[str, Any]:
+        own = {name: value for name, value in self.file.items() if name != "modes"}
+        own |= self.file.get("modes", {}).get(mode, {})
+        if mode == "text2image":
+            own.pop("num_frames", None)
+        return own

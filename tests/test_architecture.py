@@ -26,16 +26,17 @@ from cosmos3_jax.sampling import stages
 
 ROOT = Path(cosmos3_jax.__file__).parent
 PARTS = (
-    "recipes", "config", "parallel", "models", "sampling", "checkpoint", "io", "runtime",
-    "training", "pipeline", "cli",
+    "json_config", "recipes", "config", "parallel", "models", "sampling", "checkpoint", "io",
+    "runtime", "training", "pipeline", "cli",
 )  # fmt: skip
 # What each part may import besides itself. The package's own `__init__`, and the old names in
 # `moved`, are above all of them.
-BASE = {"recipes", "config", "parallel"}
+BASE = {"json_config", "recipes", "config", "parallel"}
 MAY_IMPORT = {
-    "recipes": set(),
-    "config": {"recipes"},
-    "parallel": {"recipes", "config"},
+    "json_config": set(),
+    "recipes": {"json_config"},
+    "config": {"json_config", "recipes"},
+    "parallel": {"json_config", "recipes", "config"},
     "models": BASE,
     "sampling": BASE | {"models"},
     "checkpoint": BASE | {"models"},

@@ -1,0 +1,96 @@
+"""Dataclasses that are read by name from JSON files, with checks of types and ranges."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Any, ClassVar, Self, get_args, get_origin
+
+
+class ConfigError(ValueError):
+    """A configuration is unreadable, impossible, or asks for what is not implemented."""
+
+
+def check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _check_value(name: str, value: Any, kind: Any, least: float | None) -> None:
+    """Raise unless `value` is of the declared type `kind`, and no number in it is too small.
+
+    `least` is the smallest number that is accepted; None stands for any positive one. JSON has one
+    kind of number, so an integer will do for a float; true and false are not numbers.
+    """
+    found = f"{name}={value!r}"
+    if isinstance(kind, UnionType):  # X | None
+        if value is not None:
+            _check_value(name, value, get_args(kind)[0], least)
+    elif get_origin(kind) is tuple:
+        check(isinstance(value, tuple), f"{found} must be a tuple (in JSON: a list)")
+        for i, entry in enumerate(value):
+            _check_value(f"{name}[{i}]", entry, get_args(kind)[0], least)
+    elif kind is bool:
+        check(isinstance(value, bool), f"{found} must be true or false")
+    elif kind is str:
+        check(isinstance(value, str), f"{found} must be a string")
+    elif kind in (int, float):
+        number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+        check(number, f"{found} must be {'an integer' if kind is int else 'a number'}")
+        check(abs(value) <= sys.float_info.max, f"{found} must be finite")
+        if least is None:
+            check(value > 0, f"{found} must be positive")
+        else:
+            check(value >= least, f"{found} must be at least {least}")
+
+
+def only(value: Any) -> Any:
+    """A field of which this one value is implemented; any other is refused when it is read."""
+    return dataclasses.field(default=value, metadata={"only": value})
+
+
+@dataclasses.dataclass(frozen=True)
+class JsonConfig:
+    """Reads the fields that it declares from a JSON object, and ignores the rest."""
+
+    # The smallest numbers that some fields accept; those of every other field must be positive.
+    _least: ClassVar[Mapping[str, float]] = {}
+
+    def __post_init__(self):
+        fields = [(field, getattr(self, field.name)) for field in dataclasses.fields(self)]
+        for field, value in fields:
+            _check_value(field.name, value, field.type, self._least.get(field.name))
+        for field, value in fields:
+            only = field.metadata.get("only", value)
+            check(value == only, f"{field.name}={value!r} is not supported; only {only!r} is")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Build from a parsed JSON object, lists as tuples; ConfigError for impossible values."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        chosen = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known
+        }
+        return cls(**chosen)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Self:
+        """Build from a JSON file. Raises ConfigError, naming the file, if it cannot be read."""
+        try:
+            return cls.from_dict(read_json(path))
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The JSON object in `path`. Raises ConfigError if there is none."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}") from error
+    check(isinstance(values, dict), f"{path} holds a {type(values).__name__}, not a JSON object")
+    return values
