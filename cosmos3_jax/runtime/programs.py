@@ -102,7 +102,7 @@ class Run:
         self.listen, self.after = listen, after
 
     def __call__(self, stage: Stage, values: Values) -> Values:
-        log.info("%s: computing, after compiling if its program is new", stage.name)
+        log.info("%s", stage.name)
         result: Values = {}
         waiting: Values = {}
         for result in self.each_call(stage, values):
