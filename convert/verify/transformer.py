@@ -71,7 +71,10 @@ def compare(outcome: Outcome, sides: Sides) -> None:
     with outcome.naming("what enters layers.0"):
         starts = [ours.start(case, "float32") for case in cases]
     _check_start(outcome, exact, starts, rope.axis_of_slot(config), wrong)
-    streams = {dtype: [ours.start(case, dtype) for case in cases] for dtype in dtypes}
+    streams = {
+        dtype: starts if dtype == "float32" else [ours.start(case, dtype) for case in cases]
+        for dtype in dtypes
+    }
 
     first: list[dict] = []
     outcome.details["layers"] = []
