@@ -77,8 +77,9 @@ class Cosmos3:
             path_or_hub_id: a local folder; a Hub id `owner/name`; `tiny`, the embedded default; or
                 `random`, see `find.find_checkpoint`.
             load_sound: None takes the sound that there is, True insists, False leaves it out.
-            lora: a LoRA file in diffusers' layout, or a list of files or of (file, factor). They
-                are merged into the weights as these are read, and cost nothing afterwards.
+            lora: a LoRA's file or folder, of diffusers, PEFT or kohya, or a list of them or of
+                (file, factor); see `checkpoint.lora_files.load`. They are merged into the weights
+                as these are read, and cost nothing afterwards.
             revision: of a Hub id, a branch, a tag or a commit.
 
         Raises:
@@ -143,6 +144,34 @@ class Cosmos3:
             progress=sys.stderr.isatty() if progress is None else progress,
         )  # fmt: skip
         return self
+
+    def load_lora(self, lora: Loras) -> None:
+        """Merge LoRAs into the weights, instead of those that are merged now; as in diffusers, the
+        one that was loaded last counts. A list merges several.
+
+        The weights are those of a model that was opened with these LoRAs, bit for bit. Only what
+        they change is read from the checkpoint again. Compiled programs stay.
+
+        Args:
+            lora: as in `open`.
+
+        Raises:
+            ValueError: a LoRA changes nothing; or the model was made from parameters.
+            CheckpointError: a LoRA does not fit the model. The model is then as it was.
+        """
+        self._merge(lora_files.load_scaled(lora, self.config.transformer))
+
+    def unload_lora(self) -> None:
+        """Take all LoRAs out of the weights, which are then the checkpoint's bit for bit.
+
+        Raises ValueError if the model was made from parameters.
+        """
+        self._merge([])
+
+    def _merge(self, loras: list) -> None:
+        if self.weights is not None:
+            self.weights.merge_loras(loras, self.config.transformer)
+        self._loras = loras
 
     @classmethod
     def from_pretrained(

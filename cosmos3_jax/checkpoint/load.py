@@ -7,7 +7,7 @@ device as it comes (`place.py`): neither host nor device ever holds a second cop
 """
 
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -107,11 +107,17 @@ class Component:
             pieces.append(Piece(ours.key, leaf, place, shape, kept, filling))
         return pieces
 
+    def place(self, pieces: list[Piece], mesh: Mesh | None) -> Iterator[tuple[str, jax.Array]]:
+        """The path of each leaf in the whole tree, and the leaf on the devices of a mesh."""
+        where = partial(_sharding, self, mesh)
+        for leaf, values in place_pieces(self.read, pieces, self.leaves, where):
+            yield self.path(leaf), values
+
     def read(self, piece: Piece, index: tuple[slice, ...] | None = None) -> np.ndarray:
         """The values of a piece, or of a part of it with a start and a stop on each axis. Weight
         norm is folded, and what is to be added is, before they are rounded to its dtype.
         """
-        added = None if self.addition is None else self.addition(*_layer_of(piece))
+        added = None if self.addition is None else self.addition(*layer_of(piece))
         if added is None:
             return self._stored(piece, index)
         wide = dataclasses.replace(piece, dtype=np.dtype(np.float32))
@@ -231,17 +237,16 @@ def load_params(
     leaves = {}
     for component in components:
         pieces = component.pieces(dtype, parts, unstacked)
-        where = partial(_sharding, component, mesh)
-        for path, leaf in place_pieces(component.read, pieces, component.leaves, where):
-            leaves[component.path(path)] = leaf
+        for path, leaf in component.place(pieces, mesh):
+            leaves[path] = leaf
             if on_bytes is not None:
                 on_bytes(leaf.nbytes)
         if pieces:
-            _check_addition(component, dtype)
+            check_addition(component, dtype)
     return unflatten_dict(leaves, sep="/")
 
 
-def _check_addition(component: Component, dtype: jnp.dtype) -> None:
+def check_addition(component: Component, dtype: jnp.dtype) -> None:
     """Raise ValueError if what is added to a component changes none of its values.
 
     It looks at one piece after the other until one differs, which is the first one that anything is
@@ -251,7 +256,7 @@ def _check_addition(component: Component, dtype: jnp.dtype) -> None:
         return
     plain = dataclasses.replace(component, addition=None)
     for piece in component.pieces(dtype):
-        if component.addition(*_layer_of(piece)) is None:
+        if component.addition(*layer_of(piece)) is None:
             continue
         if np.any(component.read(piece) != plain.read(piece)):
             return
@@ -296,7 +301,7 @@ def _sharding(
     return sharding.weight_sharding(mesh, component.path(leaf), shape)
 
 
-def _layer_of(piece: Piece) -> tuple[str, int | None]:
+def layer_of(piece: Piece) -> tuple[str, int | None]:
     """The path of our leaf that a piece belongs to, and its layer if that is stacked."""
     rule, _ = piece.parts[0]
     return rule.leaf, rule.index[0] if is_stacked(rule.leaf) else None

@@ -17,6 +17,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -143,7 +144,7 @@ def init(
     return Lora(adapters, 1.0 if alpha is None else alpha / rank)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+@partial(jax.jit, static_argnums=(1, 2, 3))
 def _draw(
     key: Array, config: TransformerConfig, chosen: frozenset[str], rank: int
 ) -> dict[str, dict[str, Array]]:
@@ -195,7 +196,7 @@ def _pairs_of(lora: Lora, leaves: dict, config: TransformerConfig) -> dict[str, 
     return pairs
 
 
-@functools.partial(jax.jit, static_argnums=1)
+@partial(jax.jit, static_argnums=1)
 def _fused_pairs(lora: Lora, config: TransformerConfig) -> dict[str, dict[str, Array]]:
     """Path of a kernel -> the pair that `layers.Dense` reads beside it."""
     known, by_leaf, fused = families(config), {}, {}
@@ -285,9 +286,9 @@ def merge_on_read(
     """
     known, by_leaf = families(config), {}
     for lora in loras:
+        lora = jax.tree.map(partial(np.asarray, dtype=np.float32), lora)
         check_changes(lora)
         for name, pair in lora.adapters.items():
-            pair = {half: np.asarray(x, np.float32) for half, x in pair.items()}
             by_leaf.setdefault(known[name].leaf, []).append((known[name], pair, lora.scale))
 
     def addition(leaf: str, layer: int | None) -> np.ndarray | None:
@@ -304,6 +305,11 @@ def merge_on_read(
     return addition
 
 
+def adapted_leaves(loras: Sequence[Lora], config: TransformerConfig) -> set[str]:
+    """Paths of the kernels that adapters change, stacked where layers are."""
+    return {families(config)[name].leaf for lora in loras for name in lora.adapters}
+
+
 def check_changes(lora: Lora) -> None:
     """Raise ValueError if an adapter changes no weight, by a product of zeros or a scale of 0; or
     if it spoils them, by a scale or a matrix that is not finite.
@@ -317,7 +323,8 @@ def check_changes(lora: Lora) -> None:
         return
     for name, pair in lora.adapters.items():
         for half, x in pair.items():
-            if not jnp.isfinite(x).all():
+            isfinite = np.isfinite if isinstance(x, np.ndarray) else jnp.isfinite
+            if not isfinite(x).all():
                 raise ValueError(
                     f"the adapter's {half.upper()} of {name} has values that are not finite; train "
                     "it again at a lower learning rate, or take an earlier state"

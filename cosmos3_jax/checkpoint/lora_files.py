@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -106,13 +107,12 @@ def load(path: str | Path, config: TransformerConfig) -> Lora:
             for name, family in families(config).items()
             if pairs.keys() & set(family.modules)
         }
-        lora = Lora(adapters)
-        check_changes(lora)
+        check_changes(Lora(adapters))
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return lora
+    return Lora(jax.tree.map(jnp.asarray, adapters))
 
 
 def _find(path: Path) -> Path:
@@ -146,7 +146,7 @@ def _stack(family: Family, pairs: dict[str, tuple[np.ndarray, np.ndarray]]) -> d
         if module in pairs:
             down, up = pairs[module]
             a[layer][:, : len(down)], b[layer][: len(down)] = down.T, up.T
-    return {"a": jnp.asarray(a), "b": jnp.asarray(b)}
+    return {"a": a, "b": b}
 
 
 def _read(path: Path) -> tuple[dict[str, np.ndarray], list[Settings]]:

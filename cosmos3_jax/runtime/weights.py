@@ -13,11 +13,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import tqdm
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from cosmos3_jax.checkpoint import load
-from cosmos3_jax.checkpoint.lora import merge_on_read
-from cosmos3_jax.config import Config
+from cosmos3_jax.checkpoint.lora import Lora, adapted_leaves, merge_on_read
+from cosmos3_jax.config import Config, TransformerConfig
 from cosmos3_jax.parallel import sharding
 from cosmos3_jax.sampling.stages import params_dtype
 
@@ -39,6 +40,7 @@ class Weights:
         self.structs = jax.tree.map(self._struct, self._held)
         self._components: list[load.Component] = []
         self._dtype = jnp.dtype(jnp.float32)  # in which missing parts are read
+        self._loras: Sequence[Lora] = ()  # merged as they are read
         self._progress = False
 
     @classmethod
@@ -50,7 +52,7 @@ class Weights:
         *,
         offload: bool,
         mesh: Mesh | None = None,
-        loras: Sequence = (),
+        loras: Sequence[Lora] = (),
         progress: bool = False,
     ) -> "Weights":
         """All parts of a checkpoint, now; with `offload` each when it is used.
@@ -62,11 +64,10 @@ class Weights:
         Raises CheckpointError as `load.open_components` and `load.load_params` do.
         """
         components = load.open_components(folder, config)
-        if loras:
-            addition = merge_on_read(loras, config.transformer)
-            components[0] = dataclasses.replace(components[0], addition=addition)
+        components[0] = _with_loras(components[0], loras, config.transformer)
         weights = cls({}, mesh)
         weights._components, weights._dtype = components, jnp.dtype(dtype)
+        weights._loras = loras
         weights._progress = progress
         weights.structs = load.param_structs(components, weights._dtype, True, mesh)
         if not offload:
@@ -111,6 +112,41 @@ class Weights:
             self._held |= self._read(missing)
         return {part: self._held[part] for part in self.structs}
 
+    def merge_loras(self, loras: Sequence[Lora], config: TransformerConfig) -> None:
+        """Merge these LoRAs instead of those that are merged now.
+
+        Of what is on the device, the kernels that either adapts are read again: bit for bit what
+        `of_checkpoint` reads. They leave the device first, so that nothing is there twice.
+
+        Raises CheckpointError and ValueError as `load.load_params` does, and ValueError where there
+        is no checkpoint. The weights are then as they were.
+        """
+        if not self._components:
+            raise ValueError(
+                "this model was made from parameters: there is no checkpoint to read the weights "
+                "from; merge the LoRA into the parameters with checkpoint.lora.merge"
+            )
+        before, others = self._components[0], self._components[1:]
+        after = _with_loras(before, loras, config)
+        load.check_addition(after, self._dtype)
+        adapted = adapted_leaves([*self._loras, *loras], config)
+        pieces = [
+            piece
+            for piece in before.pieces(self._dtype, self._held.keys(), unstacked=True)
+            if load.layer_of(piece)[0] in adapted
+        ]
+        kept = flatten_dict(self._held, sep="/")
+        for piece in pieces:
+            kept.pop(before.path(piece.leaf), None)  # a stacked one has several pieces
+        self._held = {}
+        try:
+            read = dict(after.place(pieces, self.mesh))
+        except BaseException:
+            self._held = unflatten_dict(kept | dict(before.place(pieces, self.mesh)), sep="/")
+            raise
+        self._held = unflatten_dict(kept | read, sep="/")
+        self._components, self._loras = [after, *others], loras
+
     def compile_loading(self) -> None:
         """Compile what reading the missing parts would."""
         if not self.resident:
@@ -132,3 +168,11 @@ class Weights:
     def _struct(self, leaf: jax.Array) -> jax.ShapeDtypeStruct:
         placed = leaf.sharding if self.mesh is not None else None
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed)
+
+
+def _with_loras(
+    transformer: load.Component, loras: Sequence[Lora], config: TransformerConfig
+) -> load.Component:
+    """The transformer's files, with these LoRAs added as they are read and no others."""
+    addition = merge_on_read(loras, config) if loras else None
+    return dataclasses.replace(transformer, addition=addition)
