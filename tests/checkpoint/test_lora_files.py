@@ -4,8 +4,9 @@ import jax
 import numpy as np
 import pytest
 import torch
+from checkpoint_files import update_json
 from lora_cases import KERNELS, TOLERANCE, oracles, trained, velocity
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from rounding import farthest, relative_l2
 from safetensors.numpy import load_file, save_file
 from training_cases import new_oracle, params
@@ -61,6 +62,23 @@ def test_we_read_what_diffusers_writes(tmp_path):
     save_file(unread, tmp_path / "unread.safetensors")
     with pytest.raises(CheckpointError, match="adapts only what is not read"):
         lora_files.load(tmp_path / "unread.safetensors", CONFIG)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_we_read_peft_s_folder(tmp_path, rslora):
+    """As PEFT itself applies it, with its scale, patterns and names."""
+    model = new_oracle()
+    config = LoraConfig(
+        r=4, lora_alpha=6, target_modules=["to_q", "add_v_proj", "up_proj", "proj_out"],
+        init_lora_weights=False, use_rslora=rslora, rank_pattern={"add_v_proj": 2},
+        alpha_pattern={r"layers\.\d\.mlp_moe_gen\.up_proj": 1},
+    )  # fmt: skip
+    get_peft_model(model, config).save_pretrained(tmp_path)  # and the model has it from now on
+    merged, _ = lora.merge(lora_files.load(tmp_path, CONFIG), params(), CONFIG)
+    assert relative_l2(velocity(merged), oracles(model)) <= TOLERANCE
+    update_json(tmp_path / "adapter_config.json", use_rslora=not rslora)
+    other, _ = lora.merge(lora_files.load(tmp_path, CONFIG), params(), CONFIG)
+    assert relative_l2(velocity(other), oracles(model)) > 0.01
 
 
 def test_a_file_that_does_not_fit_is_told_from_end_to_end(tmp_path):
