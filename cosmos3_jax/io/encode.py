@@ -23,6 +23,7 @@ from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from cosmos3_jax.io.clips import opened
 from cosmos3_jax.io.media_read import to_uint8
 
 CONTAINERS = {".mp4": "mp4", ".mov": "mov", ".webm": "webm"}
@@ -193,11 +194,8 @@ def read_comment(path: Path) -> str | None:
         OSError: it cannot be read.
     """
     if path.suffix.lower() in CONTAINERS:
-        try:
-            with av.open(path.open("rb")) as container:
-                return container.metadata.get("comment", container.metadata.get("COMMENT"))
-        except av.error.FFmpegError as error:
-            raise ValueError(f"{path} is not a video that can be read ({error})") from error
+        with opened(path) as container:
+            return container.metadata.get("comment", container.metadata.get("COMMENT"))
     try:
         with Image.open(path) as image:
             image.load()

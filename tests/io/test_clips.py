@@ -9,7 +9,7 @@ import av
 import numpy as np
 import pytest
 from av.stream import Disposition
-from media_cases import PICTURE, video_of, write_clip
+from clip_cases import PICTURE, video_of, write_clip
 
 from cosmos3_jax.io import media
 from cosmos3_jax.io.conditioning import clip_pixels, resize_and_crop

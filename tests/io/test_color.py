@@ -8,7 +8,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from media_cases import (
+from clip_cases import (
     BLUE,
     BT601,
     BT709,

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 import torch
+from clip_cases import write_clip
 from conditioning_cases import CLIP, HEIGHT, WIDTH, picture
-from media_cases import write_clip
 from oracle import NEGATIVE, PROMPT, SETTINGS, prepare, run_oracle
 from PIL import Image
 from rounding import check, relative_l2

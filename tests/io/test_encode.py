@@ -120,7 +120,7 @@ def test_a_file_system_without_links(tmp_path, monkeypatch):
 def test_a_broken_file_has_no_comment_to_read(tmp_path):
     for name in ("a.mp4", "a.png"):
         (tmp_path / name).write_bytes(b"no such file format")
-        with pytest.raises(ValueError, match=f"{name} is not"):
+        with pytest.raises(ValueError, match=f"{name} (is not|is no)"):
             encode.read_comment(tmp_path / name)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from media_cases import DISPLAY_P3, PICTURE, video_of
+from clip_cases import DISPLAY_P3, PICTURE, video_of
 from PIL import Image
 
 from cosmos3_jax.io import media
