@@ -16,6 +16,7 @@ from rounding import check, relative_l2
 from cosmos3_jax import Cosmos3
 from cosmos3_jax.cli import main as cli
 from cosmos3_jax.io import media
+from cosmos3_jax.parallel import device
 from cosmos3_jax.pipeline import Step
 
 ROOT = Path(__file__).parent.parent
@@ -148,14 +149,18 @@ def small(monkeypatch, tmp_path):
     """Run a command of the README on the random checkpoint, small, in a folder with the docs."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(cli.device, "use_compilation_cache", lambda *_: None)
+    monkeypatch.setattr(device, "use_compilation_cache", lambda *_: None)
     (tmp_path / "docs").symlink_to(ROOT / "docs")
 
     def run(command: str) -> Path:
         arguments = shlex.split(command)[1:]
         at = arguments.index("--checkpoint") + 1
         arguments[at] = "random"
-        frames = [] if "--num-frames" in arguments else ["--num-frames", "9"]
+        if "--aspect" in arguments:  # of Nano's sizes; the random checkpoint has one
+            at = arguments.index("--aspect")
+            del arguments[at : at + 2]
+        still = arguments[arguments.index("--out") + 1].endswith(".png")
+        frames = [] if still else ["--num-frames", "9"]
         size = ["--height", "48", "--width", "80", "--steps", "1", "--guidance-scale", "1"]
         assert cli.main([*arguments, *frames, *size]) == 0
         return Path(arguments[arguments.index("--out") + 1])
