@@ -19,9 +19,9 @@ from cosmos3_jax.checkpoint.rules import CheckpointError
 from cosmos3_jax.config import TransformerConfig
 
 PEFT_PREFIX = "base_model.model."
-# Before the module's name: PEFT; diffusers' pipelines; ComfyUI and musubi-tuner. diffusers' models
-# write none.
-PREFIXES = (PEFT_PREFIX, "transformer.", "diffusion_model.")
+# Before the module's name: PEFT; diffusers' pipelines; ComfyUI and musubi-tuner; PyTorch's wrappers
+# for several devices and for compiling. diffusers' models write none.
+PREFIXES = (PEFT_PREFIX, "transformer.", "diffusion_model.", "module.", "_orig_mod.")
 # Before a name whose dots are underscores, `layers_0_self_attn_to_q`: kohya; LyCORIS.
 UNDERSCORE_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")
 ENDINGS = {
@@ -54,6 +54,9 @@ WAY_OUT = (
 )
 
 
+_PREFIXES = re.compile(rf"^({'|'.join(map(re.escape, PREFIXES))})+")
+
+
 class Name(NamedTuple):
     """What a tensor is: the public module, `A`, `B` or `alpha`, and PEFT's name of the adapter."""
 
@@ -73,9 +76,7 @@ def parse(key: str, config: TransformerConfig) -> Name | None:
     key = adapter[1] + adapter[3] if adapter else key
     for ending, half in ENDINGS.items():
         if key.endswith(ending):
-            module = key.removesuffix(ending)
-            for prefix in PREFIXES:
-                module = module.removeprefix(prefix)
+            module = _PREFIXES.sub("", key.removesuffix(ending))
             module = _underscored(config).get(module, module)
             return Name(module, half, adapter[2] if adapter else "")
     return None

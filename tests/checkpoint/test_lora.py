@@ -21,6 +21,7 @@ from cosmos3_jax.checkpoint.rules import CheckpointError, leaf_shapes
 from cosmos3_jax.cli import main as cli
 from cosmos3_jax.cli.generate import parse_lora
 from cosmos3_jax.models.transformer import param_shapes, unstack_layers
+from cosmos3_jax.parallel import device
 from cosmos3_jax.training.params import cast_params
 from cosmos3_jax.training.step import init_state
 
@@ -196,7 +197,7 @@ def test_on_the_command_line(record_property, public_checkpoint, tmp_path, monke
 
     It adapts the sound's projections too, which a silent run does not read.
     """
-    monkeypatch.setattr(cli.device, "use_compilation_cache", lambda *_: None)
+    monkeypatch.setattr(device, "use_compilation_cache", lambda *_: None)
     file = lora_files.save(trained(), tmp_path, CONFIG)
     out = tmp_path / "frame.png"
     settings = dict(num_frames=1, height=32, width=32, num_inference_steps=1, guidance_scale=1.0)

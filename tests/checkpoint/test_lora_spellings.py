@@ -120,6 +120,7 @@ WITH_ALPHA = {
     "diffusers before PEFT": ("transformer.{m}", ".lora.down", ".lora.up"),
     "its attention processors": ("transformer.{m}", "_lora.down", "_lora.up"),
     "its text encoders": ("{m}", ".lora_linear_layer.down", ".lora_linear_layer.up"),
+    "PyTorch's wrappers": ("module.transformer._orig_mod.{m}", ".lora_A", ".lora_B"),
     "PEFT, with tensors of alpha": ("base_model.model.{m}", ".lora_A.one", ".lora_B.one"),
 }
 
@@ -189,10 +190,11 @@ def test_the_scale_counts(tmp_path):
     assert farthest(merged(file), plain) < 1e-6
 
 
-def test_names_with_underscores_are_of_one_module_each():
-    known = lora_spellings._underscored(CONFIG)
-    assert len(set(known.values())) * len(lora_spellings.UNDERSCORE_PREFIXES) == len(known)
-    assert set(SIZES) | {UNREAD} <= set(known.values())
+@pytest.mark.parametrize("prefix", lora_spellings.UNDERSCORE_PREFIXES)
+def test_names_with_underscores_are_of_one_module_each(prefix):
+    for module in [*SIZES, UNREAD]:
+        name = lora_spellings.parse(f"{prefix}{module.replace('.', '_')}.alpha", CONFIG)
+        assert name == (module, "alpha", "")
 
 
 ONE = "layers.0.self_attn.to_q"
