@@ -189,7 +189,8 @@ def _pairs(
     sizes = {m: family.sizes for family in families(config).values() for m in family.modules}
     found: dict[str, dict[str, np.ndarray]] = {}
     problems: dict[str, list[str]] = {}
-    adapters, unread = Counter(), 0
+    others: dict[str, list[str]] = {}
+    adapters, unread, unknown = Counter(), 0, {}
     for key, tensor in tensors.items():
         name, kind = parse(key, config), other_kind(key)
         if name is not None and name.half != "alpha":
@@ -200,12 +201,17 @@ def _pairs(
                 problems.setdefault("in two spellings", []).append(f"{name.module}: {key}")
             halves[name.half] = tensor
         elif kind is not None:
-            problems.setdefault(f"of {kind}; {WAY_OUT}", []).append(key)
+            others.setdefault(kind, []).append(key)
         elif name is not None and is_unread(name.module, config):
             unread += 1
         else:
-            words = near(name.module if name else key, {m: [m] for m in sizes})
-            problems.setdefault("unexpected", []).append(f"{key}; near: {words}")
+            unknown[key] = name.module if name else key
+    raise_problems(f"this is no plain LoRA: {WAY_OUT}", others)
+    # Of another model's LoRA all are unknown, and to find what is near takes time.
+    problems["unexpected"] = [
+        f"{key}; near: {near(module, {m: [m] for m in sizes})}" if i < 3 else key
+        for i, (key, module) in enumerate(unknown.items())
+    ]
     if len(adapters) > 1:
         names = ", ".join(name or "one without a name" for name in adapters)
         problems["several adapters in one file; save each in its own"] = [names]
