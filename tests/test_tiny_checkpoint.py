@@ -22,6 +22,7 @@ import cosmos3_jax
 from cosmos3_jax import Cosmos3
 from cosmos3_jax.checkpoint import find
 from cosmos3_jax.cli import main as cli
+from cosmos3_jax.cli import options
 from cosmos3_jax.training.params import load_towers
 from examples.tiny import assemble, grammar, judge
 
@@ -84,12 +85,13 @@ def made(model, settings):
 
 def test_every_name_for_it_is_the_package_data(model, tmp_path, monkeypatch):
     assert find.find_checkpoint("tiny") == FOLDER
-    assert cli.parser().parse_args(["generate"]).checkpoint == "tiny"
+    assert options.parse(["generate"]).checkpoint == "tiny"
     towers, config = load_towers("tiny")
     assert config == model.config and towers.keys() == {"und", "gen"}
     monkeypatch.chdir(tmp_path)
-    os.symlink(FOLDER, "tiny")  # a folder of that name comes first
-    assert find.find_checkpoint("tiny") == Path("tiny")
+    os.symlink(FOLDER, "tiny")  # a folder of that name is reached as one
+    assert find.find_checkpoint("tiny") == FOLDER
+    assert find.find_checkpoint("./tiny") == find.find_checkpoint(Path("./tiny")) == Path("tiny")
 
 
 def test_an_installation_without_data_says_so(tmp_path, monkeypatch, capsys):
@@ -125,7 +127,7 @@ def test_what_is_trained_differs_from_what_it_began_with(model):
 def test_prompts_are_within_the_vocabulary(model, pipe):
     """Every word of the grammar is known, any other text is bytes, and diffusers agrees."""
     vocabulary = model.config.transformer.vocab_size
-    sentences = [text for _, text in grammar.held_out_sentences(20)] + [cli.DEFAULT_PROMPT]
+    sentences = [text for _, text in grammar.held_out_sentences(20)] + [options.DEFAULT_PROMPT]
     for text in [*sentences, "Ein Zebra, 3 猫!"]:
         ids, _ = pipe.tokenize_prompt(text, "", num_frames=49, height=96, width=96, fps=24.0)
         request = model.prepare(
@@ -141,7 +143,7 @@ def test_prompts_are_within_the_vocabulary(model, pipe):
 
 
 def test_the_demo_asks_for_what_training_has_seen():
-    words = set(re.findall(r"\w+|[.,]", cli.DEFAULT_PROMPT.lower()))
+    words = set(re.findall(r"\w+|[.,]", options.DEFAULT_PROMPT.lower()))
     assert words <= set(grammar.vocabulary())
     assert not grammar.held_out(DEMO)
     assert all(word in words for word in (*DEMO[:3], grammar.PITCH_WORDS[DEMO[3]]))

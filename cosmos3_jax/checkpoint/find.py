@@ -38,11 +38,13 @@ def find_checkpoint(
     """
     name = str(path_or_hub_id)
     path = Path(path_or_hub_id).expanduser()
-    on_hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not path.is_dir()
+    on_hub = is_on_hub(name)
     if revision is not None and not on_hub:
         raise CheckpointError(
             f"revision {revision!r} is for a Hub id owner/name, and {name} is none: leave it out"
         )
+    if isinstance(path_or_hub_id, Path) and path.is_dir():  # which has lost the ./ of ./tiny
+        return path
     if name == TINY:
         return _tiny_checkpoint()
     if name == random_checkpoint.NAME:
@@ -66,6 +68,12 @@ def find_checkpoint(
         raise CheckpointError(
             f"{name} is no local folder, and downloading it{at} from the Hub failed: {error}"
         ) from error
+
+
+def is_on_hub(name: str) -> bool:
+    """Whether a checkpoint's name is a Hub id, and no folder here."""
+    found = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)
+    return found is not None and not Path(name).expanduser().is_dir()
 
 
 def _tiny_checkpoint() -> Path:

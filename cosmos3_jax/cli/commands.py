@@ -107,7 +107,7 @@ def _memory_lines(options: argparse.Namespace, config: Config) -> Iterator[str]:
         config = config.silent()
     names = ("num_frames", "height", "width", "fps")
     job = Job.of_recipe(
-        config, sound=options.sound, dtype=options.dtype,
+        config, sound=bool(options.sound), dtype=options.dtype,
         **{name: getattr(settings, name) for name in names},
     )  # fmt: skip
     if device.default_device().platform != "gpu":
@@ -138,12 +138,13 @@ def run_bench(options: argparse.Namespace) -> int:
     else:
         config = Config() if options.sound else Config().silent()
     names = (
-        "sizes", "num_frames", "height", "width", "fps", "steps", "sound", "text_tokens",
-        "negative_tokens", "decode_chunk_size",
+        "sizes", "num_frames", "height", "width", "fps", "steps", "text_tokens", "negative_tokens",
+        "decode_chunk_size",
     )  # fmt: skip
     if options.repeats < 1:
         raise ValueError(f"repeats={options.repeats} must be at least 1")
-    jobs = bench.jobs(config, **{name: getattr(options, name) for name in names})
+    settings = {name: getattr(options, name) for name in names} | {"sound": bool(options.sound)}
+    jobs = bench.jobs(config, **settings)
     for job in jobs.values():
         memory.check_fits(config, device.memory_limit(), bench.padded(job, dtype))
     if model is not None:

@@ -3,6 +3,7 @@
 JAX is imported after the options are read, so that help and errors come at once.
 """
 
+import io
 import logging
 import sys
 import traceback
@@ -15,6 +16,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command. Returns the exit status; errors that a user can mend are one line, not a
     traceback.
     """
+    for stream in (sys.stdout, sys.stderr):  # a letter that the terminal has not must not fail
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     options = parse(arguments)
     import jax
 
@@ -47,9 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def say(text: str) -> None:
-    """Print to stderr, also where the terminal has no such letters: a message must not fail."""
-    encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), file=sys.stderr, flush=True)
+    print(text, file=sys.stderr, flush=True)
 
 
 def _show_warning(message: Warning | str, *_, **__) -> None:

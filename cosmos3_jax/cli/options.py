@@ -56,12 +56,24 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.command == "generate" and options.from_record:
         from cosmos3_jax.cli.record import recorded_options  # needs PyAV
 
+        none = dict.fromkeys(vars(options))  # of all defaults: what is left was named
+        named = vars(_parser(none).parse_args(arguments))
         try:
-            recorded = recorded_options(options)
+            recorded = recorded_options(
+                options.from_record, {name for name, value in named.items() if value is not None}
+            )
         except (ValueError, OSError) as error:
             options.parser.error(str(error))
         options = _parser(recorded).parse_args(arguments)
     return options
+
+
+def numbers(option: str, text: str, kind: type = float, kinds: str = "numbers") -> list:
+    """`1,2,3` as numbers. Raises ValueError on any other text."""
+    try:
+        return [kind(number) for number in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"{option} {text!r} must be {kinds} with commas between them") from error
 
 
 def _refuse(command: argparse.ArgumentParser, unknown: list[str]) -> NoReturn:
@@ -129,7 +141,9 @@ def _add_shape(group: Any, one_size: bool = True) -> None:
         "still.png: 1)",
     )  # fmt: skip
     group.add_argument("--fps", type=float, help=help_of("fps") + _recipe("fps"))
-    group.add_argument("--sound", action="store_true", default=None, help=help_of("sound"))
+    group.add_argument(
+        "--sound", action=argparse.BooleanOptionalAction, help=help_of("sound") + " (default: no)"
+    )
 
 
 def _add_dtype(group: Any) -> None:
@@ -142,17 +156,19 @@ def _add_dtype(group: Any) -> None:
 
 def _add_generate(command: argparse.ArgumentParser) -> None:
     prompt = command.add_argument_group("prompt")
-    prompt.add_argument(
+    one = prompt.add_mutually_exclusive_group()
+    one.add_argument(
         "text", nargs="?", metavar="PROMPT", help="text, or a structured caption as JSON"
     )
-    prompt.add_argument(
-        "--prompt", "-p", help="the same as an option (default: a sentence for tiny)"
-    )
-    prompt.add_argument(
+    one.add_argument("--prompt", "-p", help="the same as an option (default: a sentence for tiny)")
+    one.add_argument(
         "--prompt-file", type=Path, metavar="FILE", help="a text or JSON file, read byte for byte"
     )
-    prompt.add_argument("--negative-prompt", metavar="TEXT", help=help_of("negative_prompt"))
-    prompt.add_argument("--negative-prompt-file", type=Path, metavar="FILE")
+    one = prompt.add_mutually_exclusive_group()
+    one.add_argument("--negative-prompt", metavar="TEXT", help=help_of("negative_prompt"))
+    one.add_argument(
+        "--negative-prompt-file", type=Path, metavar="FILE", help="the same from a file"
+    )
     prompt.add_argument(
         "--prompt-style", choices=STYLES, default=Settings().prompt_style,
         help="whose way to put prompts into tokens (default: %(default)s)",
@@ -168,8 +184,9 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
     given = command.add_argument_group("what the video begins with")
-    given.add_argument("--image", type=Path, metavar="FILE", help="an image")
-    given.add_argument("--video", type=Path, metavar="FILE", help="a clip to go on from")
+    one = given.add_mutually_exclusive_group()
+    one.add_argument("--image", type=Path, metavar="FILE", help="an image")
+    one.add_argument("--video", type=Path, metavar="FILE", help="a clip to go on from")
     given.add_argument(
         "--condition-frames",
         metavar="I,J",
@@ -203,9 +220,7 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
         help="K + 1 comma-separated noise levels ending in 0, instead of those",
     )  # fmt: skip
     seeds = sampler.add_mutually_exclusive_group()
-    seeds.add_argument(
-        "--seed", type=int, help=f"-1 draws one (default: {Settings().seed})"
-    )
+    seeds.add_argument("--seed", type=int, help=f"-1 draws one (default: {Settings().seed})")
     seeds.add_argument(
         "--seeds", metavar="N,N,...", help="several seeds: a file for each, named by it"
     )

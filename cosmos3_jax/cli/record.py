@@ -3,8 +3,7 @@
 import argparse
 import json
 import platform
-import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import PIL
 
 import cosmos3_jax
 from cosmos3_jax.checkpoint import digests
-from cosmos3_jax.checkpoint.find import BUILT_IN
+from cosmos3_jax.checkpoint.find import BUILT_IN, is_on_hub
 from cosmos3_jax.io.encode import IMAGE_SUFFIXES, VIDEO_SUFFIXES, read_comment
 from cosmos3_jax.io.prepare import Prepared
 from cosmos3_jax.parallel import device
@@ -23,13 +22,14 @@ from cosmos3_jax.runtime.job import Job
 from cosmos3_jax.sampling.denoise import all_steps
 
 Record = dict[str, Any]
-# Of one run, not of what it makes. A file leaves them out: the same again is the same bytes.
-RUN = ("seconds", "peak_memory_bytes", "offload")
+# Of one run and how it was asked for, not of what it makes. A file leaves them out: the same again
+# is the same bytes.
+RUN = ("seconds", "peak_memory_bytes", "offload", "sources")
 # Options that are in a record under their own names.
 SAME_NAMES = (
     "checkpoint", "prompt", "negative_prompt", "system_prompt", "prompt_style", "prompt_metadata",
-    "num_frames", "height", "width", "fps", "num_inference_steps", "guidance_scale", "seed", "keep",
-    "dtype", "steps_per_program",
+    "num_frames", "height", "width", "fps", "num_inference_steps", "guidance_scale", "flow_shift",
+    "schedule", "seed", "keep", "dtype", "steps_per_program",
 )  # fmt: skip
 
 
@@ -92,6 +92,8 @@ def make_record(
         "keep": (options.keep or "first") if options.video else None,
         "num_inference_steps": request.num_inference_steps,
         "guidance_scale": float(request.guidance_scale),
+        "flow_shift": settings.flow_shift,
+        "schedule": settings.schedule,
         "sigmas": prepared.sigmas.tolist(),
         "steps_per_program": block_steps,
         "timesteps": [*map(int, all_steps(request).solver.timestep)],
@@ -126,8 +128,8 @@ def to_comment(record: Record) -> str:
     record["lora"] = [_without_folder(lora) for lora in record["lora"]]
     if record["noise"]:
         record["noise"] = Path(record["noise"]).name
-    if Path(record["checkpoint"]).is_dir() and record["checkpoint"] not in BUILT_IN:
-        record["checkpoint"] = Path(record["checkpoint"]).resolve().name
+    if not (is_on_hub(record["checkpoint"]) or record["checkpoint"] in BUILT_IN):
+        record["checkpoint"] = Path(record["checkpoint"]).expanduser().resolve().name
     return json.dumps(record)
 
 
@@ -156,29 +158,29 @@ def read_record(path: Path) -> Record:
     return record
 
 
-def recorded_options(options: argparse.Namespace) -> dict[str, Any]:
-    """The values of a command line's options as the record says, for those that it does not name.
+def recorded_options(path: Path, named: Set[str]) -> dict[str, Any]:
+    """What a record says of the options of a command line.
 
     Args:
-        options: of a first reading, with `from_record`.
+        path: see `read_record`.
+        named: the options that are given beside it; what they say instead is left out.
 
     Raises:
         ValueError: there is no record, or a file that it names is not here.
         OSError: the record cannot be read.
     """
-    path = options.from_record
     record = read_record(path)
     found = {name: record[name] for name in SAME_NAMES if record.get(name) is not None}
     found["sound"] = bool(record.get("sound_frames"))
-    named = {name for name, value in vars(options).items() if value is not None}
-    if {"size", "aspect", "height", "width"} & named:
-        found = {name: value for name, value in found.items() if name not in ("height", "width")}
-    if not {"num_inference_steps", "flow_shift", "schedule", "sigmas"} & named:
+    instead = {
+        "height": {"size", "aspect"}, "width": {"size", "aspect"},
+        "prompt": {"text", "prompt_file"}, "negative_prompt": {"negative_prompt_file"},
+        "steps_per_program": {"num_inference_steps", "sigmas"}, "seed": {"seeds"},
+        "keep": {"image"},
+    }  # fmt: skip
+    found = {name: found[name] for name in found if not instead.get(name, set()) & named}
+    if not {"num_inference_steps", "flow_shift", "schedule"} & named:
         found["sigmas"] = ",".join(map(repr, record["sigmas"]))
-    if {"text", "prompt_file"} & named:
-        found.pop("prompt", None)
-    if "negative_prompt_file" in named:
-        found.pop("negative_prompt", None)
     if "image" not in named and "video" not in named:
         for name in ("image", "video"):
             if record.get(name):
@@ -193,11 +195,12 @@ def recorded_options(options: argparse.Namespace) -> dict[str, Any]:
             for lora in record.get("lora", [])
         ] or None
     checkpoint = record.get("checkpoint", "")
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint) and not Path(checkpoint).is_dir()
-    if on_hub:
+    if "checkpoint" in named:
+        del found["checkpoint"]
+    elif is_on_hub(checkpoint):
         found["revision"] = record.get("checkpoint_files", {}).get("revision")
     elif checkpoint not in BUILT_IN:
-        found["checkpoint"] = str(_look_for(checkpoint, path, "--checkpoint", missing_ok=True))
+        found["checkpoint"] = str(_look_for(checkpoint, path, "--checkpoint").absolute())
     return found
 
 
@@ -248,14 +251,12 @@ def _without_folder(file: dict[str, Any] | None) -> dict[str, Any] | None:
     return file and file | {"path": Path(file["path"]).name}
 
 
-def _look_for(name: str, record: Path, option: str, missing_ok: bool = False) -> Path:
+def _look_for(name: str, record: Path, option: str) -> Path:
     """A file of a record: where it says, beside the record, or here."""
     places: Sequence[Path] = (Path(name), record.parent / name, Path(Path(name).name))
     for place in places:
         if place.exists():
             return place
-    if missing_ok:
-        return Path(name)
     raise ValueError(
         f"--from-record {record}: {name} is neither there nor beside the record; name it with "
         f"{option}"

@@ -41,7 +41,7 @@ from cosmos3_jax.io.media_read import (
 __all__ = [
     "IMAGE_SUFFIXES", "MediaInfo", "VIDEO_SUFFIXES", "check_writable", "frame_rate", "probe",
     "read_image", "read_sound", "read_video", "save_frames", "save_image", "save_mp4", "save_video",
-    "save_wav", "to_uint8", "write_text",
+    "save_wav", "to_uint8", "write_text", "writing",
 ]  # fmt: skip
 
 MEDIA_SUFFIXES = (*dict.fromkeys((*VIDEO_SUFFIXES, ".wav", *IMAGE_SUFFIXES)),)
@@ -84,7 +84,7 @@ def check_writable(
 
 
 @contextlib.contextmanager
-def _writing(path: PathLike, overwrite: bool, suffixes: Sequence[str] | None) -> Iterator:
+def writing(path: PathLike, overwrite: bool, suffixes: Sequence[str] | None) -> Iterator:
     """A target to write (see `publish.Target`), after `check_writable`'s checks of its folder."""
     path = check_writable(path, True, suffixes)
     if overwrite:
@@ -104,7 +104,7 @@ def write_text(path: PathLike, text: str, overwrite: bool = False) -> Path:
     """Write `text` as UTF-8, whole or not at all. Returns the path. Raises as `check_writable` does
     of a folder; any suffix will do.
     """
-    with _writing(path, overwrite, None) as target:
+    with writing(path, overwrite, None) as target:
         target.temporary.write_text(text, encoding="utf-8")
     return target.path
 
@@ -180,7 +180,7 @@ def _save_video(
     crf: int,
     comment: str | None,
 ) -> Path:
-    with _writing(path, overwrite, suffixes) as target:
+    with writing(path, overwrite, suffixes) as target:
         contained = target.path.suffix.lower() in CONTAINERS
         rate = frame_rate(output.get("fps", DEFAULT_FPS) if fps is None else fps)
         video = _check_video(_example(output, "video", example, "3 T H W"), even=contained)
@@ -208,7 +208,7 @@ def save_wav(
     sound = _check_sound(waveform, sample_rate, max_channels=8)
     samples = np.rint(sound * 32768).clip(max=32767).astype("<i2")  # 32768: what readers divide by
     with (
-        _writing(path, overwrite, (".wav",)) as target,
+        writing(path, overwrite, (".wav",)) as target,
         wave.open(str(target.temporary), "wb") as file,
     ):
         file.setnchannels(sound.shape[0])
@@ -237,7 +237,7 @@ def save_image(
         raise ValueError(
             f"the image is {list(shape)}: {video.shape[1]} frames; use save_frames or save_video"
         )
-    with _writing(path, overwrite, IMAGE_SUFFIXES) as target:
+    with writing(path, overwrite, IMAGE_SUFFIXES) as target:
         encode.write_image(target.temporary, encode.frame(video, 0), comment)
     return target.path
 

@@ -129,11 +129,13 @@ def test_without_xdg_the_cache_is_in_the_home(tmp_path, monkeypatch):
     assert load.load_config(made).has_sound
 
 
-def test_a_folder_of_that_name_wins(cache, folder, tmp_path, monkeypatch):
+def test_a_folder_of_that_name_is_reached_as_one(cache, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     os.symlink(folder, "random")
-    assert find.find_checkpoint("random") == Path("random")
+    for name in ("./random", Path("random"), tmp_path / "random"):
+        assert find.find_checkpoint(name) == Path(name)
     assert not cache.exists()
+    assert find.find_checkpoint("random").is_relative_to(cache)
 
 
 RACE = """

@@ -202,7 +202,10 @@ BAD_ARGUMENTS = [
     ("--fps 0", "fps=0.0 must be positive and finite"),
     ("--fps nan", "fps=nan must be positive and finite"),
     ("--sound --num-frames 1", "num_frames=1 makes an image, which has no sound"),
-    ("--checkpoint {tmp}/none", "none is not a folder, nor a Hub id of the form owner/name"),
+    (
+        "--checkpoint {tmp}/none",
+        "there is no folder {tmp}/none; a checkpoint is a folder, a Hub id",
+    ),
     ("--sound --checkpoint {silent}", "has no sound (sound_gen is False"),
     ("--out {tmp}/a.txt", "the suffix '.txt' is not supported here; use .json"),
 ]
@@ -215,7 +218,7 @@ def test_bad_arguments_are_one_line_before_any_work(
     arguments = arguments.format(tmp=tmp_path, silent=silent_checkpoint)
     assert cli.main(["bench", *arguments.split()]) == 2
     said = capsys.readouterr()
-    assert message in said.err
+    assert message.format(tmp=tmp_path) in said.err
     assert said.err.startswith("cosmos3-jax: error: ") and said.err.count("\n") == 1
     assert not said.out
 

@@ -7,6 +7,7 @@ import jax
 import pytest
 from command_line import PROMPT, SHAPE
 
+from cosmos3_jax.cli import commands
 from cosmos3_jax.cli import main as cli
 from cosmos3_jax.parallel import device
 from cosmos3_jax.runtime import memory
@@ -27,7 +28,9 @@ def test_info_says_what_is_there(capsys, monkeypatch, unloaded, silent_checkpoin
     assert text.startswith("random: public layout\n")
     for component in ("transformer", "vae", "sound_tokenizer"):
         assert number_after(text, component) > 10  # tensors
-    assert "sound: yes" in text and "num_inference_steps=8" in text
+    assert "sound: yes" in text
+    assert re.search(r"text2image, if nothing else is said .*\n  1 frame, .* 8 steps, ", text)
+    assert re.search(r"text2video, if nothing else is said .*\n  .* frames at .* 8 steps, ", text)
     assert "9 frames of 48x80 with sound in float32" in text
     stages = [number_after(text, stage) for stage in memory.STAGES.values()]
     assert number_after(text, "peak") == max(stages) > 0
@@ -49,7 +52,7 @@ def test_info_says_what_is_there(capsys, monkeypatch, unloaded, silent_checkpoin
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--checkpoint", "nowhere"], "nowhere is not a folder"),
+        (["--checkpoint", "nowhere"], "there is no folder nowhere"),
         (["--checkpoint", "{silent}", "--sound"], "has no sound"),
         (["--num-frames", "190"], "num_frames=190"),
         (["--sound", "--fps", "nan"], "fps=nan"),
@@ -68,14 +71,14 @@ def test_info_downloads_no_weights(capsys, monkeypatch, silent_checkpoint):
     """Of a checkpoint on the Hub: what a shape needs can be known before 30 GB are fetched."""
     asked = []
 
-    def find(path_or_hub_id, weights=True):
-        asked.append(weights)
+    def find(path_or_hub_id, weights=True, revision=None):
+        asked.append((weights, revision))
         return silent_checkpoint
 
-    monkeypatch.setattr(cli, "find_checkpoint", find)
-    assert cli.main(["info", "--checkpoint", "owner/name"]) == 0
+    monkeypatch.setattr(commands, "find_checkpoint", find)
+    assert cli.main(["info", "--checkpoint", "owner/name", "--revision", "v2"]) == 0
     text = capsys.readouterr().out
-    assert asked == [False] and "weights not looked at" in text
+    assert asked == [(False, "v2")] and "weights not looked at" in text
     assert number_after(text, "peak") > 0 and number_after(text, "text tower") > 0
 
 

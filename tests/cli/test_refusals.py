@@ -16,23 +16,28 @@ pytestmark = pytest.mark.usefixtures("own_cache", "no_compilation_cache")
 def test_outputs_are_replaced_only_if_asked(tmp_path, monkeypatch, capsys, unloaded):
     out, arrays = tmp_path / "a.mp4", tmp_path / "latents.npz"
     arguments = [*SMALL, "--out", str(out), "--save-latents", str(arrays)]
-    for existing in (out, out.with_suffix(".json"), arrays):
-        existing.write_bytes(b"mine")
+    record, other = out.with_suffix(".json"), tmp_path / "a.mp4.json"
+    for existing in ([out], [record, other], [arrays]):  # one name is left for the record
+        for path in existing:
+            path.write_bytes(b"mine")
         assert cli.main(arguments) == 2
         error = capsys.readouterr().err
-        assert f"{existing} exists" in error and "--overwrite" in error
-        assert existing.read_bytes() == b"mine"
-        existing.unlink()
+        assert f"{existing[-1]} exists" in error and "--overwrite" in error
+        for path in existing:
+            assert path.read_bytes() == b"mine"
+            path.unlink()
 
 
 def test_inputs_are_never_overwritten(tmp_path, capsys, unloaded):
-    """`--prompt-file car.json --out car.mp4` would write its record over the prompt."""
-    prompt = tmp_path / "car.json"
+    """Not the prompt by its record, which `test_habits.py` puts beside it, nor a clip by itself."""
+    prompt = tmp_path / "car.mp4.json"
     prompt.write_text('{"subjects": []}', encoding="utf-8")
-    arguments = ["--prompt-file", str(prompt), "--out", str(tmp_path / "car.mp4"), "--overwrite"]
+    (tmp_path / "car.json").write_text("mine", encoding="utf-8")
+    arguments = ["--prompt-file", str(prompt), "--out", str(tmp_path / "car.mp4")]
     assert cli.main(["generate", *arguments]) == 2
     assert "would be written and is also read" in capsys.readouterr().err
     assert prompt.read_text(encoding="utf-8") == '{"subjects": []}'
+    assert (tmp_path / "car.json").read_text(encoding="utf-8") == "mine"
     clip = tmp_path / "car.mp4"
     clip.write_bytes(b"mine")
     command = ["generate", "--video", str(clip), "--out", str(clip), "--overwrite"]
@@ -69,7 +74,7 @@ BAD_ARGUMENTS = [
     ("--fps 2000", "fps=2000.0 is not between 0.1 and 1000"),
     ("--sigmas 0.9,0.5,1e-50,0", "sigmas must fall strictly"),
     ("--guidance-scale nan", "guidance_scale=nan must be a finite number"),
-    ("--seed -1", "seed=-1 is outside 0..4294967295"),
+    ("--seed -2", "seed=-2 is outside 0..4294967295"),
     ("--sigmas 0.9,x,0", "--sigmas '0.9,x,0' must be numbers with commas between them"),
     ("--sigmas 0.9,0.4", "sigmas must end in 0, the last is 0.4"),
     ("--noise {tmp}/none.npz", "none.npz cannot be read as an npz file: [Errno 2]"),
@@ -81,13 +86,13 @@ BAD_ARGUMENTS = [
     ("--noise {tmp}/sound.npz", "sound_noise has shape (1, 64, 9), this request needs (1, 64, 10)"),
     ("--prompt-file {tmp}/none.txt", "No such file"),
     ("--negative-prompt-file {tmp}/latin.txt", "latin.txt is not UTF-8"),
-    ("--checkpoint {tmp}/none", "none is not a folder, nor a Hub id of the form owner/name"),
+    ("--checkpoint {tmp}/none", "there is no folder {tmp}/none; a checkpoint is a folder, a Hub id"),
     ("--checkpoint {tmp}", "is not a Cosmos3 checkpoint: it has no transformer/config.json"),
     ("--checkpoint {silent}", "has no sound (sound_gen is False"),
     ("--out {tmp}/file/a.mp4", "cannot write files in {tmp}/file"),
     ("--out /proc/cosmos3/a.mp4", "/proc/cosmos3/a.mp4: cannot write files in /proc/cosmos3"),
     ("--out {tmp}/a.avi", "the suffix '.avi' is not supported here; use .mp4"),
-    ("--out {tmp}/a.png", "a.png: a video is an .mp4; name such a file, or change --num-frames"),
+    ("--out {tmp}/a.png", "a.png: a video is one of .mp4, .mov, .webm, .gif, .webp; name such"),
     ("--image {tmp}/none.png", "none.png does not exist"),
     ("--image {tmp}/file", "file is not an image that can be read"),
     ("--video {tmp}/file", "file is not a media file"),
@@ -121,7 +126,7 @@ def test_bad_arguments_are_one_line_and_load_nothing(
         (["--prompt-style", "x"], "invalid choice: 'x'"),
         (["--steps", "2.5"], "invalid int value: '2.5'"),
         (["--prompt", "a", "--prompt-file", "b"], "not allowed with argument --prompt"),
-        (["--frames", "9"], "unrecognized arguments: --frames"),
+        (["--filters", "9"], "unrecognized arguments: --filters"),
         (["--image", "a.png", "--video", "b.mp4"], "not allowed with argument --image"),
         (["--keep", "middle"], "invalid choice: 'middle'"),
     ],
@@ -147,7 +152,8 @@ def test_an_exhausted_device_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(programs.Run, "__call__", exhaust)
     assert cli.main([*SMALL, "--out", str(tmp_path / "a.mp4")]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "the device ran out of memory" in error
+    assert error.count("cosmos3-jax: error: ") == 1
+    assert "the device ran out of memory" in error.splitlines()[-1]
 
 
 def test_an_interrupt_is_no_traceback(tmp_path, monkeypatch, capsys):
@@ -156,5 +162,7 @@ def test_an_interrupt_is_no_traceback(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(Cosmos3, "load", interrupt)
     assert cli.main([*SMALL, "--out", str(tmp_path / "a.mp4")]) == 130
-    assert capsys.readouterr().err == "cosmos3-jax: interrupted\n"
+    *stages, last = capsys.readouterr().err.splitlines()
+    assert last == "cosmos3-jax: interrupted"
+    assert all(line.startswith("cosmos3-jax: random: ") for line in stages)
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,157 @@
+"""The files of `cosmos3-jax generate`: their names, what they can hold, how they are written."""
+
+import argparse
+import dataclasses
+import logging
+import secrets
+import time
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cosmos3_jax.cli.options import numbers
+from cosmos3_jax.cli.record import Record, parse_lora, to_comment, to_text
+from cosmos3_jax.io import media
+from cosmos3_jax.io.encode import ANIMATIONS, CONTAINERS, IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from cosmos3_jax.io.settings import Settings
+from cosmos3_jax.parallel import device, distributed
+from cosmos3_jax.sampling.request import Request
+
+ONLY_IMAGES = tuple(suffix for suffix in IMAGE_SUFFIXES if suffix not in ANIMATIONS)
+
+log = logging.getLogger("cosmos3_jax")
+
+
+@dataclasses.dataclass
+class Take:
+    """One of the files to make: its seed, its paths and the seconds of its stages."""
+
+    seed: int
+    out: Path
+    record_path: Path
+    latents_path: Path | None
+    times: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+def plan(options: argparse.Namespace) -> list[Take]:
+    """The files to make, after a check that they can be written.
+
+    A name such as `still.png` sets `options.num_frames` to 1 where nothing else is said.
+
+    Raises:
+        ValueError: a file would be written and is also read, or a seed cannot be read.
+        OSError: a file exists, or cannot be written.
+    """
+    out = options.out or Path("output.png" if options.num_frames == 1 else "output.mp4")
+    if options.num_frames is None and out.suffix.lower() in ONLY_IMAGES:
+        options.num_frames = 1
+    inputs = [
+        options.prompt_file, options.negative_prompt_file, options.noise, options.image,
+        options.video, options.from_record,
+    ]  # fmt: skip
+    inputs += [path for path, _ in map(parse_lora, options.lora or [])]
+    read = {path.resolve() for path in inputs if path is not None}
+    seeds = _seeds(options)
+    takes = []
+    for seed in seeds:
+        several = f"-seed{seed}" if len(seeds) > 1 else ""
+        path, latents = out.with_stem(out.stem + several), options.save_latents
+        if latents is not None:
+            latents = latents.with_stem(latents.stem + several)
+        take = Take(seed, path, _record_path(path, read, options.overwrite), latents)
+        outputs: dict[Path, tuple[str, ...] | None] = {
+            path: (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES), take.record_path: None
+        }  # fmt: skip
+        if latents is not None:
+            outputs[latents] = (".npz",)
+        for path, suffixes in outputs.items():
+            if path.resolve() in read:
+                raise ValueError(f"{path} would be written and is also read; choose another --out")
+            if distributed.is_writer():
+                media.check_writable(path, options.overwrite, suffixes)
+        takes.append(take)
+    return takes
+
+
+def _record_path(out: Path, read: set[Path], overwrite: bool) -> Path:
+    """`car.json` for `car.mp4`; `car.mp4.json` if that is another file's, such as a prompt."""
+    path = out.with_suffix(".json")
+    taken = path.resolve() in read or (path.exists() and not overwrite)
+    return out.with_name(f"{out.name}.json") if taken else path
+
+
+def _seeds(options: argparse.Namespace) -> list[int]:
+    if options.count < 1:
+        raise ValueError(f"--count {options.count} must be at least 1")
+    if options.seeds is not None:
+        seeds = numbers("--seeds", options.seeds, int, "whole numbers")
+        if options.count != 1:
+            raise ValueError(f"--count {options.count} beside --seeds {options.seeds}: give one")
+        if len(set(seeds)) != len(seeds):
+            raise ValueError(f"--seeds {options.seeds} has a seed twice")
+        return seeds
+    seed = Settings().seed if options.seed is None else options.seed
+    if seed == -1:
+        seed = secrets.randbelow(2**32 - options.count)
+        log.info("seed %d", seed)
+    return [seed + number for number in range(options.count)]
+
+
+def check_kind(options: argparse.Namespace, out: Path, request: Request) -> None:
+    """Raise ValueError if the file that is named cannot hold what is made."""
+    suffix, one_frame = out.suffix.lower(), request.video_shape[0] == 1
+    if one_frame and suffix not in IMAGE_SUFFIXES:
+        raise ValueError(
+            f"--out {out}: one frame is an image, {', '.join(IMAGE_SUFFIXES)}; name such a file, "
+            "or change --num-frames"
+        )
+    if not one_frame and suffix not in VIDEO_SUFFIXES:
+        raise ValueError(
+            f"--out {out}: a video is one of {', '.join(VIDEO_SUFFIXES)}; name such a file, or "
+            "change --num-frames"
+        )
+    if options.sound and suffix not in CONTAINERS:
+        raise ValueError(
+            f"--out {out}: such a file holds no sound; name one of {', '.join(CONTAINERS)}, or "
+            "say --no-sound"
+        )
+    media.frame_rate(float(request.fps))  # raises on a rate that no file can have
+
+
+def write(options: argparse.Namespace, take: Take, result: Mapping, record: Record) -> None:
+    """The file and its record, and the times on the terminal."""
+    log.info("writing %s", take.out)
+    comment = to_comment(record) if options.metadata else None
+    with timed(take.times, "encode"):
+        save = media.save_image if result["video"].shape[2] == 1 else media.save_video
+        out = save(result, take.out, overwrite=options.overwrite, comment=comment)
+    take.times["total"] = sum(take.times.values())
+    record |= {
+        "peak_memory_bytes": device.memory_peak(),
+        "seconds": {stage: round(seconds, 3) for stage, seconds in take.times.items()},
+    }
+    path = take.record_path if out == take.out else out.with_name(f"{out.name}.json")
+    path = media.write_text(path, to_text(record), overwrite=options.overwrite)
+    for stage, seconds in take.times.items():
+        print(f"{stage:>10}  {seconds:8.2f} s")
+    written = [out, path] + ([take.latents_path] if take.latents_path else [])
+    print(f"wrote {', '.join(map(str, written))}")
+
+
+def save_latents(path: Path, arrays: Mapping[str, Any], overwrite: bool) -> Path:
+    """Write an npz file; returns its path, another one if that has been taken meanwhile."""
+    with media.writing(path, overwrite, (".npz",)) as target:
+        with target.temporary.open("wb") as file:
+            np.savez(file, **arrays)
+    return target.path
+
+
+@contextmanager
+def timed(times: dict[str, float], stage: str) -> Generator[None, None, None]:
+    """Notes the seconds of its block."""
+    start = time.perf_counter()
+    yield
+    times[stage] = time.perf_counter() - start
