@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import jax
@@ -126,6 +127,22 @@ def test_only_what_changes_is_read_and_nothing_is_compiled(public_checkpoint, fi
         *(f"gen/layers/{layer}/mlp/gate_up" for layer in range(3)), "gen/proj_out",
     ]  # fmt: skip
     assert kept == len(jax.tree.leaves(before)) - len(changed)
+
+
+def test_kernels_leave_the_device_before_others_come(public_checkpoint, files, monkeypatch):
+    model = Cosmos3.from_pretrained(public_checkpoint, "float32", offload=False, lora=files[0])
+    kernels = [leaf["mlp"]["gate_up"]["kernel"] for leaf in model.params["gen"]["layers"].values()]
+    before = [weakref.ref(kernel) for kernel in kernels]
+    del kernels
+    held = []
+
+    def watched(component, piece, index=None, read=load.Component.read):
+        held.append(sum(kernel() is not None for kernel in before))
+        return read(component, piece, index)
+
+    monkeypatch.setattr(load.Component, "read", watched)
+    model.unload_lora()
+    assert len(before) == 3 and held and not any(held)
 
 
 def test_errors_leave_the_model_as_it_was(public_checkpoint, files, tmp_path, monkeypatch):
