@@ -300,7 +300,7 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
 
 def _add_convert(command: argparse.ArgumentParser) -> None:
     command.add_argument("source", help="folder or Hub id")
-    command.add_argument("target", type=Path)
+    command.add_argument("target", type=Path, help="folder to write")
     command.add_argument("--revision", help="branch, tag or commit of a Hub id (default: main)")
     command.add_argument(
         "--dtype", choices=("bfloat16", "float32"), default="bfloat16",

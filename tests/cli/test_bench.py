@@ -204,7 +204,7 @@ BAD_ARGUMENTS = [
     ("--sound --num-frames 1", "num_frames=1 makes an image, which has no sound"),
     (
         "--checkpoint {tmp}/none",
-        "there is no folder {tmp}/none; a checkpoint is a folder, a Hub id",
+        "there is no folder {tmp}/none; a checkpoint is a folder, a Hub",
     ),
     ("--sound --checkpoint {silent}", "has no sound (sound_gen is False"),
     ("--out {tmp}/a.txt", "the suffix '.txt' is not supported here; use .json"),

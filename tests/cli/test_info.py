@@ -46,7 +46,8 @@ def test_info_says_what_is_there(capsys, monkeypatch, unloaded, silent_checkpoin
     text = capsys.readouterr().out
     assert "sound: no" in text and "sound_tokenizer" not in text
     # For a GPU, though there is none here: its kernels need no logits.
-    assert "189 frames of 720x1280 in bfloat16" in text and number_after(text, "logits") == 0
+    assert "189 frames of 720x1280 in bfloat16" in text
+    assert number_after(text, "attention without a fast kernel") == 0
 
 
 @pytest.mark.parametrize(
@@ -80,6 +81,18 @@ def test_info_downloads_no_weights(capsys, monkeypatch, silent_checkpoint):
     text = capsys.readouterr().out
     assert asked == [(False, "v2")] and "weights not looked at" in text
     assert number_after(text, "peak") > 0 and number_after(text, "text tower") > 0
+
+
+@pytest.mark.parametrize("name", ["nvidia/Cosmos3-Super", "cosmos3-nano"])
+def test_info_of_published_models_needs_no_network(capsys, monkeypatch, name):
+    monkeypatch.setattr(commands, "find_checkpoint", lambda *_, **__: pytest.fail("looked for"))
+    assert cli.main(["info", name]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"{name}: sizes as published")
+    steps, shift = (50, 5) if name.endswith("Super") else (50, 3)
+    assert f"  1 frame, 960x960, {steps} steps, guidance 4, shift {shift}, native schedule" in text
+    billions = number_after(text, "media tower") / 1000
+    assert 25 < billions < 35 if name.endswith("Super") else 6 < billions < 9
 
 
 def test_memory_is_what_the_arrays_take(model):

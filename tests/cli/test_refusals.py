@@ -86,7 +86,7 @@ BAD_ARGUMENTS = [
     ("--noise {tmp}/sound.npz", "sound_noise has shape (1, 64, 9), this request needs (1, 64, 10)"),
     ("--prompt-file {tmp}/none.txt", "No such file"),
     ("--negative-prompt-file {tmp}/latin.txt", "latin.txt is not UTF-8"),
-    ("--checkpoint {tmp}/none", "there is no folder {tmp}/none; a checkpoint is a folder, a Hub id"),
+    ("--checkpoint {tmp}/none", "there is no folder {tmp}/none; a checkpoint is a folder, a Hub"),
     ("--checkpoint {tmp}", "is not a Cosmos3 checkpoint: it has no transformer/config.json"),
     ("--checkpoint {silent}", "has no sound (sound_gen is False"),
     ("--out {tmp}/file/a.mp4", "cannot write files in {tmp}/file"),
