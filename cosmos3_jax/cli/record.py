@@ -3,7 +3,7 @@
 import argparse
 import json
 import platform
-from collections.abc import Sequence, Set
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -184,14 +184,15 @@ def recorded_options(path: Path, named: Set[str]) -> dict[str, Any]:
     if "image" not in named and "video" not in named:
         for name in ("image", "video"):
             if record.get(name):
-                found[name] = _look_for(record[name]["path"], path, f"--{name}")
+                given = record[name]
+                found[name] = _look_for(given["path"], given.get("sha256"), path, f"--{name}")
         if record.get("condition_frames") and record.get("video"):
             found["condition_frames"] = ",".join(map(str, record["condition_frames"]))
     if record.get("noise") and "noise" not in named and not {"seed", "seeds"} & named:
-        found["noise"] = _look_for(record["noise"], path, "--noise")
+        found["noise"] = _look_for(record["noise"], record.get("noise_sha256"), path, "--noise")
     if "lora" not in named:
         found["lora"] = [
-            f"{_look_for(lora['path'], path, '--lora')}:{lora['factor']!r}"
+            f"{_look_for(lora['path'], lora.get('sha256'), path, '--lora')}:{lora['factor']!r}"
             for lora in record.get("lora", [])
         ] or None
     checkpoint = record.get("checkpoint", "")
@@ -200,7 +201,7 @@ def recorded_options(path: Path, named: Set[str]) -> dict[str, Any]:
     elif is_on_hub(checkpoint):
         found["revision"] = record.get("checkpoint_files", {}).get("revision")
     elif checkpoint not in BUILT_IN:
-        found["checkpoint"] = str(_look_for(checkpoint, path, "--checkpoint").absolute())
+        found["checkpoint"] = str(_look_for(checkpoint, None, path, "--checkpoint").absolute())
     return found
 
 
@@ -251,13 +252,15 @@ def _without_folder(file: dict[str, Any] | None) -> dict[str, Any] | None:
     return file and file | {"path": Path(file["path"]).name}
 
 
-def _look_for(name: str, record: Path, option: str) -> Path:
-    """A file of a record: where it says, beside the record, or here."""
-    places: Sequence[Path] = (Path(name), record.parent / name, Path(Path(name).name))
-    for place in places:
-        if place.exists():
-            return place
-    raise ValueError(
-        f"--from-record {record}: {name} is neither there nor beside the record; name it with "
-        f"{option}"
-    )
+def _look_for(name: str, digest: str | None, record: Path, option: str) -> Path:
+    """A file of a record: where it says, beside the record, or here. Of several, the same one."""
+    places = (Path(name), record.parent / Path(name).name, Path(Path(name).name))
+    found = [place for place in places if place.exists()]
+    if not found:
+        raise ValueError(
+            f"--from-record {record}: {name} is neither there nor beside the record; name it with "
+            f"{option}"
+        )
+    if digest is None or len(found) == 1:
+        return found[0]
+    return next((place for place in found if digests.of_path(place) == digest), found[0])

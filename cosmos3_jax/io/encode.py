@@ -69,8 +69,8 @@ def write_container(
     """
     webm = path.suffix.lower() == ".webm"
     # Edit lists count in the movie's time scale: the default, 1 ms, would round the sound to 48
-    # samples.
-    options = {} if webm else {
+    # samples. A webm has a random number in it, unless it is to be the same each time.
+    options = {"fflags": "bitexact"} if webm else {
         "movflags": "faststart",
         "movie_timescale": str(sample_rate if sound is not None else 90_000),
     }  # fmt: skip
