@@ -29,8 +29,8 @@ PARTS = (
     "json_config", "recipes", "config", "parallel", "models", "sampling", "checkpoint", "io",
     "runtime", "training", "pipeline", "cli",
 )  # fmt: skip
-# What each part may import besides itself. The package's own `__init__`, and the old names in
-# `moved`, are above all of them.
+# What each part may import besides itself. The package's own `__init__` and `__main__`, and the old
+# names in `moved`, are above all of them.
 BASE = {"json_config", "recipes", "config", "parallel"}
 MAY_IMPORT = {
     "json_config": set(),
@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "pipeline": set(PARTS) - {"pipeline", "cli", "training"},
     "cli": set(PARTS) - {"training", "cli"},
 }
-APART = {"__init__", "moved"}
+APART = {"__init__", "__main__", "moved"}
 # The package alone, for its version: it imports no module that is not imported by then.
 VERSION_ALONE = {Path("runtime/measure.py"), Path("cli/options.py"), Path("cli/record.py")}
 

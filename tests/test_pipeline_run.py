@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import sys
 import weakref
 
 import jax
@@ -13,8 +14,9 @@ from checkpoint_files import link_checkpoint, replace_file
 from oracle import NEGATIVE, PROMPT, SETTINGS, prepare
 from rounding import relative_l2
 
-from cosmos3_jax import Cosmos3
+from cosmos3_jax import Cosmos3, save_mp4
 from cosmos3_jax.checkpoint import load
+from cosmos3_jax.io import media
 from cosmos3_jax.parallel import device
 from cosmos3_jax.runtime import memory, programs
 from cosmos3_jax.runtime.memory import OutOfDeviceMemory
@@ -223,6 +225,42 @@ def test_progress_bar_counts_steps_as_they_end(model, watched, capsys):
     del log[:]
     show(progress=True)  # a second bar counts from the start again
     assert log == order
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_bars_are_for_terminals(public_checkpoint, monkeypatch, capsys, terminal):
+    """Of loading and of denoising, where nobody says whether they are wanted."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    model = Cosmos3.from_pretrained(public_checkpoint, "float32")
+    loading = capsys.readouterr().err
+    model.denoise(prepare(model, num_inference_steps=1))
+    denoising = capsys.readouterr().err
+    assert ("load: 100%" in loading, "1/1" in denoising) == (terminal, terminal)
+    assert terminal or not loading + denoising
+    model = Cosmos3.from_pretrained(public_checkpoint, "float32", progress=False)
+    model.denoise(prepare(model, num_inference_steps=1), progress=False)
+    assert not capsys.readouterr().err
+
+
+def test_the_type_that_suits_the_device(public_checkpoint, monkeypatch):
+    assert Cosmos3.from_pretrained(public_checkpoint).dtype == "float32"
+    monkeypatch.setattr(device, "default_device", device.PlannedGPU)
+    assert device.default_dtype() == "bfloat16"
+
+
+def test_what_is_made_knows_its_rate(model, tmp_path):
+    """`save_mp4(made, path)` needs nothing else, and a finished video is never refused."""
+    settings = SETTINGS | dict(num_frames=5, num_inference_steps=1, guidance_scale=1.0, fps=12.5)
+    made = model.generate([PROMPT, "Rain"], **settings)
+    assert made["fps"] == 12.5
+    path = tmp_path / "a.mp4"
+    assert save_mp4(made, path) == path
+    info, first = media.probe(path), path.read_bytes()
+    assert (info.frames, info.fps) == (5, 12.5)
+    with pytest.warns(UserWarning, match="a.mp4 exists: wrote .*a-1.mp4"):
+        assert save_mp4(made, path, example=1) == tmp_path / "a-1.mp4"
+    assert path.read_bytes() == first != (tmp_path / "a-1.mp4").read_bytes()
+    assert media.probe(save_mp4(made, path, fps=24, overwrite=True)).fps == 24
 
 
 def test_an_interrupt_closes_the_bar(public_checkpoint, watched, monkeypatch, capsys):

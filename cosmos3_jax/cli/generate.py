@@ -66,9 +66,10 @@ def run_generate(options: argparse.Namespace) -> int:
     if options.from_record and records:
         for words in differences(read_record(options.from_record), records[0]):
             log.warning("differs from the record: %s", words)
+    bars = sys.stderr.isatty() and distributed.is_writer()
     with memory.exhaustion_explained(model.config, device.memory_limit(), job):
         with timed(times, "model_load"):
-            model.load(job.dtype, offload=job.offload, mesh=meshes)
+            model.load(job.dtype, offload=job.offload, mesh=meshes, progress=bars)
     for number, (take, one) in enumerate(zip(takes, prepared, strict=True)):
         take.times = dict(times) if number == 0 else {}
         if len(takes) > 1:
@@ -76,7 +77,7 @@ def run_generate(options: argparse.Namespace) -> int:
         result = model.run(
             one.request,
             steps_per_program=block_steps,
-            progress=sys.stderr.isatty() and distributed.is_writer(),
+            progress=bars,
             after=partial(_after, take, options.overwrite, _Clock(take.times)),
         )
         with timed(take.times, "to_cpu"):
