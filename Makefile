@@ -19,6 +19,8 @@ test: $(VENV)/.dev  ## every test that needs no GPU
 		--no-loadscope-reorder
 
 gpu-check:  ## the tests that need one CUDA GPU or two, whichever are there; says what was not run
+	-@git log -1 --format='commit %h'
+	@$(PYTHON) -c "from cosmos3_jax.runtime.measure import environment; print(environment())"
 	$(PYTHON) -m pytest -q -m gpu --numprocesses 6 --dist worksteal --durations 10 -rs --no-fold-skipped --need-gpu \
 		tests/test_gpu*.py
 
