@@ -59,12 +59,21 @@ def _show_warning(message: Warning | str, *_, **__) -> None:
 
 
 class _messages(logging.Handler):
-    """While it is open, what the package logs is said: each stage, and what was decided."""
+    """While it is open, what the package logs is said: each stage, and, once, what was decided."""
 
     log = logging.getLogger("cosmos3_jax")
 
+    def __init__(self):
+        super().__init__()
+        self.decided: set[str] = set()
+
     def emit(self, record: logging.LogRecord) -> None:
-        say(f"cosmos3-jax: {record.getMessage()}")
+        message = record.getMessage()
+        if record.levelno >= logging.WARNING:
+            if message in self.decided:  # for each file of several
+                return
+            self.decided.add(message)
+        say(f"cosmos3-jax: {message}")
 
     def __enter__(self) -> None:
         self.before = self.log.level

@@ -64,6 +64,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             )
         except (ValueError, OSError) as error:
             options.parser.error(str(error))
+        except (KeyError, TypeError, AttributeError) as error:
+            options.parser.error(f"--from-record {options.from_record}: damaged ({error!r})")
         options = _parser(recorded).parse_args(arguments)
     return options
 
@@ -103,6 +105,8 @@ def _parser(recorded: dict[str, Any]) -> argparse.ArgumentParser:
             name,
             help=text,
             description=text[0].upper() + text[1:] + ".",
+            # Of all options, in front of every error, it would be a page.
+            usage="%(prog)s [PROMPT] [options]" if name == "generate" else None,
             epilog=EXAMPLES if name == "generate" else None,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
@@ -333,7 +337,9 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
     )
     _add_shape(command, one_size=False)
     _add_dtype(command)
-    command.add_argument("--steps", type=int, metavar="K", help="denoising steps")
+    command.add_argument(
+        "--steps", type=int, metavar="K", help="denoising steps (default: the recipe's)"
+    )
     command.add_argument(
         "--repeats",
         type=int,
@@ -351,7 +357,10 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
         help="of the negative prompt; 0 for no guidance (default: %(default)s)",
     )  # fmt: skip
     command.add_argument(
-        "--decode-chunk-size", type=int, metavar="N", help="latent frames at a time"
+        "--decode-chunk-size",
+        type=int,
+        metavar="N",
+        help="latent frames at a time (default: by size)",
     )
     command.add_argument("--out", type=Path, metavar="FILE.json", help="what was measured, as JSON")
     command.add_argument("--overwrite", action="store_true", help="replace an existing FILE.json")

@@ -95,6 +95,8 @@ def _seeds(options: argparse.Namespace) -> list[int]:
         return seeds
     seed = Settings().seed if options.seed is None else options.seed
     if seed == -1:
+        if distributed.are_several():
+            raise ValueError("--seed -1 would draw another one in each process: name a seed")
         seed = secrets.randbelow(2**32 - options.count)
         log.info("seed %d", seed)
     return [seed + number for number in range(options.count)]

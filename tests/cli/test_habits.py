@@ -161,6 +161,18 @@ def test_several_seeds(here, capsys, typed, seeds):
     assert all((first != other).any() for other in others)
 
 
+def test_what_was_decided_is_said_once(here, capsys):
+    """Though it is decided for each file."""
+    Image.new("RGB", (32, 48)).save(here / "tall.png")
+    command = ["generate", "--checkpoint", "random", "--num-frames", "5", "--size", "256p"]
+    assert run(*command, "--image", "tall.png", "--count", "3", "-o", "a.mp4") == 0
+    said = capsys.readouterr().err.splitlines()
+    assert [line for line in said if line.startswith("cosmos3-jax: size ")] == [
+        "cosmos3-jax: size 256x320: the nearest to the input's 32x48"
+    ]
+    assert len([line for line in said if line.startswith("cosmos3-jax: warning: ")]) <= 1
+
+
 def test_a_caption_beside_its_picture_does_not_block_a_video(here, capsys):
     caption = '{"comprehensive_t2i_caption": "A red car"}'
     (here / "car.json").write_text(caption)
@@ -257,6 +269,14 @@ def test_help_and_the_parsers_errors_come_without_jax(arguments):
     assert done.returncode == (2 if "--seeed" in arguments else 0)
 
 
+# Options that do something else than nothing where they are left out.
+HAVE_DEFAULTS = """
+    --prompt --negative-prompt --prompt-style --system-prompt --condition-frames --keep --size
+    --aspect --num-frames --fps --sound --steps --guidance-scale --flow-shift --schedule --seed
+    --count --out --checkpoint --revision --dtype --offload --steps-per-program --mesh
+""".split()
+
+
 @pytest.mark.parametrize("command", ["generate", "convert", "info", "bench"])
 def test_help_has_a_text_and_a_default_for_each_option(capsys, command):
     assert run(command, "--help") == 0
@@ -266,6 +286,11 @@ def test_help_has_a_text_and_a_default_for_each_option(capsys, command):
         assert action.help, action.dest
         if action.default not in (None, False, True, "==SUPPRESS=="):
             assert re.search(rf"\(default: {re.escape(str(action.default))}\W", shown), action.dest
+    if command == "generate":
+        help_of = {
+            name: action.help for action in parser._actions for name in action.option_strings
+        }
+        assert [name for name in HAVE_DEFAULTS if "default: " not in help_of[name]] == []
     for recipe in ("35, of an image 50", "6, of an image 4", "10, of an image 3"):
         assert command != "generate" or f"Nano's: {recipe})" in shown
     for mode in ("text to video", "with sound", "text to image", "image to video", "video to vid"):

@@ -292,6 +292,7 @@ def test_a_record_of_the_version_before(made, tmp_path, quick, capsys):
     ("record", "message"),
     [
         ("none.json", "none.json: there is no such file"),
+        ("odd.json", "--from-record odd.json: damaged (TypeError("),
         ("list.json", "list.json: there is no record in it; give the .json beside it"),
         ("text.json", "text.json: there is no record in it"),
         ("plain.png", "plain.png: there is no record inside of it"),
@@ -307,6 +308,7 @@ def test_what_is_no_record_is_one_line(
     monkeypatch.chdir(tmp_path)
     Path("list.json").write_text("[1]")
     Path("text.json").write_text("a prompt")
+    Path("odd.json").write_text('{"prompt": "a", "seed": 1, "sigmas": null}')
     Path("noise.mp4").write_bytes(b"\0" * 100)
     Image.new("RGB", (48, 32)).save("plain.png")
     recorded = read_record(made / "out" / "a.json")
