@@ -169,7 +169,11 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
         "--prompt-file", type=Path, metavar="FILE", help="a text or JSON file, read byte for byte"
     )
     one = prompt.add_mutually_exclusive_group()
-    one.add_argument("--negative-prompt", metavar="TEXT", help=help_of("negative_prompt"))
+    one.add_argument(
+        "--negative-prompt", metavar="TEXT",
+        help="what to lead away from; an empty text is one too (default: the recipe's, else the "
+        "style's)",
+    )  # fmt: skip
     one.add_argument(
         "--negative-prompt-file", type=Path, metavar="FILE", help="the same from a file"
     )
@@ -177,7 +181,9 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
         "--prompt-style", choices=STYLES, default=Settings().prompt_style,
         help="whose way to put prompts into tokens (default: %(default)s)",
     )  # fmt: skip
-    prompt.add_argument("--system-prompt", metavar="TEXT", help=help_of("system_prompt"))
+    prompt.add_argument(
+        "--system-prompt", metavar="TEXT", help="of the chat template (default: the style's)"
+    )
     prompt.add_argument(
         "--no-system-prompt", dest="system_prompt", action="store_const", const=False,
         help="no system turn",

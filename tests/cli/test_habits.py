@@ -168,7 +168,7 @@ def test_what_was_decided_is_said_once(here, capsys):
     assert run(*command, "--image", "tall.png", "--count", "3", "-o", "a.mp4") == 0
     said = capsys.readouterr().err.splitlines()
     assert [line for line in said if line.startswith("cosmos3-jax: size ")] == [
-        "cosmos3-jax: size 256x320: the nearest to the input's 32x48"
+        "cosmos3-jax: size 256x320: 3:4 is nearest to the input's 32x48"
     ]
     assert len([line for line in said if line.startswith("cosmos3-jax: warning: ")]) <= 1
 
