@@ -298,7 +298,7 @@ def test_hub_id(public_checkpoint, monkeypatch, tree):
     asked = []
 
     def snapshot_download(repo_id, **arguments):
-        asked.append((repo_id,))
+        asked.append((repo_id, arguments.pop("revision")))
         chosen = filter_repo_objects(
             NANO_READ + NANO_UNREAD,
             allow_patterns=arguments.pop("allow_patterns"),
@@ -309,11 +309,11 @@ def test_hub_id(public_checkpoint, monkeypatch, tree):
         return str(public_checkpoint)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    model = Cosmos3.from_pretrained("nvidia/Cosmos3-Nano", "float32")
+    model = Cosmos3.from_pretrained("nvidia/Cosmos3-Nano", "float32", revision="v1")
     frontend = [name for name in NANO_READ if not name.endswith(".safetensors")]
     assert asked == [  # weights only once the rest has been read
-        ("nvidia/Cosmos3-Nano", sorted(frontend)),
-        ("nvidia/Cosmos3-Nano", sorted(NANO_READ)),
+        ("nvidia/Cosmos3-Nano", "v1", sorted(frontend)),
+        ("nvidia/Cosmos3-Nano", "v1", sorted(NANO_READ)),
     ]
     assert_same_tree(model.params, tree | {"gen": unstack_layers(tree["gen"])})
 
@@ -321,7 +321,7 @@ def test_hub_id(public_checkpoint, monkeypatch, tree):
 def test_a_request_is_checked_before_weights_are_downloaded(monkeypatch, tmp_path):
     asked = []
 
-    def snapshot_download(repo_id, allow_patterns):
+    def snapshot_download(repo_id, allow_patterns, revision):
         asked.append(list(filter_repo_objects(NANO_READ, allow_patterns=allow_patterns)))
         return str(tmp_path)
 
@@ -346,7 +346,7 @@ def test_hub_failure(monkeypatch):
 @pytest.mark.parametrize("name", ["no-such-folder", "/no/such/folder", "a/b/c", "owner/na me"])
 def test_neither_folder_nor_hub_id(name, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)  # it must not be called
-    with pytest.raises(CheckpointError, match="is not a folder, nor a Hub id of the form owner/"):
+    with pytest.raises(CheckpointError, match=f"there is no folder {name}; .* Hub id of the form owner/"):
         Cosmos3.from_pretrained(name)
 
 
