@@ -5,6 +5,7 @@ from text, or a video that goes on from an image or from a clip. Sound changes n
 """
 
 import dataclasses
+import difflib
 import math
 import re
 import warnings
@@ -138,6 +139,20 @@ def of_tier(tier: str, aspect: str) -> tuple[int, int]:
     return width, height
 
 
+def fill_size(width: int | None, height: int | None, across: int, down: int) -> tuple[int, int]:
+    """Width and height of which one is given, at about the ratio across : down: a trained size if
+    there is one with this width or height, else the nearest multiple of 16.
+    """
+    aspect = f"{across},{down}"
+    for tier in TIERS if aspect in ASPECTS else ():
+        trained = of_tier(tier, aspect)
+        if trained[0] == width or trained[1] == height:
+            return trained
+    if width is None:
+        return max(16, round((height or 0) * across / down / 16) * 16), height or 0
+    return width, max(16, round(width * down / across / 16) * 16)
+
+
 def parse_size(size: str, aspect: str | None, default_aspect: str) -> tuple[int, int]:
     """Width and height in pixels of `480p` (with an aspect ratio) or of `832x480`.
 
@@ -215,10 +230,12 @@ class Recipes:
         file: the checkpoint's `cosmos3_recipe.json`. Fields of `Recipe`, `aspect` beside `size`,
             for every mode; and `modes`, from a mode's name to fields for it alone. An image has
             one frame whatever the file says.
+        recognised: whether the sizes of the model are those of `model`; others take its rows too.
     """
 
     model: str = "Nano"
     file: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    recognised: bool = True
 
     def __post_init__(self):
         modes = self.file.get("modes", {})
@@ -228,6 +245,11 @@ class Recipes:
         check(named, f"modes={modes!r} must be an object of objects")
         for mode in modes:
             check(mode in MODES, f"modes: {mode!r} is none of {', '.join(MODES)}")
+        known = [*(field.name for field in dataclasses.fields(Recipe)), "aspect", "modes"]
+        for name in {*self.file, *(name for fields in modes.values() for name in fields)}:
+            near = difflib.get_close_matches(name, known, 1, 0.4)
+            hint = f" (do you mean {near[0]}?)" if near else ""
+            check(name in known, f"{name!r} is none of {', '.join(known)}{hint}")
         for mode in MODES:
             self.of(mode)
 
@@ -238,12 +260,14 @@ class Recipes:
         if own.keys() & {"height", "width"}:
             fields["size"] = None
         if fields["size"] is not None:
+            size, aspect = str(fields["size"]), own.get("aspect")
             try:
-                size, aspect = str(fields["size"]), str(fields["aspect"])
-                fields["width"], fields["height"] = parse_size(size, aspect, aspect)
+                tier = tier_name(size)
+                default = str(RECIPES[self.model][mode]["aspect"])
+                fields["width"], fields["height"] = parse_size(size, aspect, default)
             except ValueError as error:
                 raise ConfigError(str(error)) from error
-            fields["size"] = tier_name(size)
+            fields["size"] = tier
         return Recipe.from_dict(fields)
 
     def source(self, mode: str, name: str) -> str:
@@ -251,7 +275,8 @@ class Recipes:
         own = self._own(mode)
         if name in own or (name in ("height", "width") and own.keys() & {"size", "aspect"}):
             return "the checkpoint's recipe"
-        return f"{self.model}'s recipe for {mode}"
+        unknown = "" if self.recognised else ", as this model is none of " + ", ".join(RECIPES)
+        return f"{self.model}'s recipe for {mode}{unknown}"
 
     def _own(self, mode: str) -> dict[str, Any]:
         own = {name: value for name, value in self.file.items() if name != "modes"}

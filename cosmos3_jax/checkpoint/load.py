@@ -193,7 +193,8 @@ def load_config(folder: Path, load_sound: bool | None = None) -> Config:
 def _read_recipes(path: Path, transformer: TransformerConfig) -> Recipes:
     sizes = (transformer.num_hidden_layers, transformer.hidden_size)
     try:
-        return Recipes(MODELS.get(sizes, "Nano"), read_json(path) if path.is_file() else {})
+        file = read_json(path) if path.is_file() else {}
+        return Recipes(MODELS.get(sizes, "Nano"), file, recognised=sizes in MODELS)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 

@@ -25,7 +25,15 @@ from cosmos3_jax.io.prompt import (
 )
 from cosmos3_jax.io.settings import Settings, SettingsDict
 from cosmos3_jax.models import sound_vae, video_vae
-from cosmos3_jax.recipes import check_recommended, nearest_aspect, parse_size, tier_name
+from cosmos3_jax.recipes import (
+    aspect_name,
+    check_recommended,
+    fill_size,
+    nearest_aspect,
+    of_tier,
+    parse_size,
+    tier_name,
+)
 from cosmos3_jax.sampling import unipc
 from cosmos3_jax.sampling.request import Request, check_request, initial_noise
 
@@ -157,51 +165,61 @@ def resolve_settings(
         name: "given" if getattr(settings, name) is not None else recipes.source(mode, name)
         for name in names
     }
-    notes = []
-    size = _size(recipe, settings, mode)
-    if size is not None:
-        width, height, source = size
-        if source != "given":
-            notes.append(f"size {width}x{height}: {source}")
+    width, height, source, notes = _size(recipe, settings, mode)
+    if source is not None:
         settings = dataclasses.replace(settings, width=width, height=height)
         sources |= {"width": source, "height": source}
     settings = settings.filled(recipe)
-    if recipe.size is not None:
+    if recipes.recognised:
         check_recommended(settings.num_frames, settings.height, settings.width, settings.fps)
     return settings, mode, sources, notes
 
 
-def _size(recipe: Recipe, settings: Settings, mode: str) -> tuple[int, int, str] | None:
-    """Width, height and where they come from; None for what height, width and the recipe say."""
+def _size(recipe: Recipe, settings: Settings, mode: str) -> tuple[int, int, str | None, list[str]]:
+    """Width and height, where they come from (None: the recipe), and what is worth saying."""
     size, aspect = settings.size, settings.aspect
-    if settings.height is not None or settings.width is not None:
+    size = "x".join(map(str, size)) if isinstance(size, list | tuple) else size
+    size = None if size is None else str(size)
+    aspect = None if aspect is None else aspect_name(aspect)
+    height, width = settings.height, settings.width
+    if height is not None or width is not None:
         if size is not None or aspect is not None:
-            said = f"size={size!r}" if size is not None else f"aspect={aspect!r}"
-            raise ValueError(
-                f"{said} beside height={settings.height}, width={settings.width}: give one or the "
-                "other"
-            )
-        return None
-    if size is None and recipe.size is None:
-        if aspect is not None:
-            raise ValueError(
-                f"aspect={aspect!r}: this checkpoint makes {recipe.width}x{recipe.height}, of no "
-                "size that has other aspects; give size too, or height and width"
-            )
-        return None
-    if size is not None and tier_name(size) is None:
-        return *parse_size(size, aspect, ""), "given"
-    default, source = nearest_aspect(recipe.width, recipe.height), "given"
+            said = f"size={size!r}" if size is not None else f"aspect={settings.aspect!r}"
+            raise ValueError(f"{said} beside height={height}, width={width}: give one or the other")
+        if height is not None and width is not None:
+            return width, height, "given", []
+    elif size is not None and tier_name(size) is None:
+        return *parse_size(size, settings.aspect, ""), "given", []
+    elif size is None and recipe.size is None and aspect is not None:
+        raise ValueError(
+            f"aspect={settings.aspect!r}: this checkpoint makes {recipe.width}x{recipe.height}, of "
+            "no size that has other aspects; give size too, or height and width"
+        )
+    ratio, given = recipe.width / recipe.height, None
     if aspect is None and mode in ("image2video", "video2video"):
-        shape = input_shape(settings.image, settings.video)
-        if shape is not None:
-            height, width = shape
-            default = nearest_aspect(width, height)
-            ratio = default.replace(",", ":")
-            source = f"{ratio} is nearest to the input's {width}x{height}"
-    if size is None and aspect is None and source == "given":
-        return None
-    return *parse_size(size or recipe.size, aspect, default), source
+        given = input_shape(settings.image, settings.video)
+    said = "" if given is None else f"the input's {given[1]}x{given[0]}"
+    if size is None and recipe.size is None and height is None and width is None:
+        crops = given and abs(given[1] / given[0] / ratio - 1) > 0.05
+        note = f"size {recipe.width}x{recipe.height}, the checkpoint's own: {said} is cropped to it"
+        return recipe.width, recipe.height, None, [note] if crops else []
+    if given is None:
+        chosen = aspect or nearest_aspect(recipe.width, recipe.height)
+        source = "given"
+    else:
+        chosen = nearest_aspect(given[1], given[0])
+        source = f"{chosen.replace(',', ':')} is nearest to {said}"
+    if height is not None or width is not None:
+        across, down = map(int, chosen.split(","))
+        if recipe.size is None:
+            across, down = recipe.width, recipe.height
+        width, height = fill_size(width, height, across, down)
+        return width, height, source, [f"size {width}x{height}, {across}:{down}"]
+    if size is None and aspect is None and given is None:
+        return recipe.width, recipe.height, None, []
+    width, height = of_tier(tier_name(size or str(recipe.size)) or "", chosen)
+    note = f"size {width}x{height}: {source}"
+    return width, height, source, [note] if source != "given" else []
 
 
 def prepare_request(
@@ -278,7 +296,8 @@ def _seeds(seed: int | Sequence[int], batch: int) -> list[int]:
     for one in seeds:
         if not 0 <= one < 2**32:
             raise ValueError(
-                f"seed={one} is outside 0..{2**32 - 1}, the range of numpy's RandomState"
+                f"seed={one} is outside 0..{2**32 - 1}, the range of numpy's RandomState: take it "
+                "modulo 2**32"
             )
     return seeds
 

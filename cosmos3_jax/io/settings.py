@@ -33,7 +33,7 @@ class SettingsDict(TypedDict, total=False):
     clean_latents: ArrayLike | None
     frame_mask: ArrayLike | None
     num_frames: int | None
-    size: str | None
+    size: str | int | tuple[int, int] | None
     aspect: str | None
     height: int | None
     width: int | None
@@ -93,7 +93,7 @@ class Settings:
     )
     frame_mask: ArrayLike | None = _setting(None, "bool [B, t], which of `clean_latents` are given")
     num_frames: int | None = _setting(None, "4k + 1; 1 is an image")
-    size: str | None = _setting(
+    size: str | int | tuple[int, int] | None = _setting(
         None,
         "256p, 480p, 704p, 720p, 768p or, for images, 1080p; or WIDTHxHEIGHT; instead of height "
         "and width",

@@ -89,6 +89,8 @@ def test_a_checkpoints_recipe_comes_first(tmp_path):
         ({"modes": []}, "an object of objects"),
         ({"modes": {"text2image": {"flow_shift": "x"}}}, "flow_shift='x' must be a number"),
         ({"size": "481"}, "choose one of 256, 480"),
+        ({"num_steps": 3}, "'num_steps' is none of .*mean num_inference_steps"),
+        ({"modes": {"text2image": {"flow_sift": 7}}}, "'flow_sift' is none of .*mean flow_shift"),
     ],
 )
 def test_a_recipe_that_cannot_work_is_refused_with_its_file(tmp_path, recipe, says):
@@ -138,18 +140,53 @@ def test_the_aspect_nearest_to_the_input_is_taken_and_said(given):
     assert (settings.width, settings.height) == (1280, 720) and not notes
 
 
-def test_a_checkpoint_of_one_size_keeps_it_whatever_the_input():
+def test_a_checkpoint_of_one_size_keeps_it_and_says_that_the_input_is_cropped():
     recipes = Recipes(file={"height": 96, "width": 96})
     settings, *_, notes = resolve_settings(recipes, Settings(image=np.zeros((90, 160, 3))))
-    assert (settings.width, settings.height) == (96, 96) and not notes
+    assert (settings.width, settings.height) == (96, 96)
+    assert notes == ["size 96x96, the checkpoint's own: the input's 160x90 is cropped to it"]
+    *_, notes = resolve_settings(recipes, Settings(image=np.zeros((90, 90, 3))))
+    assert not notes
     with pytest.raises(ValueError, match="makes 96x96.*give size too"):
         resolve_settings(recipes, Settings(aspect="16:9"))
+    with pytest.raises(ValueError, match="choose one of 1:1"):
+        resolve_settings(recipes, Settings(aspect="21:9"))
+
+
+@pytest.mark.parametrize(
+    "file, given, size",
+    [
+        ({}, {"height": 480}, (832, 480)),
+        ({}, {"width": 832}, (832, 480)),
+        ({}, {"height": 400}, (704, 400)),
+        ({}, {"height": 480, "num_frames": 1}, (480, 480)),
+        ({}, {"height": 832, "image": np.zeros((160, 90, 3))}, (480, 832)),
+        ({"height": 64, "width": 96}, {"height": 128}, (192, 128)),
+        ({"size": "480"}, {}, (832, 480)),
+        ({"size": "480", "aspect": "9,16"}, {}, (480, 832)),
+        ({"size": "640x352"}, {}, (640, 352)),
+        ({}, {"size": 480}, (832, 480)),
+        ({}, {"size": (640, 352)}, (640, 352)),
+    ],
+)
+def test_what_is_not_said_of_a_size_follows_from_the_rest(file, given, size):
+    settings, *_ = resolve_settings(Recipes(file=file), Settings(**given))
+    assert (settings.width, settings.height) == size
 
 
 @pytest.mark.parametrize("given", [{"size": "480p"}, {"aspect": "9:16"}])
 def test_a_size_that_is_said_twice_is_refused(given):
     with pytest.raises(ValueError, match="give one or the other"):
         resolve_settings(Recipes(), Settings(height=480, **given))
+
+
+def test_a_model_of_other_sizes_is_warned_of_nothing_and_said_to_be_none(tmp_path):
+    recipes = folder_with(tmp_path, None, num_hidden_layers=4)
+    assert not recipes.recognised
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, _, sources, _ = resolve_settings(recipes, Settings(num_frames=13, fps=5.0))
+    assert sources["height"] == "Nano's recipe for text2video, as this model is none of Nano, Super"
 
 
 def test_outside_of_the_recommended_there_is_one_warning():
