@@ -12,18 +12,28 @@ from pathlib import Path
 from typing import Any
 
 from cosmos3_jax.config import read_json
-from cosmos3_jax.recipes import nearest_aspect
 
 # What an upsampler thinks aloud before it writes; the generator was not trained on it.
 SCRATCHPAD = "scene_imagination"
 
-# Keys of a record that change nothing, and those that say what a setting says.
+# Keys of a record that change nothing, and those that say what a setting says, by the names of
+# cosmos-framework, diffusers and this package.
 _REMARKS = ("name", "extra")
-_SETTINGS = ("model_mode", "vision_path")
+_SETTINGS = (
+    "model_mode", "vision_path", "seed", "num_frames", "fps", "duration", "resolution",
+    "aspect_ratio", "height", "width", "size", "steps", "num_steps", "num_inference_steps",
+    "guidance", "guidance_scale", "shift",
+)  # fmt: skip
 # Where other tools keep the text that a record has under `prompt`.
 _OTHER_NAMES = ("caption", "caption_json", "text", "upsampled_prompt")
 
+_SAME_RATE = 0.01  # 23.976 is 24, 24.4 is not
+_SAME_ASPECT = 0.03  # 1280x704 and 832x480 are 16:9, 16:10 is not
 _FENCED = re.compile(r"```((?i:json)|\w+(?=[ \t]*\r?\n))?\s*(.*?)\s*```", re.DOTALL)
+_FOREIGN_FENCE = re.compile(r"(~~~|'''|\"\"\")(?:\s*json)?\s*[{\[]|\s*~~~", re.IGNORECASE)
+_TAG = r"<%s(?:think|thinking|reasoning|answer|final_prompt)>"
+_MARKUP = re.compile(rf"\A\s*{_TAG % ''}|{_TAG % '/'}", re.IGNORECASE)
+_THOUGHT = re.compile(r".*</think(?:ing)?>\s*", re.IGNORECASE | re.DOTALL)
 
 
 def parse_caption(text: str) -> dict[str, Any] | None:
@@ -43,17 +53,21 @@ def unwrap(text: str, name: str = "the prompt") -> tuple[str, str | None]:
     | `{"prompt": ..., "negative_prompt": ...}`, an upsampler's record | the record's |
     | an array of one caption or record; a line of JSON lines | what it holds |
     | any of these between fences of three backticks, with or without `json` | what they enclose |
+    | any JSON after `<think>...</think>` | as without the thoughts |
     | a caption with a `scene_imagination`, at any depth | without it, by `json.dumps` |
 
     `name` is what messages call the text. Raises ValueError for several prompts, for a fence that
-    is not closed or not the whole text, and for a record with other keys. Warns about text that
-    looks like a caption and is no JSON: it is plain text to the model. TypeError for what is no
-    string.
+    is not closed, not the whole text or not of backticks, for tags of an upsampler's answer that
+    are not followed by JSON, and for a record with keys that are no settings. TypeError for what
+    is no string.
+
+    Warns about settings in a record, which are not read, and about text that looks like a caption
+    and is no JSON, or JSON that is no caption: both are plain text to the model.
     """
     if not isinstance(text, str):
         advice = "; give a caption by json.dumps" if isinstance(text, dict) else ""
         raise TypeError(f"{name} is a {type(text).__name__}, not a string{advice}: {text!r:.80}")
-    text, is_json = _unfence(text, name)
+    text, is_json = _unfence(_after_thoughts(text, name), name)
     value = _loads(text)
     if value is None:
         lines = [_loads(line) for line in text.split("\n") if line.strip()]
@@ -73,6 +87,13 @@ def unwrap(text: str, name: str = "the prompt") -> tuple[str, str | None]:
         if len(value) != 1:
             raise ValueError(f"{name} holds {len(value)} prompts; give one")
         [value], text = value, text.strip()[1:-1].strip()
+    if isinstance(value, list | str):
+        kind = "a JSON array" if isinstance(value, list) else "a JSON string, in quotes,"
+        warnings.warn(
+            f"{name} is {kind} and no caption, so all of it is plain text to the model; give the "
+            "text alone, or a caption, which is a JSON object",
+            stacklevel=2,
+        )
     if not isinstance(value, dict):
         return text, None
     if "prompt" in value:
@@ -80,6 +101,11 @@ def unwrap(text: str, name: str = "the prompt") -> tuple[str, str | None]:
     other = [key for key in _OTHER_NAMES if key in value]
     if other and not value.keys() & caption_schema()["properties"].keys():
         raise ValueError(f"{name} has its text under {other[0]!r}; a record has it under 'prompt'")
+    if not value.keys() & caption_schema()["properties"].keys():
+        warnings.warn(
+            f"{name} is a JSON object with no key of a caption, which the model was not trained on",
+            stacklevel=2,
+        )
     kept = _without_scratchpad(value)
     return text if kept == value else json.dumps(kept), None
 
@@ -109,12 +135,16 @@ def _agree(name: str, said: Any, made: Any, seconds: float) -> bool:
     numbers = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", str(said))]
     if not numbers:
         return False
-    if name == "resolution":  # "1280x720", "720p"
-        return set(numbers) <= set(made.values())
+    if name == "resolution":  # "1280x720", [1280, 720], "720p"
+        return numbers in ([made["W"], made["H"]], [min(made.values())])
     if name == "aspect_ratio":  # "16:9"
-        return len(numbers) == 2 and min(numbers) > 0 and nearest_aspect(*numbers) == made
+        if len(numbers) != 2 or min(numbers) == 0:
+            return False
+        width, height = map(float, made.split(","))
+        ratio = width / height
+        return abs(numbers[0] / numbers[1] - ratio) <= _SAME_ASPECT * ratio
     if name == "fps":
-        return round(numbers[0]) == round(made)
+        return len(numbers) == 1 and abs(numbers[0] - made) <= _SAME_RATE * made
     said_seconds = sum(60**i * number for i, number in enumerate(reversed(numbers)))  # "0:07"
     return abs(said_seconds - seconds) < 1
 
@@ -195,9 +225,26 @@ def _all_objects(values: list[Any]) -> bool:
     return bool(values) and all(isinstance(value, dict) for value in values)
 
 
+def _after_thoughts(text: str, name: str) -> str:
+    """The JSON that follows what an upsampler thought; text without its tags as it is."""
+    if _loads(text) is not None or not (tag := _MARKUP.search(text)):
+        return text
+    answer = _THOUGHT.sub("", text, count=1).strip()
+    if not _MARKUP.search(answer) and isinstance(_loads(_unfence(answer, name)[0]), dict | list):
+        return answer
+    raise ValueError(
+        f"{name} holds {tag[0].strip()}, a tag of an upsampler's answer; give the caption alone"
+    )
+
+
 def _unfence(text: str, name: str) -> tuple[str, bool]:
     """What fences enclose, and whether they call it JSON; other text as it is."""
     stripped = text.strip()
+    if foreign := _FOREIGN_FENCE.match(stripped):
+        raise ValueError(
+            f"{name} is fenced with {foreign[0].strip()[:3]}; a caption is fenced with three "
+            "backticks, or not at all"
+        )
     if not stripped.startswith("```"):
         if re.search(r"```(?:json)?\s*[{\[]", text, re.IGNORECASE):
             raise ValueError(f"{name} has text before its fenced caption; give the caption alone")
@@ -225,7 +272,7 @@ def _of_record(record: dict[str, Any], name: str) -> tuple[str, str | None]:
     if unread:
         warnings.warn(
             f"{name} is a record that also holds {' and '.join(unread)}, which is not read: give "
-            "frames, image or video as options",
+            "frames, image or video, and all other settings, as options",
             stacklevel=3,
         )
     texts = {}

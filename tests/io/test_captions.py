@@ -190,6 +190,8 @@ def test_contradictions_are_named_in_one_warning():
         ("duration", "7s"), ("duration", "8s"), ("duration", "0:07"), ("duration", 7.9),
         ("fps", 24), ("fps", "24 fps"), ("fps", 23.976), ("resolution", {"W": 1280, "H": 720}),
         ("resolution", "1280x720"), ("resolution", "720p"), ("aspect_ratio", "16:9"),
+        ("resolution", [1280, 720]), ("resolution", "1280 * 720"), ("fps", "23.98"), ("fps", 24.2),
+        ("aspect_ratio", "1280:704"), ("aspect_ratio", [832, 480]), ("aspect_ratio", "1.78:1"),
         ("aspect_ratio", "16,9"), ("duration", ""), ("fps", 0), ("resolution", {}),
     ],
 )  # fmt: skip
@@ -203,7 +205,10 @@ def test_another_spelling_is_no_contradiction(name, said):
         ("duration", "6s"), ("duration", "9s"), ("duration", "1:07"), ("duration", "long"),
         ("fps", 25), ("fps", 16), ("resolution", {"H": 1280, "W": 720}), ("resolution", "480p"),
         ("resolution", {"H": 720}), ("aspect_ratio", "9:16"), ("aspect_ratio", "wide"),
-        ("aspect_ratio", "0,9"),
+        ("aspect_ratio", "0,9"), ("resolution", "720x1280"), ("resolution", [720, 1280]),
+        ("resolution", "1280"), ("resolution", "720x720"), ("fps", 24.4), ("fps", 23.7),
+        ("fps", "12 to 24"), ("fps", "24 or 30"), ("aspect_ratio", "21,9"),
+        ("aspect_ratio", "16:10"), ("aspect_ratio", "4:3"), ("aspect_ratio", "2:1"),
     ],
 )  # fmt: skip
 def test_contradiction(name, said):
@@ -285,6 +290,12 @@ FORMS = {
     "fence of a sentence": ("```\nA fox.\n```", "A fox.", None),
     "fence of a record": (f"```json\n{RECORD}\n```", TEXT, "blurry"),
     "array of text": ('["a"]', '["a"]', None),
+    "after thoughts": (f"<think>\nA {{fox}}?\n</think>\n\n{TEXT}\n", TEXT, None),
+    "after thoughts, fenced": (f"<think>a</think>```json\n{TEXT}\n```", TEXT, None),
+    "after thoughts, a record": (f"thus...</think>\n{RECORD}", TEXT, "blurry"),
+    "tag in a caption": ('{"context": "</think>"}', '{"context": "</think>"}', None),
+    "number": ("1984", "1984", None),
+    "tildes within": ("A sign: ~~~ and <think>", "A sign: ~~~ and <think>", None),
     "backticks within": ("A sign: ``` and `code`", "A sign: ``` and `code`", None),
     "scratchpad": (THOUGHT, TEXT, None),
     "scratchpad, nested": (
@@ -318,7 +329,17 @@ def test_unwrap(form):
         (f"```json\n{TEXT[:-9]}\n```", "no valid JSON; it may have been cut off"),
         (f"Here it is:\n```json\n{TEXT}\n```", "text before its fenced caption"),
         ("```python\nprint()\n```", "fenced as 'python'"),
-        ('{"prompt": "A fox", "seed": 3, "guidance": 6}', "a record with guidance, seed beside"),
+        ('{"prompt": "A fox", "seed": 3, "gide": 6, "a": 1}', "a record with a, gide beside"),
+        (f"~~~json\n{TEXT}\n~~~", "fenced with ~~~; a caption is fenced with three backticks"),
+        ("~~~\nA fox.\n~~~", "fenced with ~~~"),
+        (f"'''{TEXT}'''", "fenced with '''"),
+        (f'"""json\n{TEXT}\n"""', 'fenced with """'),
+        ("<think>A fox, then.</think>\nA red fox runs.", "holds <think>, a tag of an upsampler's"),
+        (f"<think>A fox.\n{TEXT}", "holds <think>"),
+        (f"<think>{TEXT}</think>", "holds <think>"),
+        (f"<think>A fox.</think>{TEXT[:-2]}", "holds <think>"),
+        ("<final_prompt>A fox.</final_prompt>", "holds <final_prompt>"),
+        (f"<think>x</think><answer>{TEXT}</answer>", "holds <think>"),
         ('{"prompt": 3}', "whose prompt is 3, not a text"),
         ('{"prompt": "a", "negative_prompt": ["b"]}', "whose negative_prompt is"),
         ('{"negative_prompt": "b", "prompt": null}', "whose prompt is None"),
@@ -340,6 +361,36 @@ def test_unwrap_warns():
             assert captions.unwrap(broken) == (broken, None)
     with pytest.raises(TypeError, match="is a dict, not a string; give a caption by json.dumps"):
         captions.unwrap(CAPTION)
+
+
+@pytest.mark.parametrize("key", ["seed", "fps", "num_frames", "resolution", "guidance", "steps"])
+def test_settings_of_a_record_are_named(key):
+    record = json.dumps({"prompt": TEXT, "duration": "7s", "aspect_ratio": "1,1", key: 3})
+    with pytest.warns(UserWarning) as log:
+        assert captions.unwrap(record) == (TEXT, None)
+    [message] = [str(one.message) for one in log]
+    words = message.partition("also holds ")[2].partition(", which is not read")[0]
+    assert sorted(words.split(" and ")) == sorted(["duration", "aspect_ratio", key])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "is a JSON array and no caption"),
+        ('["a", {}]', "is a JSON array"),
+        ('"A fox."', "is a JSON string, in quotes, and no caption"),
+        ("{}", "a JSON object with no key of a caption"),
+        ('{"scene": "A fox"}', "no key of a caption"),
+        ('```\n["a"]\n```', "is a JSON array"),
+    ],
+)
+def test_json_that_is_no_caption_is_named(text, message):
+    with pytest.warns(UserWarning, match=message):
+        captions.unwrap(text)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for plain in (TEXT, "A fox.", "7", "true", "[a fox", '"Go," he said.'):
+            assert captions.unwrap(plain) == (plain, None)
 
 
 def test_prompts_of_every_form_have_the_ids_of_what_they_hold(byte_tokenizer):
@@ -383,7 +434,7 @@ def test_files_of_every_form(tmp_path, name, text):
         ("a.jsonl", "A fox.\n", "no JSON object"),
         ("a.jsonl", '"A fox."\n', "no JSON object"),
         ("a.jsonl", f"{RECORD}\nA fox.\n", "no JSON object"),
-        ("a.json", '{"prompt": "A fox", "steps": 3}', "with steps beside its prompt"),
+        ("a.json", '{"prompt": "A fox", "stebs": 3}', "with stebs beside its prompt"),
     ],
 )
 def test_files_that_are_refused(tmp_path, name, text, message):
