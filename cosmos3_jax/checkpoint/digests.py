@@ -1,18 +1,19 @@
 """What a checkpoint's files hold, as digests: for the record of a generation, and to compare.
 
-A digest of thirty gigabytes takes a minute. So files up to 64 MiB are digested whole, largr ones by
-their header and 256 blocks: another training changes those, a change of one tensor may not. On
+A digest of thirty gigabytes takes a minute. So files up to 64 MiB are digested whole, larger ones
+by their header and 256 blocks: another training changes those, a change of one tensor may not. On
 request all are digested whole, and the digests are kept for the next time.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from cosmos3_jax.checkpoint import publish
+from cosmos3_jax.checkpoint.lora_spellings import PEFT_CONFIG
 
 WHOLE_BYTES = 64 * 2**20
 BLOCKS, BLOCK_BYTES = 256, 64 * 2**10
@@ -32,8 +33,19 @@ def of_path(path: Path) -> str:
     """Of a file, or of all files in a folder with their names."""
     if path.is_file():
         return of_file(path)
-    names = sorted(each for each in path.rglob("*") if each.is_file())
-    lines = [f"{each.relative_to(path).as_posix()} {of_file(each)}" for each in names]
+    return _of_files(path, sorted(each for each in path.rglob("*") if each.is_file()))
+
+
+def of_lora(path: Path) -> str:
+    """Of a LoRA's file and the settings of PEFT beside it, which say its scale; else `of_path`."""
+    settings = path.with_name(PEFT_CONFIG)
+    if not path.is_file() or not settings.is_file():
+        return of_path(path)
+    return _of_files(path.parent, [settings, path])
+
+
+def _of_files(folder: Path, files: Iterable[Path]) -> str:
+    lines = [f"{each.relative_to(folder).as_posix()} {of_file(each)}" for each in files]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

@@ -10,6 +10,7 @@ Axes: L layers, R rank, i inputs, o outputs of a module.
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,10 +23,12 @@ from safetensors import SafetensorError, safe_open
 from cosmos3_jax.checkpoint.files import FLOAT_DTYPES, write_shard
 from cosmos3_jax.checkpoint.lora import Family, Lora, check_changes, families
 from cosmos3_jax.checkpoint.lora_spellings import (
+    PEFT_CONFIG,
     PEFT_PREFIX,
     WAY_OUT,
     Settings,
     finite,
+    is_text_encoders,
     is_unread,
     other_kind,
     parse,
@@ -36,7 +39,7 @@ from cosmos3_jax.checkpoint.rules import CheckpointError, raise_problems
 from cosmos3_jax.config import TransformerConfig
 
 FILE_NAME = "pytorch_lora_weights.safetensors"  # what diffusers looks for in a folder
-PEFT_NAME, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PEFT_NAME = "adapter_model.safetensors"
 PREFIX = "transformer."
 METADATA = "lora_adapter_metadata"  # diffusers' key for PEFT's LoraConfig
 
@@ -119,7 +122,9 @@ def _find(path: Path) -> Path:
     if path.is_file():
         return path
     if path.suffix == ".safetensors" or not path.is_dir():
-        raise CheckpointError(f"{path} is missing: give the LoRA's file or folder")
+        raise CheckpointError(
+            f"{path} is missing: give the LoRA's file or folder{_if_hub_id(path)}"
+        )
     named = [path / name for name in (FILE_NAME, PEFT_NAME) if (path / name).is_file()]
     found = named or sorted(path.glob("*.safetensors"))
     if len(found) == 1:
@@ -128,6 +133,14 @@ def _find(path: Path) -> Path:
         names = ", ".join(file.name for file in found)
         raise CheckpointError(f"{path} holds several LoRA files: {names}; give one of them")
     raise CheckpointError(f"{path / FILE_NAME} is missing, and so is any .safetensors beside it")
+
+
+def _if_hub_id(path: Path) -> str:
+    """What to say of `owner/name`, where no such folder is."""
+    looks_so = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path.as_posix()) and not path.parent.exists()
+    if not looks_so or path.suffix == ".safetensors":
+        return ""
+    return "; LoRAs are not fetched from the Hub, so download its file first"
 
 
 def _modules(family: Family) -> Iterator[tuple[str, tuple]]:
@@ -219,7 +232,13 @@ def _pairs(
         if problem := _misfit(halves, *sizes[module]):
             kind, words = problem
             problems.setdefault(kind, []).append(f"{module}: {words}")
-    raise_problems("the LoRA does not fit the model", problems)
+    what = "the LoRA does not fit the model"
+    if any(is_text_encoders(key) for key in unknown):
+        what += (
+            ", which has no separate text encoder: save it without the text encoder's tensors, or "
+            "train it without them"
+        )
+    raise_problems(what, problems)
     if not found:
         what = "it adapts only what is not read here" if unread else "no <module>.lora_A.weight"
         raise CheckpointError(f"this is no LoRA for this model: {what}")

@@ -19,9 +19,14 @@ from cosmos3_jax.checkpoint.rules import CheckpointError
 from cosmos3_jax.config import TransformerConfig
 
 PEFT_PREFIX = "base_model.model."
-# Before the module's name: PEFT; diffusers' pipelines; ComfyUI and musubi-tuner; PyTorch's wrappers
-# for several devices and for compiling. diffusers' models write none.
-PREFIXES = (PEFT_PREFIX, "transformer.", "diffusion_model.", "module.", "_orig_mod.")
+PEFT_CONFIG = "adapter_config.json"  # its settings, beside the tensors
+# Before the module's name: PEFT; diffusers' pipelines; ComfyUI and musubi-tuner, of LoRAs and of
+# checkpoints; PyTorch's wrappers for several devices and for compiling. diffusers' models write
+# none.
+PREFIXES = (
+    PEFT_PREFIX, "transformer.", "diffusion_model.", "model.diffusion_model.", "module.",
+    "_orig_mod.",
+)  # fmt: skip
 # Before a name whose dots are underscores, `layers_0_self_attn_to_q`: kohya; LyCORIS.
 UNDERSCORE_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")
 ENDINGS = {
@@ -36,8 +41,11 @@ ENDINGS = {
 OTHERS = {
     "lora_magnitude_vector": "DoRA", "dora_scale": "DoRA",
     "lokr_": "LoKr", "hada_": "LoHa", "oft_": "OFT", "lora_mid": "a Tucker decomposition",
-    "lora_embedding_": "a LoRA of an embedding", ".bias": "a bias", ".diff": "a whole weight",
+    "lora_embedding_": "a LoRA of an embedding", ".bias": "a bias",
 }  # fmt: skip
+OTHER_ENDINGS = {".diff": "a whole weight", ".diff_b": "a bias"}  # ComfyUI's
+# Of diffusers' pipelines, ComfyUI and kohya.
+_TEXT_ENCODER = re.compile(r"(base_model\.model\.)?(text_encoders?(_\d+)?[._]|lora_te\d*_)")
 # Fields of PEFT's LoraConfig with which it is no B A, or one of other weights.
 OTHER_FIELDS = {
     "use_dora": "DoRA", "use_qalora": "QALoRA", "use_bdlora": "BD-LoRA",
@@ -84,7 +92,13 @@ def parse(key: str, config: TransformerConfig) -> Name | None:
 
 def other_kind(key: str) -> str | None:
     """What a tensor of this name belongs to, if that is an adapter of another kind."""
-    return next((kind for part, kind in OTHERS.items() if part in key), None)
+    ending = next((kind for part, kind in OTHER_ENDINGS.items() if key.endswith(part)), None)
+    return ending or next((kind for part, kind in OTHERS.items() if part in key), None)
+
+
+def is_text_encoders(key: str) -> bool:
+    """Whether a tensor of this name adapts the text encoder that other models have."""
+    return _TEXT_ENCODER.match(key) is not None
 
 
 def is_unread(module: str, config: TransformerConfig) -> bool:

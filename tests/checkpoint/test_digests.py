@@ -88,3 +88,16 @@ def test_a_snapshot_of_the_hubs_has_its_commit_and_blobs(folder):
     assert found["revision"] == "0123abcd"
     assert found["files"][WEIGHTS]["blob"] == "9f86d081"
     assert json.loads(json.dumps(found)) == found
+
+
+def test_a_loras_settings_belong_to_its_file(tmp_path):
+    file, settings = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    save_file({"a": np.ones(3, np.float32)}, file)
+    assert digests.of_lora(file) == digests.of_path(file) == digests.of_file(file)
+    found = set()
+    for alpha in (8, 16):
+        settings.write_text(json.dumps({"lora_alpha": alpha}))
+        found |= {digests.of_lora(file)}
+        assert digests.of_lora(tmp_path) == digests.of_path(tmp_path)
+        assert digests.of_lora(file) == digests.of_lora(tmp_path)  # it holds nothing else
+    assert len(found) == 2 and digests.of_file(file) not in found

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from checkpoint_files import assert_same_tree
 from rounding import farthest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from training_run import CONFIG
 
 from cosmos3_jax.checkpoint import lora, lora_files, lora_spellings
@@ -113,6 +113,8 @@ WITH_SETTINGS = {
 }
 WITH_ALPHA = {
     "ComfyUI": ("diffusion_model.{m}", ".lora_A", ".lora_B"),
+    "ComfyUI, of checkpoints": ("model.diffusion_model.{m}", ".lora_A", ".lora_B"),
+    "ComfyUI, of checkpoints, down": ("model.diffusion_model.{m}", ".lora_down", ".lora_up"),
     "musubi-tuner": ("diffusion_model.{m}", ".lora_down", ".lora_up"),
     "kohya": ("lora_unet_{u}", ".lora_down", ".lora_up"),
     "kohya, of transformers": ("lora_transformer_{u}", ".lora_down", ".lora_up"),
@@ -165,6 +167,50 @@ def test_files_and_folders(tmp_path):
     file.write_bytes(b"PK\x03\x04 pickled")
     with pytest.raises(CheckpointError, match="lora.pt: .*pickled .bin or .pt, save it as safe"):
         lora_files.load(file, CONFIG)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "text_encoder.layers.0.self_attn.q_proj.lora_A.weight",
+        "text_encoder_2.text_model.encoder.layers.0.mlp.fc1.lora_B.weight",
+        "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight",
+        "lora_te2_layers_0_mlp_up_proj.alpha",
+        "text_encoders.qwen.layers.0.mlp.up_proj.lora_up.weight",
+    ],
+)
+def test_a_text_encoders_lora_is_refused_by_name(tmp_path, key):
+    file = write(tmp_path / "a.safetensors", PIPELINE)
+    tensors = load_file(file) | {key: np.ones((2, 2), np.float32)}
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match="has no separate text encoder: save") as error:
+        lora_files.load(file, CONFIG)
+    assert key in str(error.value)
+
+
+@pytest.mark.parametrize("prefix", ["", "diffusion_model.", "model.diffusion_model."])
+@pytest.mark.parametrize(("ending", "kind"), [("diff", "a whole weight"), ("diff_b", "a bias")])
+def test_whole_changes_are_refused_by_name(tmp_path, prefix, ending, kind):
+    file = tmp_path / "a.safetensors"
+    save_file({f"{prefix}{ONE}.{ending}": np.ones((2, 2), np.float32)}, file)
+    with pytest.raises(CheckpointError, match=f"no plain LoRA.*\n.*{kind}") as error:
+        lora_files.load(file, CONFIG)
+    assert f"{ONE}.{ending}" in str(error.value)
+
+
+@pytest.mark.parametrize("prefix", lora_spellings.PREFIXES)
+def test_no_prefix_is_of_another_kind(prefix):
+    assert lora_spellings.other_kind(f"{prefix}{ONE}.lora_A.weight") is None
+
+
+def test_a_hub_id_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="^someone/style-lora is missing.*not fetched.*downl"):
+        lora_files.load("someone/style-lora", CONFIG)
+    (tmp_path / "runs").mkdir()
+    for path in ("runs/style", "a/style.safetensors", "style", tmp_path / "b" / "style"):
+        with pytest.raises(CheckpointError, match="is missing: give the LoRA's file or folder$"):
+            lora_files.load(path, CONFIG)
 
 
 def test_the_scale_counts(tmp_path):
