@@ -15,6 +15,7 @@ import PIL
 import cosmos3_jax
 from cosmos3_jax.checkpoint import digests
 from cosmos3_jax.checkpoint.find import BUILT_IN, is_on_hub
+from cosmos3_jax.cli.record_check import parse_record
 from cosmos3_jax.io.encode import IMAGE_SUFFIXES, VIDEO_SUFFIXES, read_comment
 from cosmos3_jax.io.prepare import Prepared
 from cosmos3_jax.parallel import device
@@ -143,19 +144,10 @@ def read_record(path: Path) -> Record:
     if not path.is_file():
         raise FileNotFoundError(f"--from-record {path}: there is no such file")
     if path.suffix.lower() in (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES):
-        text, where = read_comment(path), "inside of it"
+        text, where = read_comment(path) or "", "inside of it"
     else:
         text, where = path.read_text("utf-8", errors="replace"), "in it"
-    try:
-        record = json.loads(text or "")
-    except ValueError:
-        record = None
-    if not isinstance(record, dict) or not {"prompt", "seed", "sigmas"} <= record.keys():
-        raise ValueError(
-            f"--from-record {path}: there is no record {where}; give the .json beside it, or a "
-            "file that was written without --no-metadata"
-        )
-    return record
+    return parse_record(text, f"--from-record {path}", where)
 
 
 def recorded_options(path: Path, named: Set[str]) -> dict[str, Any]:
@@ -254,8 +246,8 @@ def _without_folder(file: dict[str, Any] | None) -> dict[str, Any] | None:
 
 def _look_for(name: str, digest: str | None, record: Path, option: str) -> Path:
     """A file of a record: where it says, beside the record, or here. Of several, the same one."""
-    places = (Path(name), record.parent / Path(name).name, Path(Path(name).name))
-    found = [place for place in places if place.exists()]
+    places = (record.parent / Path(name).name, Path(name), Path(Path(name).name))
+    found = [place for place in places if _is_such(place, option)]
     if not found:
         raise ValueError(
             f"--from-record {record}: {name} is neither there nor beside the record; name it with "
@@ -264,3 +256,10 @@ def _look_for(name: str, digest: str | None, record: Path, option: str) -> Path:
     if digest is None or len(found) == 1:
         return found[0]
     return next((place for place in found if digests.of_path(place) == digest), found[0])
+
+
+def _is_such(place: Path, option: str) -> bool:
+    """Whether there is what an option takes: a checkpoint's folder, a LoRA, else a file."""
+    if option == "--checkpoint":
+        return (place / "model_index.json").is_file() or (place / "transformer").is_dir()
+    return place.is_file() or (option == "--lora" and (place / "adapter_config.json").is_file())

@@ -19,7 +19,8 @@ from cosmos3_jax import Cosmos3
 from cosmos3_jax.checkpoint import lora, lora_files
 from cosmos3_jax.checkpoint.find import find_checkpoint
 from cosmos3_jax.cli import main as cli
-from cosmos3_jax.cli.record import read_record
+from cosmos3_jax.cli.record import read_record, recorded_options
+from cosmos3_jax.cli.record_check import parse_record
 from cosmos3_jax.io.encode import read_comment
 
 pytestmark = pytest.mark.usefixtures("own_cache", "no_compilation_cache")
@@ -292,7 +293,7 @@ def test_a_record_of_the_version_before(made, tmp_path, quick, capsys):
     ("record", "message"),
     [
         ("none.json", "none.json: there is no such file"),
-        ("odd.json", "--from-record odd.json: damaged (TypeError("),
+        ("odd.json", "the record in it is damaged: sigmas=None, not a list of noise levels"),
         ("list.json", "list.json: there is no record in it; give the .json beside it"),
         ("text.json", "text.json: there is no record in it"),
         ("plain.png", "plain.png: there is no record inside of it"),
@@ -361,3 +362,50 @@ def test_the_hub_is_asked_for_the_recorded_commit(made, tmp_path, monkeypatch, q
     asked.clear()
     again(tmp_path / "a.json", tmp_path / "c.mp4", "--checkpoint", "owner/other")
     assert set(asked) == {("owner/other", None)}
+
+
+@pytest.mark.parametrize(
+    "name, values",
+    {
+        "prompt": [None, 5, ["a"], {}],
+        "seed": [None, [], True, 1.5, 10**400],
+        "sigmas": [[], "", {}, [0.9, None], [10**400, 0]],
+        "num_frames": [[], "9", 10**400],
+        "fps": [[], 10**400, None],
+        "guidance_scale": [{}, 10**400],
+        "negative_prompt": [5, {"path": 1}],
+        "system_prompt": [True, []],
+        "prompt_metadata": [1, "yes"],
+        "image": [{"path": ".."}, {"path": "/"}, {"path": ""}, {"path": 3}, "a.png"],
+        "noise": [".", "a\0b", 3],
+        "lora": [[{"path": "..", "factor": 1}], [{"path": "a"}], {}, [{"path": "a", "factor": ""}]],
+        "checkpoint": ["..", "", 5, "/"],
+        "checkpoint_files": [None, [], {"files": []}, {"files": {"a": 1}}],
+        "versions": [None, [], {"jax": 3}],
+        "dtype": ["x", 5, "int8"],
+        "steps_per_program": [[], None],
+        "mesh": [[], {"cfg": "2"}],
+    }.items(),
+)  # fmt: skip
+def test_a_field_that_no_record_holds_is_named(name, values):
+    record = {"prompt": "a", "seed": 1, "sigmas": [0.9, 0.0]}
+    assert parse_record(json.dumps(record), "here") == record
+    for value in values:
+        with pytest.raises(ValueError, match=f"here: the record in it is damaged: {name}="):
+            parse_record(json.dumps(record | {name: value}), "here")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{", "[]", '{"prompt": "a"}', ""])
+def test_a_text_that_is_no_record(text):
+    with pytest.raises(ValueError, match="here: there is no record in it"):
+        parse_record(text, "here")
+
+
+def test_a_folder_is_no_input_of_a_record(tmp_path):
+    """It would be read whole, whatever it is."""
+    (tmp_path / "photos").mkdir()
+    record = {"prompt": "a", "seed": 1, "sigmas": [0.9, 0.0]}
+    for field in ({"image": {"path": "photos"}}, {"lora": [{"path": "photos", "factor": 1.0}]}):
+        (tmp_path / "r.json").write_text(json.dumps(record | {"checkpoint": "tiny"} | field))
+        with pytest.raises(ValueError, match="photos is neither there nor beside the record"):
+            recorded_options(tmp_path / "r.json", set())
