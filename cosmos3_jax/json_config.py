@@ -90,7 +90,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from error
     check(isinstance(values, dict), f"{path} holds a {type(values).__name__}, not a JSON object")
     return values

@@ -63,6 +63,7 @@ IMAGES_ONLY = ("1080",)
 # What the model was trained on: the most frames of a video by tier, the least, and frames a second.
 MOST_FRAMES = {"256": 400, "480": 300, "704": 200, "720": 200, "768": 200}
 LEAST_FRAMES = 24
+LARGEST = 16384  # pixels across or down; no encoder takes more
 FPS = (10, 30)
 
 
@@ -174,7 +175,10 @@ def parse_size(size: str, aspect: str | None, default_aspect: str) -> tuple[int,
         )
     if aspect:
         raise ValueError(f"size={size!r} says its aspect already: leave aspect={aspect!r} out")
-    return int(found[1]), int(found[2])
+    width, height = int(found[1]), int(found[2])
+    if not (0 < width <= LARGEST and 0 < height <= LARGEST):
+        raise ValueError(f"size={size!r} is not within 1x1 to {LARGEST}x{LARGEST}")
+    return width, height
 
 
 def check_recommended(num_frames: int, height: int, width: int, fps: float) -> None:

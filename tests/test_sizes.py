@@ -58,6 +58,8 @@ def test_spellings(size, aspect, expected):
         ("480p", "21:9", "choose one of 1:1, 4:3"),
         ("720p", "2:3", "for size 480 only"),
         ("832x480", "16:9", "leave aspect='16:9' out"),
+        ("0x0", None, "not within 1x1 to 16384x16384"),
+        ("832x999999999", None, "not within"),
     ],
 )
 def test_refusals_name_the_right_spelling(size, aspect, says):

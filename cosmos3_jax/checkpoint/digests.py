@@ -126,9 +126,10 @@ class _Kept:
         cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         self.path = Path(cache).expanduser() / "cosmos3_jax" / "digests.json"
         try:
-            self.digests = json.loads(self.path.read_text("utf-8"))
-        except (OSError, ValueError):
-            self.digests = {}
+            kept = json.loads(self.path.read_text("utf-8"))
+        except (OSError, ValueError, RecursionError):
+            kept = None
+        self.digests: dict[str, Any] = kept if isinstance(kept, dict) else {}
 
     def of(self, path: Path) -> str:
         path = path.resolve()

@@ -6,12 +6,16 @@ complete. A failure, Ctrl-C included, leaves what was there before.
 
 import contextlib
 import dataclasses
+import errno
 import itertools
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+# A disk or a quota that is full, a file that grew too large, a device that failed.
+WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 def _hidden(path: Path) -> Path:
@@ -24,14 +28,30 @@ def file(path: Path) -> Iterator[Path]:
     """Yields the path of a file to write; when the block ends, it is renamed to `path`.
 
     A file that is there is replaced. Missing parent folders are made.
+
+    Raises:
+        OSError: it cannot be written; the error names `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _hidden(path)
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with _named(path):
+            yield temporary
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors of a full disk and the like name the file that was asked for."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in WRITE_ERRORS:
+            raise
+        reason = os.strerror(error.errno)
+        raise OSError(error.errno, f"{path} could not be written: {reason}") from error
 
 
 @dataclasses.dataclass
@@ -50,13 +70,14 @@ def free_file(path: Path) -> Iterator[Target]:
     path.parent.mkdir(parents=True, exist_ok=True)
     target = Target(_hidden(path), path)
     try:
-        yield target
-        for number in itertools.count(1):
-            try:
-                _rename_new(target.temporary, target.path)
-                break
-            except FileExistsError:
-                target.path = path.with_name(f"{path.stem}-{number}{path.suffix}")
+        with _named(path):
+            yield target
+            for number in itertools.count(1):
+                try:
+                    _rename_new(target.temporary, target.path)
+                    break
+                except FileExistsError:
+                    target.path = path.with_name(f"{path.stem}-{number}{path.suffix}")
     finally:
         target.temporary.unlink(missing_ok=True)
 

@@ -21,6 +21,7 @@ from cosmos3_jax.parallel import device, distributed
 from cosmos3_jax.sampling.request import Request
 
 ONLY_IMAGES = tuple(suffix for suffix in IMAGE_SUFFIXES if suffix not in ANIMATIONS)
+MOST_FILES = 10_000  # of one command
 
 log = logging.getLogger("cosmos3_jax")
 
@@ -84,12 +85,14 @@ def _record_path(out: Path, read: set[Path], overwrite: bool) -> Path:
 
 
 def _seeds(options: argparse.Namespace) -> list[int]:
-    if options.count < 1:
-        raise ValueError(f"--count {options.count} must be at least 1")
+    if not 1 <= options.count <= MOST_FILES:
+        raise ValueError(f"--count {options.count} is not within 1 to {MOST_FILES}")
     if options.seeds is not None:
         seeds = numbers("--seeds", options.seeds, int, "whole numbers")
         if options.count != 1:
             raise ValueError(f"--count {options.count} beside --seeds {options.seeds}: give one")
+        if len(seeds) > MOST_FILES:
+            raise ValueError(f"--seeds has {len(seeds)} seeds; give at most {MOST_FILES}")
         if len(set(seeds)) != len(seeds):
             raise ValueError(f"--seeds {options.seeds} has a seed twice")
         return seeds

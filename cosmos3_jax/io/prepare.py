@@ -26,6 +26,7 @@ from cosmos3_jax.io.prompt import (
 from cosmos3_jax.io.settings import Settings, SettingsDict
 from cosmos3_jax.models import sound_vae, video_vae
 from cosmos3_jax.recipes import (
+    LARGEST,
     aspect_name,
     check_recommended,
     fill_size,
@@ -182,6 +183,11 @@ def _size(recipe: Recipe, settings: Settings, mode: str) -> tuple[int, int, str 
     size = None if size is None else str(size)
     aspect = None if aspect is None else aspect_name(aspect)
     height, width = settings.height, settings.width
+    for name, pixels in (("height", height), ("width", width)):
+        if pixels is not None and not (
+            isinstance(pixels, int | np.integer) and 0 < pixels <= LARGEST
+        ):
+            raise ValueError(f"{name}={pixels!r} must be a whole number of pixels, 16 to {LARGEST}")
     if height is not None or width is not None:
         if size is not None or aspect is not None:
             said = f"size={size!r}" if size is not None else f"aspect={settings.aspect!r}"

@@ -61,18 +61,23 @@ def sigmas(
     Args:
         schedule: `native` (linear flow from 0.999, the model's own framework), `diffusers` (linear
             flow from 1) or `karras` (the published scheduler file's; it ignores `flow_shift`).
-        num_inference_steps: K >= 1.
+        num_inference_steps: K, from 1 to 1000.
         flow_shift: s in sigma = s u / (1 + (s - 1) u), positive.
         karras_range: lowest and highest noise-to-signal ratio of the `karras` schedule.
 
     Raises:
-        ValueError: on an unknown schedule, K < 1 or a shift that is not positive.
+        ValueError: on an unknown schedule, another K or a shift that is not positive.
     """
     steps = num_inference_steps
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule={schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}")
     if not isinstance(steps, int | np.integer) or steps < 1:
         raise ValueError(f"num_inference_steps={steps} must be at least 1, and whole")
+    if steps > NUM_TRAIN_TIMESTEPS:
+        raise ValueError(
+            f"num_inference_steps={steps} is more than the {NUM_TRAIN_TIMESTEPS} timesteps that "
+            "the model knows: take fewer"
+        )
     if not 0 < flow_shift < np.inf:
         raise ValueError(f"flow_shift={flow_shift} must be positive and finite")
     if schedule == "karras":

@@ -77,6 +77,14 @@ def test_a_whole_digest_is_kept(folder, monkeypatch):
     assert read == ["model_index.json"]
 
 
+@pytest.mark.parametrize("kept", ["[]", "null", "5", "[" * 100_000, "no json"])
+def test_kept_digests_that_are_damaged_are_made_again(folder, monkeypatch, kept):
+    monkeypatch.setattr(digests, "WHOLE_BYTES", 1000)
+    first = digests.of_folder(folder, whole=True)
+    (folder.parent / "cache" / "cosmos3_jax" / "digests.json").write_text(kept)
+    assert digests.of_folder(folder, whole=True) == first
+
+
 def test_a_snapshot_of_the_hubs_has_its_commit_and_blobs(folder):
     snapshot = folder.parent / "models--owner--name" / "snapshots" / "0123abcd"
     blobs = snapshot.parent.parent / "blobs"

@@ -1,5 +1,6 @@
 """Files and folders appear whole or not at all, and a failure leaves what was there."""
 
+import errno
 import os
 
 import pytest
@@ -40,6 +41,15 @@ def test_a_file_that_fails(tmp_path, stop, written):
         raise stop
     assert [*tmp_path.iterdir()] == [path]
     assert path.read_text() == "old"
+
+
+def test_a_full_disk_is_told_with_the_name_that_was_asked_for(tmp_path):
+    path = tmp_path / "car.mp4"
+    for publishing in (publish.file, publish.free_file):
+        with pytest.raises(OSError, match="car.mp4 could not be written: No space") as told:
+            with publishing(path):
+                raise OSError(errno.ENOSPC, "No space left on device", ".cosmos3-temporary")
+        assert told.value.errno == errno.ENOSPC and not any(tmp_path.iterdir())
 
 
 def write(folder, text):
