@@ -346,7 +346,8 @@ def test_hub_failure(monkeypatch):
 @pytest.mark.parametrize("name", ["no-such-folder", "/no/such/folder", "a/b/c", "owner/na me"])
 def test_neither_folder_nor_hub_id(name, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)  # it must not be called
-    with pytest.raises(CheckpointError, match=f"there is no folder {name}; .* Hub id of the form owner/"):
+    message = f"there is no folder {name}; .* Hub id of the form owner/"
+    with pytest.raises(CheckpointError, match=message):
         Cosmos3.from_pretrained(name)
 
 
