@@ -29,7 +29,7 @@ _OTHER_NAMES = ("caption", "caption_json", "text", "upsampled_prompt")
 
 _SAME_RATE = 0.01  # 23.976 is 24, 24.4 is not
 _SAME_ASPECT = 0.03  # 1280x704 and 832x480 are 16:9, 16:10 is not
-_FENCED = re.compile(r"```((?i:json)|\w+(?=[ \t]*\r?\n))?\s*(.*?)\s*```", re.DOTALL)
+_FENCE = re.compile(r"```((?i:json)|\w+(?=[ \t]*\r?\n))?")
 _FOREIGN_FENCE = re.compile(r"(~~~|'''|\"\"\")(?:\s*json)?\s*[{\[]|\s*~~~", re.IGNORECASE)
 _TAG = r"<%s(?:think|thinking|reasoning|answer|final_prompt)>"
 _MARKUP = re.compile(rf"\A\s*{_TAG % ''}|{_TAG % '/'}", re.IGNORECASE)
@@ -67,6 +67,15 @@ def unwrap(text: str, name: str = "the prompt") -> tuple[str, str | None]:
     if not isinstance(text, str):
         advice = "; give a caption by json.dumps" if isinstance(text, dict) else ""
         raise TypeError(f"{name} is a {type(text).__name__}, not a string{advice}: {text!r:.80}")
+    if text.startswith("\ufeff"):
+        raise ValueError(f"{name} starts with a byte order mark; leave it out")
+    try:
+        return _unwrap(text, name)
+    except RecursionError:
+        raise ValueError(f"{name} is JSON that is nested too deeply for a caption") from None
+
+
+def _unwrap(text: str, name: str) -> tuple[str, str | None]:
     text, is_json = _unfence(_after_thoughts(text, name), name)
     value = _loads(text)
     if value is None:
@@ -81,7 +90,7 @@ def unwrap(text: str, name: str = "the prompt") -> tuple[str, str | None]:
             warnings.warn(
                 f"{name} looks like a JSON caption but is no valid JSON, so it is plain text to "
                 "the model; write it with json.dumps",
-                stacklevel=2,
+                stacklevel=3,
             )
     if isinstance(value, list) and _all_objects(value):
         if len(value) != 1:
@@ -92,7 +101,7 @@ def unwrap(text: str, name: str = "the prompt") -> tuple[str, str | None]:
         warnings.warn(
             f"{name} is {kind} and no caption, so all of it is plain text to the model; give the "
             "text alone, or a caption, which is a JSON object",
-            stacklevel=2,
+            stacklevel=3,
         )
     if not isinstance(value, dict):
         return text, None
@@ -104,7 +113,7 @@ def unwrap(text: str, name: str = "the prompt") -> tuple[str, str | None]:
     if not value.keys() & caption_schema()["properties"].keys():
         warnings.warn(
             f"{name} is a JSON object with no key of a caption, which the model was not trained on",
-            stacklevel=2,
+            stacklevel=3,
         )
     kept = _without_scratchpad(value)
     return text if kept == value else json.dumps(kept), None
@@ -133,7 +142,7 @@ def _agree(name: str, said: Any, made: Any, seconds: float) -> bool:
     if name == "resolution" and isinstance(said, dict):
         return said == made
     numbers = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", str(said))]
-    if not numbers:
+    if not 1 <= len(numbers) <= 3 or max(numbers) > 1e6:
         return False
     if name == "resolution":  # "1280x720", [1280, 720], "720p"
         return numbers in ([made["W"], made["H"]], [min(made.values())])
@@ -171,7 +180,10 @@ def check_caption(caption: dict[str, Any] | str) -> list[str]:
         if parsed is None:
             raise ValueError(f"the caption is no JSON object: {caption!r:.80}")
         caption = parsed
-    return _check(_without_scratchpad(caption), caption_schema(), "")
+    try:
+        return _check(_without_scratchpad(caption), caption_schema(), "")
+    except RecursionError:
+        return ["the caption is nested too deeply"]
 
 
 def _check(value: Any, schema: dict[str, Any], path: str) -> list[str]:
@@ -186,6 +198,9 @@ def _check(value: Any, schema: dict[str, Any], path: str) -> list[str]:
         return [f"{path} is {value!r:.40}, not an {kind}"]
     if "properties" not in schema:
         return []
+    if not isinstance(value, dict):
+        return [f"{path} is {value!r:.40}, not an object"]
+    value = {str(key): item for key, item in value.items()}
     known, prefix = schema["properties"], f"{path}." if path else ""
     problems, meant = [], set(value)
     for key in value:
@@ -217,7 +232,7 @@ def _loads(text: str) -> Any:
     """A JSON value; None for `null` and for what is no JSON."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
@@ -229,7 +244,8 @@ def _after_thoughts(text: str, name: str) -> str:
     """The JSON that follows what an upsampler thought; text without its tags as it is."""
     if _loads(text) is not None or not (tag := _MARKUP.search(text)):
         return text
-    answer = _THOUGHT.sub("", text, count=1).strip()
+    thought = _THOUGHT.match(text)
+    answer = text[thought.end() if thought else 0 :].strip()
     if not _MARKUP.search(answer) and isinstance(_loads(_unfence(answer, name)[0]), dict | list):
         return answer
     raise ValueError(
@@ -249,16 +265,17 @@ def _unfence(text: str, name: str) -> tuple[str, bool]:
         if re.search(r"```(?:json)?\s*[{\[]", text, re.IGNORECASE):
             raise ValueError(f"{name} has text before its fenced caption; give the caption alone")
         return text, False
-    fenced = _FENCED.fullmatch(stripped)
-    if fenced is None:
+    opening = _FENCE.match(stripped)
+    inner = stripped[opening.end() :] if opening else ""
+    if opening is None or not inner.endswith("```"):
         raise ValueError(
             f"{name} does not end with the fence (three backticks) that it opens: it was cut off, "
             "or text follows the fence"
         )
-    tag, inner = fenced.groups()
+    tag = opening[1]
     if tag and tag.lower() != "json":
         raise ValueError(f"{name} is fenced as {tag!r}; a caption is fenced as json")
-    return inner, tag is not None
+    return inner.removesuffix("```").strip(), tag is not None
 
 
 def _of_record(record: dict[str, Any], name: str) -> tuple[str, str | None]:
