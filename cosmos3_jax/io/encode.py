@@ -12,6 +12,7 @@ Colours are BT.709 in limited range where there is yuv.
 Axes: T frames, H height, W width, N sound channels, S sound samples.
 """
 
+import warnings
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -38,6 +39,7 @@ BT709 = 1  # H.273 gives its matrix, its primaries and its transfer curve the sa
 COMMENT_KEY = "cosmos3_jax"  # of a png's text
 IMAGE_DESCRIPTION = 0x010E  # of EXIF
 LONGEST_JPEG_COMMENT = 65_533  # bytes, the format's own limit
+LONGEST_MOV_COMMENT = 65_535
 
 
 def frame(video: np.ndarray, t: int) -> np.ndarray:
@@ -45,6 +47,24 @@ def frame(video: np.ndarray, t: int) -> np.ndarray:
     whole.
     """
     return np.ascontiguousarray(to_uint8(video[:, t]).transpose(1, 2, 0))
+
+
+def _fitting(path: Path, comment: str | None) -> str | None:
+    """The comment, or None with a warning where the kind of file cannot hold it."""
+    if comment is None:
+        return None
+    suffix, size = path.suffix.lower(), len(comment.encode())
+    longest = {
+        ".jpg": LONGEST_JPEG_COMMENT, ".jpeg": LONGEST_JPEG_COMMENT, ".mov": LONGEST_MOV_COMMENT,
+    }.get(suffix, size)  # fmt: skip
+    if size > longest:
+        why = f"it has {size} bytes, and a {suffix} holds {longest}"
+    elif suffix in CONTAINERS and "\0" in comment:
+        why = f"it has a character NUL, which a {suffix} cannot hold"
+    else:
+        return comment
+    warnings.warn(f"the file is written without its comment: {why}", stacklevel=3)
+    return None
 
 
 def write_container(
@@ -65,8 +85,9 @@ def write_container(
         sound: float32 [N, S], N 1 or 2, as long as the video; or None.
         sample_rate: of the sound, in Hz.
         crf: the encoder's quality, from 0 (best) to 51 (x264) or 63 (VP9).
-        comment: any text.
+        comment: any text; left out with a warning if the kind of file cannot hold it.
     """
+    comment = _fitting(path, comment)
     webm = path.suffix.lower() == ".webm"
     # Edit lists count in the movie's time scale: the default, 1 ms, would round the sound to 48
     # samples. A webm has a random number in it, unless it is to be the same each time.
@@ -170,7 +191,7 @@ def write_animation(path: Path, video: np.ndarray, rate: Fraction, comment: str 
 
 def write_image(path: Path, picture: np.ndarray, comment: str | None) -> None:
     """Write uint8 [H, W, 3] as png, jpg (quality 95, full resolution of colours) or webp (lossless)
-    by the path's suffix.
+    by the path's suffix. Warns if a jpg cannot hold the comment.
     """
     image, suffix = Image.fromarray(picture), path.suffix.lower()
     if suffix == ".png":
@@ -181,8 +202,9 @@ def write_image(path: Path, picture: np.ndarray, comment: str | None) -> None:
     elif suffix == ".webp":
         image.save(path, "WEBP", lossless=True, exif=_exif(comment))
     else:
-        fits = comment is not None and len(comment.encode()) <= LONGEST_JPEG_COMMENT
-        said = {"comment": comment} if fits else {}
+        comment = _fitting(path, comment)
+        # As bytes: Pillow sizes its buffer by len(), and waits for ever for one that is too small.
+        said = {"comment": comment.encode()} if comment is not None else {}
         image.save(path, "JPEG", quality=95, subsampling=0, **said)
 
 

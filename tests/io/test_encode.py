@@ -1,6 +1,7 @@
 """Every kind of file that a video or an image can become, read back."""
 
 import os
+import warnings
 from fractions import Fraction
 
 import av
@@ -77,6 +78,40 @@ def test_an_image_of_each_kind(tmp_path, suffix):
     expected = media.to_uint8(video[:, 0]).transpose(1, 2, 0).astype(int)
     error = np.abs(media.read_image(path).astype(int) - expected)
     assert error.max() <= (12 if suffix in (".jpg", ".jpeg") else 0)
+
+
+@pytest.mark.parametrize("suffix", [*encode.VIDEO_SUFFIXES, ".png", ".jpg", ".jpeg"])
+@pytest.mark.parametrize("size", [65_533, 65_535, 5_000_000])
+def test_a_long_comment_is_held_or_missed_aloud(tmp_path, suffix, size):
+    comment, path = "\u00e9" + "x" * (size - 2), tmp_path / f"a{suffix}"  # of so many bytes
+    limits = {".mov": 65_535, ".jpg": 65_533, ".jpeg": 65_533}
+    save = media.save_video if suffix in encode.VIDEO_SUFFIXES else media.save_image
+    video = {"video": smooth_video(2 if save is media.save_video else 1)}
+    with warnings.catch_warnings(record=True) as log:
+        warnings.simplefilter("always")
+        save(video, path, comment=comment)
+    messages = [str(one.message) for one in log]
+    if size <= limits.get(suffix, size):
+        same = encode.read_comment(path) == comment  # pytest would compare them line by line
+        assert messages == [] and same
+    else:
+        [message] = messages
+        assert f"it has {size} bytes, and a {suffix} holds {limits[suffix]}" in message
+        assert encode.read_comment(path) is None
+
+
+@pytest.mark.parametrize("suffix", [*encode.VIDEO_SUFFIXES, ".png", ".jpg"])
+def test_a_comment_with_nul_is_whole_or_missed_aloud(tmp_path, suffix):
+    path, comment = tmp_path / f"a{suffix}", "one\0two"
+    save = media.save_video if suffix in encode.VIDEO_SUFFIXES else media.save_image
+    video = {"video": smooth_video(2 if save is media.save_video else 1)}
+    if suffix in encode.CONTAINERS:
+        with pytest.warns(UserWarning, match="without its comment: it has a character NUL"):
+            save(video, path, comment=comment)
+        assert encode.read_comment(path) is None
+    else:
+        save(video, path, comment=comment)
+        assert encode.read_comment(path) == comment
 
 
 def test_without_a_comment_there_is_none(tmp_path):
