@@ -6,8 +6,9 @@ ordinary (BT.709, BT.601, sRGB, or not stated), pixels are taken as they are, as
 diffusers take them. All else goes through light: the declared curve, a matrix to sRGB's primaries,
 sRGB's curve. Colours that sRGB does not have are clipped, each channel by itself.
 
-HDR, which is PQ and HLG (BT.2100), is mapped as BT.2408 maps SDR to HDR, the other way round: a
-white of 203 cd/m2 becomes 255, darker light keeps its proportion to it, and brighter is clipped.
+HDR, which is PQ and HLG (BT.2100), has BT.2020's primaries where none are stated. It is mapped as
+BT.2408 maps SDR to HDR, the other way round: a white of 203 cd/m2 becomes 255, darker light keeps
+its proportion to it, and brighter is clipped.
 """
 
 import io
@@ -22,6 +23,7 @@ from PIL import ExifTags, Image, ImageCms
 
 WHITE = 203.0  # cd/m2, of graphics in HDR
 PQ, HLG = 16, 18  # transfer curves of H.273
+BT2020 = 9  # primaries
 _PEAK = 1000.0  # cd/m2, of the display that HLG is meant for; its system gamma is then 1.2
 _LUMA = np.array([0.2627, 0.6780, 0.0593], np.float32)  # of BT.2020, for HLG's system gamma
 _ORDINARY_TRANSFERS = {0, 1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 14, 15}
@@ -35,13 +37,19 @@ _NAMES = {
 # x, y of red, green, blue and white.
 _SRGB = (0.64, 0.33, 0.30, 0.60, 0.15, 0.06, 0.3127, 0.3290)
 _PRIMARIES = {
-    9: (0.708, 0.292, 0.170, 0.797, 0.131, 0.046, 0.3127, 0.3290),  # BT.2020
+    BT2020: (0.708, 0.292, 0.170, 0.797, 0.131, 0.046, 0.3127, 0.3290),  # BT.2020
     11: (0.680, 0.320, 0.265, 0.690, 0.150, 0.060, 0.314, 0.351),  # DCI-P3
     12: (0.680, 0.320, 0.265, 0.690, 0.150, 0.060, 0.3127, 0.3290),  # Display P3
 }
+_HEAD = 1 << 16  # bytes, in which files say their colours
 _ADOBE = (0.64, 0.33, 0.21, 0.71, 0.15, 0.06, 0.3127, 0.3290), 256 / 563
 _SRGB_GAMMA = 0.45455
 Convert = Callable[[np.ndarray], np.ndarray]
+
+
+def meant_primaries(primaries: int, transfer: int) -> int:
+    """As stated; if not, BT.2020's of PQ and HLG, which BT.2100 defines with no others."""
+    return BT2020 if primaries in (0, 2) and transfer in (PQ, HLG) else primaries
 
 
 def converter(
@@ -60,6 +68,7 @@ def converter(
     Raises:
         ValueError: for code points that are not known here.
     """
+    primaries = meant_primaries(primaries, transfer)
     for kind, code, known in (
         ("transfer", transfer, _ORDINARY_TRANSFERS | {PQ, HLG}),
         ("primaries", primaries, _ORDINARY_PRIMARIES | _PRIMARIES.keys()),
@@ -94,17 +103,32 @@ def image_converter(name: object, image: Image.Image) -> Convert | None:
 
 
 def _code_points(image: Image.Image) -> tuple[int, int] | None:
-    """Primaries and transfer of an image that was opened from a file. Pillow does not read them."""
-    path = getattr(image, "filename", "")
-    if image.format not in ("PNG", "AVIF") or not os.path.isfile(path):
+    """Primaries and transfer by an image's file, which Pillow does not read; None if there are
+    none, or the file is closed and has no name.
+    """
+    if image.format not in ("PNG", "AVIF"):
         return None
-    with open(path, "rb") as file:
-        head = file.read(1 << 16)
+    head = _head(image)
     if image.format == "PNG":
         at = head[: head.find(b"IDAT")].find(b"\0\0\0\4cICP")
         return None if at < 0 else (head[at + 8], head[at + 9])
     at = head.find(b"colrnclx")
     return None if at < 0 else struct.unpack(">HH", head[at + 8 : at + 12])
+
+
+def _head(image: Image.Image) -> bytes:
+    """The beginning of the file that an image was opened from."""
+    path, file = getattr(image, "filename", ""), getattr(image, "fp", None)
+    if os.path.isfile(path):
+        with open(path, "rb") as opened:
+            return opened.read(_HEAD)
+    if file is None or getattr(file, "closed", False):
+        return b""
+    at = file.tell()
+    file.seek(0)
+    head = file.read(_HEAD)
+    file.seek(at)
+    return head
 
 
 @cache

@@ -24,7 +24,7 @@ from clip_cases import (
 )
 from PIL import Image, ImageCms
 
-from cosmos3_jax.io import media
+from cosmos3_jax.io import color, media
 
 # Colours of clips
 # ----------------------------------------------------------------------------------------------
@@ -90,6 +90,29 @@ def test_hdr_whose_matrix_is_not_stated(tmp_path):
     tags = dict(colorspace=2, color_primaries=9, color_trc=16)
     clip = flat(tmp_path / "a.mkv", signal, BT2020, bits=10, **tags)
     np.testing.assert_allclose(colour_of(clip), (255, 0, 0), atol=4)
+
+
+@pytest.mark.parametrize("curve", HDR)
+@pytest.mark.parametrize("name", ["red", "blue", "skin"])
+@pytest.mark.parametrize("matrix", [2, 9], ids=["no matrix", "matrix"])
+def test_hdr_whose_primaries_are_not_stated(tmp_path, curve, name, matrix):
+    """As sRGB's, skin would be 35 levels too pale."""
+    signal = hdr_signal(curve, np.array(LIGHTS[name]))
+    tags = dict(colorspace=matrix, color_primaries=2, color_trc=HDR[curve])
+    clip = flat(tmp_path / "a.mkv", signal, BT2020, bits=10, **tags)
+    np.testing.assert_allclose(colour_of(clip), srgb(np.array(LIGHTS[name])), atol=4)
+
+
+def test_only_hdr_has_primaries_that_nobody_states(tmp_path):
+    assert color.converter("a", 2, 2) is None and color.converter("a", 0, 1) is None
+    light = np.array(LIGHTS["skin"])
+    clip = flat(tmp_path / "a.mkv", srgb(light) / 255, BT601, colorspace=2, color_primaries=2)
+    np.testing.assert_allclose(colour_of(clip), srgb(light), atol=3)
+    # BT.709's, if it is stated, with the curve of PQ.
+    signal = hdr_signal("PQ", np.linalg.inv(TO_BT2020) @ light)
+    tags = dict(colorspace=1, color_primaries=1, color_trc=16)
+    clip = flat(tmp_path / "b.mkv", signal, BT709, bits=10, **tags)
+    np.testing.assert_allclose(colour_of(clip), srgb(light), atol=4)
 
 
 @pytest.mark.parametrize("name", ["white", "red", "skin"])
@@ -253,3 +276,36 @@ def test_hdr_pictures(tmp_path, curve):
         whole[:at] + struct.pack(">HH", 9, HDR[curve]) + whole[at + 4 :]
     )
     np.testing.assert_allclose(media.read_image(tmp_path / "a.avif")[3, 3], srgb(light), atol=10)
+
+
+def hdr_picture(kind: str, primaries: int, light) -> bytes:
+    """A PNG or an AVIF in PQ, of one colour."""
+    level = np.rint(255 * hdr_signal("PQ", light)).astype(np.uint8)
+    data = io.BytesIO()
+    options = dict(quality=100, subsampling="4:4:4") if kind == "avif" else {}
+    Image.fromarray(np.broadcast_to(level, (16, 16, 3))).save(data, kind, **options)
+    whole = data.getvalue()
+    if kind == "avif":
+        at = whole.index(b"colrnclx") + 8
+        return whole[:at] + struct.pack(">HH", primaries, 16) + whole[at + 4 :]
+    chunk = b"cICP" + bytes([primaries, 16, 0, 1])
+    chunk = struct.pack(">I", 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    at = whole.index(b"IDAT") - 4
+    return whole[:at] + chunk + whole[at:]
+
+
+@pytest.mark.parametrize("primaries", [2, 9])
+@pytest.mark.parametrize("kind", ["png", "avif"])
+def test_hdr_of_images_that_are_open(tmp_path, kind, primaries):
+    light = np.array(LIGHTS["skin"])
+    data = hdr_picture(kind, primaries, light)
+    (tmp_path / "a").write_bytes(data)
+    with Image.open(tmp_path / "a") as named, Image.open(tmp_path / "a") as read:
+        read.load()
+        with open(tmp_path / "a", "rb") as file:
+            sources = [tmp_path / "a", named, read, Image.open(io.BytesIO(data)), Image.open(file)]
+            for source in sources:
+                found = media.read_image(source)[3, 3]
+                np.testing.assert_allclose(found, srgb(light), atol=10 if kind == "avif" else 4)
+    plain = Image.open(io.BytesIO(data)).convert("RGB")  # of which nobody knows what it was
+    np.testing.assert_array_equal(media.read_image(plain), np.asarray(plain))
