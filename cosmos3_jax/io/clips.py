@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import av
 import numpy as np
@@ -22,11 +22,14 @@ from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image
 
 from cosmos3_jax.io import color
+from cosmos3_jax.io.animations import AnimationFrame
 
 PathLike = str | os.PathLike[str]
 End = Literal["first", "last"]
+Frame = av.VideoFrame | AnimationFrame
+FrameT = TypeVar("FrameT", bound=Frame)
+_HEIC = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"}
 MAX_ASPECT = 8  # of one sample; television has at most 2
-_BT2020 = 9  # its primaries, in H.273
 _EARLY = 0.25  # of a frame's time, by which the next one may be shown before it is due
 
 
@@ -65,6 +68,37 @@ def opened(path: PathLike) -> Iterator[av.container.InputContainer]:
         raise ValueError(_no_media(path, f", or is damaged ({error.strerror})")) from error
 
 
+def brands(path: PathLike) -> set[bytes]:
+    """The brands in the first box of an mp4 and its kin: `isom`, `avif`, `heic`; else none."""
+    with open(path, "rb") as file:
+        head = file.read(256)
+    size = int.from_bytes(head[:4], "big")
+    if head[4:8] != b"ftyp":
+        return set()
+    return {head[i : i + 4] for i in (8, *range(16, min(size, 256), 4))}
+
+
+def refuse_heic(path: PathLike) -> None:
+    """FFmpeg would take one tile of it for the picture."""
+    found = brands(path)
+    if found & _HEIC and b"avif" not in found:
+        raise ValueError(
+            f"{path} is a HEIC picture, which is not read: export it as JPEG or PNG, or open it "
+            "with pillow-heif and pass the PIL image"
+        )
+
+
+def is_video(path: PathLike) -> bool:
+    """Whether FFmpeg reads a video in it. It reads pictures as videos, which are none."""
+    try:
+        with opened(path) as container:
+            kind = container.format.name
+            picture = kind.endswith("_pipe") or kind in ("image2", "gif", "apng")
+            return video_stream(container) is not None and not picture
+    except ValueError:
+        return False
+
+
 def _no_media(path: PathLike, damage: str = "") -> str:
     with open(path, "rb") as file:
         text = file.read(512).decode("latin-1")
@@ -92,6 +126,8 @@ def decode(
     Returns:
         The frames, evenly spaced; the aspect of their samples; and their rate, if it is known.
     """
+    check_file(path)
+    refuse_heic(path)
     with opened(path) as container:
         stream = video_stream(container)
         if stream is None:
@@ -99,29 +135,53 @@ def decode(
         stream.thread_type = "AUTO"
         aspect = _sample_aspect(stream, path)
         tick, average = float(stream.time_base), stream.average_rate and float(stream.average_rate)
-        rate = fps or average
         frames = container.decode(stream)
         first = next(frames, None)
         if first is None:
             raise ValueError(f"{path} has no frames")
         _converter(first, path), _orientation(first, path)  # refused before the rest is decoded
         frames = itertools.chain([first], frames)
-        seconds = (max_frames + 1) / rate if max_frames and rate else 0.0
-        if max_frames is None:
-            held = list(frames)
-        elif keep == "first":
-            held = list(itertools.islice(frames, max_frames))
-            if not _even(held, tick):
-                held += _until(frames, _time(first) + seconds)
-        else:
-            held = _last(frames, max_frames, seconds, path, stream.frames)
+        chosen, rate = choose(frames, max_frames, keep, fps, average, tick, path, stream.frames)
+    return chosen, aspect, rate
+
+
+def choose(
+    frames: Iterator[FrameT],
+    max_frames: int | None,
+    keep: End,
+    fps: float | None,
+    average: float | None,
+    tick: float,
+    path: PathLike,
+    expected: int,
+) -> tuple[list[FrameT], float | None]:
+    """Of all frames, one or more, those that are wanted, and their rate.
+
+    Args:
+        frames: with `time`, `duration` and `time_base`, as PyAV has them.
+        max_frames, keep, fps: as of `decode`.
+        average: the file's rate, if it is known.
+        tick: of the file's clock, in seconds.
+        path, expected: the file, and how many frames it should have, for a warning.
+    """
+    first = next(frames)
+    frames, rate = itertools.chain([first], frames), fps or average
+    seconds = (max_frames + 1) / rate if max_frames and rate else 0.0
+    if max_frames is None:
+        held = list(frames)
+    elif keep == "first":
+        held = list(itertools.islice(frames, max_frames))
+        if not _even(held, tick):
+            held += _until(frames, _time(first) + seconds)
+    else:
+        held = _last(frames, max_frames, seconds, path, expected)
     window = slice(max_frames) if keep == "first" or not max_frames else slice(-max_frames, None)
     if rate is None or _even(held[window], tick):
-        return held[window], aspect, _rate(held[window], tick, average)
-    return _sampled(held, _time(first), rate, tick)[window], aspect, rate
+        return held[window], _rate(held[window], tick, average)
+    return _sampled(held, _time(first), rate, tick)[window], rate
 
 
-def _until(frames: Iterator[av.VideoFrame], end: float) -> Iterator[av.VideoFrame]:
+def _until(frames: Iterator[FrameT], end: float) -> Iterator[FrameT]:
     """To the first after `end`: until then, the one before it is shown."""
     for frame in frames:
         yield frame
@@ -130,8 +190,8 @@ def _until(frames: Iterator[av.VideoFrame], end: float) -> Iterator[av.VideoFram
 
 
 def _last(
-    frames: Iterator[av.VideoFrame], number: int, seconds: float, path: PathLike, expected: int
-) -> list[av.VideoFrame]:
+    frames: Iterator[FrameT], number: int, seconds: float, path: PathLike, expected: int
+) -> list[FrameT]:
     """The last `number` frames, and more if they fill fewer seconds."""
     held, count = deque(), 0
     for frame in frames:
@@ -153,11 +213,11 @@ def _last(
 # ----------------------------------------------------------------------------------------------
 
 
-def _time(frame: av.VideoFrame) -> float:
+def _time(frame: Frame) -> float:
     return math.nan if frame.time is None else frame.time
 
 
-def _even(frames: Sequence[av.VideoFrame], tick: float) -> bool:
+def _even(frames: Sequence[Frame], tick: float) -> bool:
     """Whether all are a tenth of their distance, and a tick, from equal distances; true too if the
     times are not known.
     """
@@ -168,7 +228,7 @@ def _even(frames: Sequence[av.VideoFrame], tick: float) -> bool:
     return bool((np.abs(distances - usual) <= 0.1 * usual + min(tick, usual / 2)).all())
 
 
-def _rate(frames: Sequence[av.VideoFrame], tick: float, average: float | None) -> float | None:
+def _rate(frames: Sequence[Frame], tick: float, average: float | None) -> float | None:
     """Of evenly spaced frames: the file's average, unless theirs is another."""
     seconds = _time(frames[-1]) - _time(frames[0]) if frames else math.nan
     count = len(frames) - 1
@@ -179,9 +239,7 @@ def _rate(frames: Sequence[av.VideoFrame], tick: float, average: float | None) -
     return count / seconds
 
 
-def _sampled(
-    frames: Sequence[av.VideoFrame], start: float, rate: float, tick: float
-) -> list[av.VideoFrame]:
+def _sampled(frames: Sequence[FrameT], start: float, rate: float, tick: float) -> list[FrameT]:
     """What is shown at each 1 / rate seconds from `start` until the end of the last frame."""
     times = np.maximum.accumulate([_time(frame) for frame in frames]) - start
     last = frames[-1]
@@ -203,7 +261,8 @@ def pixels(frame: av.VideoFrame, aspect: Fraction, path: PathLike) -> np.ndarray
     """
     convert = _converter(frame, path)
     if convert is not None:
-        untagged = frame.colorspace == 2 and frame.color_primaries == _BT2020
+        primaries = color.meant_primaries(frame.color_primaries, frame.color_trc)
+        untagged = frame.colorspace == 2 and primaries == color.BT2020
         rgb = convert(
             frame.to_ndarray(
                 format="rgb48le",

@@ -21,12 +21,15 @@ from cosmos3_jax.io.media_read import (
     End,
     ImageSource,
     VideoSource,
+    image_shape,
+    is_picture,
     read_image,
     read_video,
     video_frames,
 )
 
 CONDITION_FRAMES = (0, 1)  # of a clip, as in the model's training: five pixel frames
+TRAINED_RATES = (10, 30)  # frames per second
 _LITTLE_WASTE = 4  # times the picture that is made: up to it, all is resized and then cropped
 _LITTLE_KEPT = 0.1  # of a picture, which is worth a warning
 
@@ -117,6 +120,8 @@ def clip_pixels(
     """
     count, frames, rate = video_frames(video, num_frames, keep, fps)
     name = video if isinstance(video, str | os.PathLike) else "the video"
+    if count == 1 < num_frames and is_picture(video):
+        raise ValueError(f"{name} is a picture, not a video: use image= (--image)")
     if count < num_frames:
         raise ValueError(
             f"{name} has {count} frames and {num_frames} are needed: give a longer one, "
@@ -208,24 +213,34 @@ def resolve_given(
     needed = config.video_vae.scale_factor_temporal * max(given) + 1
     pixels, source_fps = _clips(video, batch, needed, height, width, keep or "first", fps)
     if source_fps is not None and abs(source_fps - fps) > 0.01 * fps:
+        least, most = TRAINED_RATES
+        advice = f"pass fps={source_fps:g} (--fps) to keep it"
+        if not least <= source_fps <= most:
+            advice = (
+                f"convert it to {fps:g} first (ffmpeg -i CLIP -r {fps:g} NEW.mp4), because the "
+                f"model was trained with {least} to {most}"
+            )
         warnings.warn(
             f"the clip has {source_fps:g} frames per second, the video {fps:g}: what moves in it "
-            f"will change its speed; pass fps={source_fps:g} (--fps) to keep it",
+            f"will change its speed; {advice}",
             stacklevel=3,
         )
     return {"clean_video": pixels, "frame_mask": _mask(given, batch, frames)}
 
 
 def input_shape(image: Any, video: VideoSource | None) -> tuple[int, int] | None:
-    """Height and width of the picture that is given, as it is shown: the first of several."""
+    """Height and width of the picture that is given, as it is shown: the first of several. Of a
+    clip only its first frame is decoded.
+    """
     if video is not None:
         if getattr(video, "ndim", 0) == 5:  # of a generation, [B, 3, T, H, W]
             return video.shape[-2], video.shape[-1]
+        if isinstance(video, str | os.PathLike) and is_picture(video):  # an animation
+            return image_shape(video)
         return read_video(video, max_frames=1)[0].shape[1:3]
     if image is None:
         return None
-    first = image[0] if isinstance(image, list | tuple) else image
-    return read_image(first).shape[:2]
+    return image_shape(image[0] if isinstance(image, list | tuple) else image)
 
 
 def resolve_condition_frames(condition_frames: Iterable[int] | None, frames: int) -> list[int]:

@@ -8,6 +8,7 @@ uint8, RGB and channels last, as image libraries have them; sound is float32 in 
 Pillow do the decoding.
 """
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Iterable, Iterator
@@ -16,9 +17,9 @@ from fractions import Fraction
 import av
 import numpy as np
 from jax.typing import ArrayLike
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from cosmos3_jax.io import clips, color
+from cosmos3_jax.io import animations, clips, color
 from cosmos3_jax.io.clips import End, PathLike
 
 ImageSource = PathLike | Image.Image | ArrayLike
@@ -66,21 +67,61 @@ def read_image(source: ImageSource) -> np.ndarray:
 
     `source` is a path, a PIL image, or an array [H, W], [H, W, C] or [C, H, W] of uint8 or floats
     in [0, 1], C from 1 to 4. Grey is repeated, alpha is blended with white, 16 bits are rounded to
-    8. The EXIF orientation and the colour profile of files and of PIL images are applied. Raises
+    8. The EXIF orientation and the colour profile of files and of PIL images are applied. What a
+    PNG or an AVIF says of HDR is read from its file, so a PIL image has it if its file has a name
+    or is still open: one that was made by `convert` or opened from bytes and loaded has not. Raises
     FileNotFoundError, IsADirectoryError, or ValueError for what is not an image.
     """
     if isinstance(source, Image.Image):
         return _rgb_from_pil(source, "the image")
     if not isinstance(source, str | os.PathLike):
         return _rgb_from_array(source, "the image", ndims=(2, 3))
-    clips.check_file(source)
+    with _opened(source) as image:
+        return _rgb_from_pil(image, source)
+
+
+def image_shape(source: ImageSource) -> tuple[int, int]:
+    """Height and width of what `read_image` returns, without its pixels. Raises as it does."""
+    if isinstance(source, Image.Image):
+        return _shape(source)
+    if not isinstance(source, str | os.PathLike):
+        height, width, _ = read_image(source).shape
+        return height, width
+    with _opened(source) as image:
+        return _shape(image)
+
+
+def is_picture(source: object) -> bool:
+    """Whether it is a file of a picture, not of a video."""
     try:
-        with Image.open(source) as image:
-            return _rgb_from_pil(image, source)
+        return isinstance(source, str | os.PathLike) and all(image_shape(source))
+    except ValueError:
+        return False
+
+
+@contextlib.contextmanager
+def _opened(path: PathLike) -> Iterator[Image.Image]:
+    """Open the file of an image. Whatever Pillow cannot read becomes a ValueError that names it."""
+    clips.check_file(path)
+    try:
+        with Image.open(path) as image:
+            yield image
     # Pillow raises SyntaxError for some broken png files, and an error of its own for sizes that
     # would fill the memory, be they real or damage.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{source} is not an image that can be read ({error})") from error
+    except animations.PILLOW_ERRORS as error:
+        if isinstance(error, UnidentifiedImageError):
+            clips.refuse_heic(path)
+            if b"avif" not in clips.brands(path) and clips.is_video(path):
+                raise ValueError(f"{path} is a video: use video= (--video)") from error
+        raise ValueError(f"{path} is not an image that can be read ({error})") from error
+
+
+def _shape(image: Image.Image) -> tuple[int, int]:
+    """As it is shown: the last four of EXIF's eight orientations swap the sides."""
+    width, height = image.size
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    lying = turned and image.format != "TIFF"  # whose size Pillow has swapped
+    return (width, height) if lying else (height, width)
 
 
 def read_video(
@@ -93,8 +134,9 @@ def read_video(
     """A video as uint8 [T, H, W, 3], and its frames per second (None unless it is a file).
 
     Args:
-        source: a path, an array [T, H, W, C] or [T, C, H, W] as in `read_image`, or a list of
-            sources that `read_image` takes, of one size.
+        source: a path, also of an animated GIF, WebP or AVIF; an array [T, H, W, C] or
+            [T, C, H, W] as in `read_image`; or a list of sources that `read_image` takes, of one
+            size.
         max_frames: how many are kept at most.
         keep: `first` or `last`, the end to take them from.
         fps: the rate to sample a file at whose time stamps are uneven; default: its average.
@@ -118,6 +160,9 @@ def video_frames(
     if keep not in ("first", "last"):
         raise ValueError(f'keep={keep!r} must be "first" or "last"')
     if isinstance(source, str | os.PathLike):
+        clips.check_file(source)
+        if animations.is_animation(source):
+            return _animation(source, max_frames, keep, fps)
         decoded, aspect, rate = clips.decode(source, max_frames, keep, fps)
         frames = (_on_white(clips.pixels(frame, aspect, source)) for frame in decoded)
         return len(decoded), _of_one_size(frames, source), rate
@@ -131,6 +176,24 @@ def video_frames(
         raise ValueError("the list of images has no frames")
     images = source[wanted]
     return len(images), _of_one_size(map(read_image, images), "the list of images"), None
+
+
+def _animation(
+    path: PathLike, max_frames: int | None, keep: End, fps: float | None
+) -> tuple[int, Iterator[np.ndarray], float | None]:
+    timeline, average, tick = animations.timeline(path, fps)
+    expected = len(timeline)
+    chosen, rate = clips.choose(
+        iter(timeline), max_frames, keep, fps, average, tick, path, expected
+    )
+
+    def frames() -> Iterator[np.ndarray]:
+        with _opened(path) as image:
+            for frame in chosen:
+                image.seek(frame.index)
+                yield _rgb_from_pil(image, path)
+
+    return len(chosen), frames(), rate if expected > 1 else None
 
 
 def read_sound(path: PathLike) -> tuple[np.ndarray, int]:

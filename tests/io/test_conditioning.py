@@ -2,6 +2,7 @@
 
 import functools
 import warnings
+from fractions import Fraction
 
 import jax
 import numpy as np
@@ -160,6 +161,21 @@ def test_the_speed_of_a_clip_is_spoken_of(model, tmp_path):
     video = {"video": CLIP[None].transpose(0, 4, 1, 2, 3) / np.float32(255)}
     path = media.save_mp4(video, tmp_path / "a.mp4", fps=12)
     with pytest.warns(UserWarning, match="12 frames per second, the video 24"):
+        prepare(model, video=path)
+
+
+@pytest.mark.parametrize(
+    ("fps", "advice"),
+    [
+        (12, r"pass fps=12 \(--fps\) to keep it"),
+        (30, r"pass fps=30 \(--fps\)"),
+        (60, r"convert it to 24 first \(ffmpeg.* -r 24 .*trained with 10 to 30"),
+        (8, "convert it to 24 first"),
+    ],
+)
+def test_the_advice_on_speed_is_a_rate_of_training(model, tmp_path, fps, advice):
+    path = write_clip(tmp_path / "a.mkv", CLIP, times=range(len(CLIP)), base=Fraction(1, fps))
+    with pytest.warns(UserWarning, match=f"{fps} frames per second, the video 24.*; {advice}"):
         prepare(model, video=path)
 
 

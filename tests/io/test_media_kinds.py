@@ -1,5 +1,6 @@
 """Kinds of files that people have: depths, transparency, shapes, names, and what is no media."""
 
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,8 @@ import pytest
 from clip_cases import DISPLAY_P3, PICTURE, video_of
 from PIL import Image
 
-from cosmos3_jax.io import media
-from cosmos3_jax.io.conditioning import image_pixels
+from cosmos3_jax.io import conditioning, media, media_read
+from cosmos3_jax.io.conditioning import clip_pixels, image_pixels, input_shape
 
 
 def test_sixteen_bits(tmp_path):
@@ -38,6 +39,128 @@ def test_transparent_pictures_stand_on_white(tmp_path):
     black = np.zeros((4, 4, 4), np.uint8)
     Image.fromarray(black).save(tmp_path / "profile.png", icc_profile=DISPLAY_P3)
     assert (media.read_image(tmp_path / "profile.png") == 255).all()
+
+
+# Animations, and pictures for videos
+# ----------------------------------------------------------------------------------------------
+
+
+def shades(path: Path, durations: list[int]) -> Path:
+    """Frame t is of grey level 20 t, and shown for so many milliseconds."""
+    images = [Image.new("RGB", (32, 16), (20 * t,) * 3) for t in range(len(durations))]
+    options = dict(quality=100) if path.suffix != ".gif" else {}
+    durations = durations if len(durations) > 1 else durations[0]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=durations, **options)
+    return path
+
+
+def levels(frames: np.ndarray) -> list[int]:
+    return np.rint(frames[:, 8, 8, 0] / 20).astype(int).tolist()
+
+
+KINDS = [".gif", ".webp", ".avif"]
+
+
+@pytest.mark.parametrize("suffix", KINDS)
+def test_animations_are_videos(tmp_path, suffix):
+    path = shades(tmp_path / f"a{suffix}", [50] * 10)
+    frames, rate = media.read_video(path)
+    assert (frames.shape, frames.dtype, rate) == ((10, 16, 32, 3), np.uint8, 20)
+    assert levels(frames) == list(range(10))
+    for keep, expected in (("first", [0, 1, 2]), ("last", [7, 8, 9])):
+        assert levels(media.read_video(path, max_frames=3, keep=keep)[0]) == expected
+    assert clip_pixels(path, 5, 16, 32, "last", 20.0)[1] == 20
+
+
+@pytest.mark.parametrize("suffix", KINDS)
+def test_uneven_animations_are_sampled(tmp_path, suffix):
+    path = shades(tmp_path / f"a{suffix}", [50, 50, 200, 50, 100])
+    frames, rate = media.read_video(path, fps=20)
+    assert (levels(frames), rate) == ([0, 1, 2, 2, 2, 2, 3, 4, 4], 20)
+    assert levels(media.read_video(path, fps=20, max_frames=4, keep="last")[0]) == [2, 3, 4, 4]
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp"])
+@pytest.mark.parametrize("fps", [12.5, 16, 24, 29.97])
+def test_our_own_animations_keep_their_rate(tmp_path, suffix, fps):
+    """Its clock is coarse: each frame ends at the nearest tick."""
+    video = np.linspace(0, 1, 13, dtype=np.float32)[None, :, None, None] * np.ones((3, 1, 16, 32))
+    path = media.save_video({"video": video, "fps": fps}, tmp_path / f"a{suffix}")
+    frames, rate = media.read_video(path, fps=fps, max_frames=9)
+    assert rate == fps
+    np.testing.assert_allclose(frames[:, 8, 8, 0], 255 * np.arange(9) / 12, atol=3)
+
+
+def test_damaged_animations(tmp_path):
+    for suffix in KINDS:
+        data = shades(tmp_path / f"a{suffix}", [50] * 10).read_bytes()
+        (tmp_path / f"b{suffix}").write_bytes(data[: len(data) // 2])
+        with pytest.raises(ValueError, match=rf"b\{suffix} (is not|has no frames)"):
+            media.read_video(tmp_path / f"b{suffix}")
+
+
+@pytest.mark.parametrize("suffix", [*KINDS, ".png", ".jpg"])
+def test_a_picture_for_a_video_is_named(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    Image.fromarray(PICTURE).save(path)
+    with pytest.raises(ValueError, match=rf"a\{suffix} is a picture.*use image= \(--image\)"):
+        clip_pixels(path, 5, 16, 32)
+    assert clip_pixels(path, 1, 16, 32)[0].shape == (3, 1, 16, 32)
+    short = media.save_mp4({"video": video_of(PICTURE, 1)}, tmp_path / "b.mp4")
+    with pytest.raises(ValueError, match=r"b\.mp4 has 1 frames and 5 are needed"):
+        clip_pixels(short, 5, 16, 32)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mov", "a.webm", "a.png"])
+def test_a_video_for_an_image_is_named(tmp_path, name):
+    made = media.save_video({"video": video_of(PICTURE)}, (tmp_path / name).with_suffix(".webm"))
+    if name != "a.webm":
+        suffix = ".mp4" if name == "a.png" else Path(name).suffix
+        made = media.save_video({"video": video_of(PICTURE)}, tmp_path / f"b{suffix}")
+        made = made.rename(tmp_path / name)
+    for read in (media.read_image, media_read.image_shape, lambda path: input_shape([path], None)):
+        with pytest.raises(ValueError, match=rf"{name} is a video: use video= \(--video\)"):
+            read(made)
+
+
+@pytest.mark.parametrize("brand", [b"heic", b"mif1", b"hevc"])
+def test_heic_is_named(tmp_path, brand):
+    box = b"ftyp" + brand + bytes(4) + b"mif1heic"
+    (tmp_path / "a.heic").write_bytes(struct.pack(">I", len(box) + 4) + box + bytes(500))
+    for read in (media.read_image, media.read_video, lambda path: input_shape(path, None)):
+        with pytest.raises(
+            ValueError, match=r"a\.heic is a HEIC picture.*JPEG or PNG.*pillow-heif"
+        ):
+            read(tmp_path / "a.heic")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tiff"])
+def test_the_shape_of_a_picture_is_read_alone(tmp_path, monkeypatch, suffix, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"a{suffix}"
+    Image.fromarray(PICTURE).save(path, exif=exif)
+    expected = media.read_image(path).shape[:2]
+    assert expected == ((32, 48) if orientation < 5 else (48, 32))
+    monkeypatch.setattr(media_read, "_rgb_from_pil", None)  # nothing is decoded
+    with Image.open(path) as image:
+        for source in (path, str(path), image, [path, "missing.png"]):
+            assert input_shape(source, None) == expected
+    assert input_shape(None, path) == expected
+
+
+def test_the_shape_of_a_clip_takes_its_first_frame(tmp_path, monkeypatch):
+    clip = media.save_mp4({"video": video_of(PICTURE, 40)}, tmp_path / "a.mp4")
+    asked = []
+    read = conditioning.read_video
+    monkeypatch.setattr(
+        conditioning,
+        "read_video",
+        lambda video, **options: asked.append(options) or read(video, **options),
+    )
+    assert input_shape(None, clip) == input_shape(None, [PICTURE] * 3) == (32, 48)
+    assert asked == [{"max_frames": 1}] * 2
 
 
 # Shapes and memory
