@@ -201,7 +201,7 @@ def no_work(monkeypatch):
 
 def test_bad_options_are_refused(public_checkpoint, silent_checkpoint, capsys, tmp_path, no_work):
     assert "no checkpoint" in refused(capsys)
-    assert "is not a folder" in refused(capsys, tmp_path / "nowhere")
+    assert "there is no folder" in refused(capsys, tmp_path / "nowhere")
     assert "has no transformer/config.json" in refused(capsys, tmp_path)
     for layers in ("0", "4"):
         error = refused(capsys, public_checkpoint, "--layers", layers)
