@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from clip_cases import DISPLAY_P3, PICTURE, video_of
-from PIL import Image
+from PIL import Image, ImageOps
 
 from cosmos3_jax.io import conditioning, media, media_read
 from cosmos3_jax.io.conditioning import clip_pixels, image_pixels, input_shape
@@ -143,7 +143,7 @@ def test_the_shape_of_a_picture_is_read_alone(tmp_path, monkeypatch, suffix, ori
     Image.fromarray(PICTURE).save(path, exif=exif)
     expected = media.read_image(path).shape[:2]
     assert expected == ((32, 48) if orientation < 5 else (48, 32))
-    monkeypatch.setattr(media_read, "_rgb_from_pil", None)  # nothing is decoded
+    monkeypatch.setattr(ImageOps, "exif_transpose", None)  # no picture is made
     with Image.open(path) as image:
         for source in (path, str(path), image, [path, "missing.png"]):
             assert input_shape(source, None) == expected
