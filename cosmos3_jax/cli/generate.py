@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import logging
+import math
 import os
 import sys
 import time
@@ -13,10 +14,17 @@ import jax
 import numpy as np
 
 from cosmos3_jax.checkpoint import digests
-from cosmos3_jax.checkpoint.find import find_checkpoint
+from cosmos3_jax.checkpoint.find import BUILT_IN, find_checkpoint
 from cosmos3_jax.cli.options import DEFAULT_PROMPT, numbers
 from cosmos3_jax.cli.outputs import Take, check_kind, plan, save_latents, timed, write
-from cosmos3_jax.cli.record import Record, differences, make_record, parse_lora, read_record
+from cosmos3_jax.cli.record import (
+    Record,
+    differences,
+    make_record,
+    parse_lora,
+    read_record,
+    sampled_only,
+)
 from cosmos3_jax.io.prepare import Prepared
 from cosmos3_jax.io.prompt import read_prompt
 from cosmos3_jax.parallel import device, distributed
@@ -39,14 +47,15 @@ def run_generate(options: argparse.Namespace) -> int:
     if not distributed.is_writer():
         log.setLevel(logging.ERROR)
     takes = plan(options)
-    prompt, settings = _prompt(options), _settings(options)
+    settings = _settings(options)
     times: dict[str, float] = {}
     with timed(times, "preprocess"):
         loras = [parse_lora(text) for text in options.lora or []]
         model = Cosmos3.open(
-            options.checkpoint, load_sound=options.sound or None, lora=loras or None,
+            options.checkpoint, load_sound=bool(options.sound), lora=loras or None,
             revision=options.revision,
         )  # fmt: skip
+        prompt = _prompt(options)
         prepared = [model.resolve(prompt, **settings, seed=take.seed) for take in takes]
         request = prepared[0].request
         check_kind(options, takes[0].out, request)
@@ -64,8 +73,11 @@ def run_generate(options: argparse.Namespace) -> int:
         for take, one in zip(takes, prepared, strict=True)
     ] if distributed.is_writer() else []  # fmt: skip
     if options.from_record and records:
-        for words in differences(read_record(options.from_record), records[0]):
+        recorded = read_record(options.from_record)
+        for words in differences(recorded, records[0]):
             log.warning("differs from the record: %s", words)
+        if sampled := sampled_only(recorded, records[0]):
+            log.info("compared by samples only, for want of --full-digest: %s", ", ".join(sampled))
     bars = sys.stderr.isatty() and distributed.is_writer()
     with memory.exhaustion_explained(model.config, device.memory_limit(), job):
         with timed(times, "model_load"):
@@ -90,8 +102,15 @@ def run_generate(options: argparse.Namespace) -> int:
 def _prompt(options: argparse.Namespace) -> str:
     if options.prompt_file:
         return read_prompt(options.prompt_file)
-    texts = (options.text, options.prompt, DEFAULT_PROMPT)
-    return next(text for text in texts if text is not None)
+    for text in (options.text, options.prompt):
+        if text is not None:
+            return text
+    if str(options.checkpoint) in BUILT_IN:
+        return DEFAULT_PROMPT
+    raise ValueError(
+        'there is no prompt: give one, as in generate "A red ball rolls over grass", or '
+        "--prompt-file caption.json"
+    )
 
 
 def _files(options: argparse.Namespace) -> Record:
@@ -115,7 +134,7 @@ def _place(options: argparse.Namespace, model: Cosmos3, request: Request) -> tup
     job = Job.of_request(model.config, request, dtype=options.dtype or device.default_dtype())
     wanted = {"auto": None, "yes": True, "no": False}[options.offload]
     meshes, offload = memory.choose_devices(
-        model.config, device.memory_limit(), options.mesh, wanted, job
+        model.config, device.memory_limit(), options.mesh or _recorded_mesh(options), wanted, job
     )
     mesh = meshes.of(job.batch, job.guidance)
     if mesh is not None:
@@ -123,6 +142,17 @@ def _place(options: argparse.Namespace, model: Cosmos3, request: Request) -> tup
         log.info("mesh %s: %d of %d devices", describe(mesh.shape), used, len(jax.devices()))
     sizes = {} if mesh is None else dict(mesh.shape)
     return job.replace(offload=offload, mesh=sizes), meshes
+
+
+def _recorded_mesh(options: argparse.Namespace) -> str | None:
+    """The mesh of `--from-record`, where there are as many devices."""
+    sizes, devices = getattr(options, "recorded_mesh", None), jax.device_count()
+    if sizes is None or IDLE in sizes or devices == 1:  # as is chosen here too
+        return None
+    count = math.prod(sizes.values())
+    if count > devices or (count < devices and jax.process_count() > 1):
+        return None
+    return ",".join(f"{name}={size}" for name, size in sizes.items()) or "data=1"
 
 
 class _Clock:

@@ -6,7 +6,9 @@ defaults by mode come from the recipes.
 
 import argparse
 import difflib
+import os
 import re
+import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,17 +32,42 @@ BENCH_SIZES = ("256p", "480p", "720p")
 PROMPT_TOKENS = 300  # of a benchmark
 
 
+COMMANDS = ("generate", "convert", "info", "bench")
+# What other tools call it -> what it is here.
+HABITS = {
+    "--negative": "--negative-prompt",
+    "--resolution": "--size, as in --size 480p or --size 832x480",
+    "--cfg": "--guidance-scale",
+    "--cfg-scale": "--guidance-scale",
+    "--duration": "--num-frames, a multiple of 4 and one more: seconds times --fps",
+    "--length": "--num-frames",
+    "--model": "--checkpoint",
+    "--precision": "--dtype",
+    "--input": "--image or --video",
+    "--num-videos": "--count",
+}
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+PROMPT_SUFFIXES = (".json", ".jsonl", ".txt")
+
 EXAMPLES = """\
 examples:
-  text to video:   cosmos3-jax generate "A large red circle moves fast to the right over a plain \
+  a first try:     cosmos3-jax generate "A large red circle moves fast to the right over a plain \
 navy background." -o circle.mp4
-  with sound:      cosmos3-jax generate --prompt-file caption.json --sound -o storm.mp4
-  text to image:   cosmos3-jax generate --prompt-file caption.json -o still.png
-  image to video:  cosmos3-jax generate --prompt-file caption.json --image first.jpg -o out.mp4
-  video to video:  cosmos3-jax generate --prompt-file caption.json --video clip.mov -o longer.mp4
-  another size:    cosmos3-jax generate --prompt-file caption.json --size 480p --aspect 9:16
-  four attempts:   cosmos3-jax generate --prompt-file caption.json --count 4 -o take.mp4
-  once more:       cosmos3-jax generate --from-record take.mp4 -o same.mp4
+  text to video:   cosmos3-jax generate --checkpoint nvidia/Cosmos3-Nano \
+--prompt-file caption.json -o storm.mp4
+  with sound:      cosmos3-jax generate --checkpoint nvidia/Cosmos3-Nano \
+--prompt-file caption.json --sound -o storm.mp4
+  text to image:   cosmos3-jax generate --checkpoint nvidia/Cosmos3-Nano \
+--prompt-file caption.json -o still.png
+  image to video:  cosmos3-jax generate --checkpoint nvidia/Cosmos3-Nano \
+--prompt-file caption.json --image first.jpg -o out.mp4
+  video to video:  cosmos3-jax generate --checkpoint nvidia/Cosmos3-Nano \
+--prompt-file caption.json --video clip.mov -o longer.mp4
+  another size:    cosmos3-jax generate --checkpoint nvidia/Cosmos3-Nano \
+--prompt-file caption.json --size 480p --aspect 9:16
+  four attempts:   cosmos3-jax generate --checkpoint nvidia/Cosmos3-Nano \
+--prompt-file caption.json --count 4 -o take.mp4
+  one once more:   cosmos3-jax generate --from-record take-seed42.mp4 -o same.mp4
 """
 
 
@@ -50,9 +77,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     With `--from-record` the record's settings are the defaults. Ends the process, with status 2, on
     what cannot be read: of an option that does not exist it names those that are spelt alike.
     """
-    options, unknown = _parser({}).parse_known_args(arguments)
+    parser = _parser({})
+    _refuse_habits(parser, sys.argv[1:] if arguments is None else arguments)
+    options, unknown = parser.parse_known_args(arguments)
     if unknown:
-        _refuse(options.parser, unknown)
+        _refuse(options, unknown)
+    if options.command == "generate":
+        _refuse_file_as_prompt(options)
+    if options.command == "info" and options.model and options.checkpoint != DEFAULT_CHECKPOINT:
+        options.parser.error(f"{options.model} beside --checkpoint {options.checkpoint}: give one")
     if options.command == "generate" and options.from_record:
         from cosmos3_jax.cli.record import recorded_options  # needs PyAV
 
@@ -60,7 +93,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         named = vars(_parser(none).parse_args(arguments))
         try:
             recorded = recorded_options(
-                options.from_record, {name for name, value in named.items() if value is not None}
+                options.from_record,
+                {name: value for name, value in named.items() if value is not None},
             )
         except (ValueError, OSError) as error:
             options.parser.error(str(error))
@@ -78,13 +112,55 @@ def numbers(option: str, text: str, kind: type = float, kinds: str = "numbers") 
         raise ValueError(f"{option} {text!r} must be {kinds} with commas between them") from error
 
 
-def _refuse(command: argparse.ArgumentParser, unknown: list[str]) -> NoReturn:
+def _refuse_habits(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
+    """Of what another tool's user types, the right spelling."""
+    first = arguments[0] if arguments else ""
+    if first and first not in COMMANDS and not first.startswith("-"):
+        near = difflib.get_close_matches(first, COMMANDS, 1)
+        right = near[0] if near else f'generate "{first}"'
+        parser.error(f"{first!r} is no command: do you mean cosmos3-jax {right}?")
+    for word in arguments:
+        if (name := word.partition("=")[0]) in HABITS:
+            parser.error(f"there is no {name}: use {HABITS[name]}")
+
+
+def _refuse(options: argparse.Namespace, unknown: list[str]) -> NoReturn:
+    command = options.parser
+    if options.command == "generate" and not any(word.startswith("-") for word in unknown):
+        prompt = " ".join([options.text or "", *unknown])
+        command.error(f'quote the prompt, so that it is one argument: "{prompt}"')
     known = sorted(set(re.findall(r"--[a-z][a-z-]+", command.format_help())))
     words = []
     for word in unknown:
         near = difflib.get_close_matches(word.partition("=")[0], known, 2)
         words.append(f"{word} (do you mean {' or '.join(near)}?)" if near else word)
     command.error(f"unrecognized arguments: {', '.join(words)}")
+
+
+def _refuse_file_as_prompt(options: argparse.Namespace) -> None:
+    for text in filter(None, (options.text, options.prompt)):
+        named = text.lower().endswith(PROMPT_SUFFIXES) and len(text.split()) == 1
+        if named or os.path.isfile(text):
+            options.parser.error(
+                f"the prompt {text!r} is the name of a file: say --prompt-file {text}"
+            )
+
+
+def _dtype(text: str) -> str:
+    """The full name. Raises ArgumentTypeError on float16, for a reason."""
+    if text in ("fp16", "float16", "half"):
+        raise argparse.ArgumentTypeError(
+            f"{text} has too small a range for this model's weights: use bfloat16"
+        )
+    return DTYPES.get(text, text)
+
+
+def _file(text: str) -> Path:
+    """Raises ArgumentTypeError on a folder."""
+    if text.endswith(("/", os.sep)) or os.path.isdir(text):
+        name = os.path.join(text, "output.mp4")
+        raise argparse.ArgumentTypeError(f"{text} is a folder: name a file in it, such as {name}")
+    return Path(text)
 
 
 def _parser(recorded: dict[str, Any]) -> argparse.ArgumentParser:
@@ -131,18 +207,24 @@ def _add_checkpoint(group: Any) -> None:
     group.add_argument("--revision", help="branch, tag or commit of a Hub id (default: main)")
 
 
-def _add_shape(group: Any, one_size: bool = True) -> None:
+def _add_shape(group: Any, one_size: bool = True, makes: bool = False) -> None:
     if one_size:
         group.add_argument(
             "--size", help=help_of("size") + " (default: the recipe's; Nano's: 720p, 16:9 or 1:1)"
         )
-        group.add_argument("--aspect", metavar="W:H", help=help_of("aspect"))
+        group.add_argument(
+            "--aspect",
+            metavar="W:H",
+            help=help_of("aspect")
+            if makes
+            else "of its width to its height, with a size such as 480p",
+        )
     group.add_argument("--height", type=int, help=help_of("height"))
     group.add_argument("--width", type=int, help=help_of("width"))
     group.add_argument(
         "--num-frames", "--frames", type=int, metavar="N",
-        help=help_of("num_frames") + " (default: the recipe's; Nano's: 189; with a name such as "
-        "still.png: 1)",
+        help=help_of("num_frames") + " (default: the recipe's; Nano's: 189"
+        + ("; with a name such as still.png: 1)" if makes else ")"),
     )  # fmt: skip
     group.add_argument("--fps", type=float, help=help_of("fps") + _recipe("fps"))
     group.add_argument(
@@ -153,6 +235,7 @@ def _add_shape(group: Any, one_size: bool = True) -> None:
 def _add_dtype(group: Any) -> None:
     group.add_argument(
         "--dtype",
+        type=_dtype,
         choices=("bfloat16", "float32"),
         help="of the computation (default: bfloat16, on a CPU float32)",
     )
@@ -164,7 +247,11 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
     one.add_argument(
         "text", nargs="?", metavar="PROMPT", help="text, or a structured caption as JSON"
     )
-    one.add_argument("--prompt", "-p", help="the same as an option (default: a sentence for tiny)")
+    one.add_argument(
+        "--prompt",
+        "-p",
+        help="the same as an option (default: for tiny and random, a sentence for tiny)",
+    )
     one.add_argument(
         "--prompt-file", type=Path, metavar="FILE", help="a text or JSON file, read byte for byte"
     )
@@ -195,8 +282,8 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
 
     given = command.add_argument_group("what the video begins with")
     one = given.add_mutually_exclusive_group()
-    one.add_argument("--image", type=Path, metavar="FILE", help="an image")
-    one.add_argument("--video", type=Path, metavar="FILE", help="a clip to go on from")
+    one.add_argument("--image", metavar="FILE", help="an image")
+    one.add_argument("--video", metavar="FILE", help="a clip to go on from")
     given.add_argument(
         "--condition-frames",
         metavar="I,J",
@@ -207,7 +294,7 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
         "--keep", choices=("first", "last"), help="the end of the clip to take (default: first)"
     )
 
-    _add_shape(command.add_argument_group("what is made"))
+    _add_shape(command.add_argument_group("what is made"), makes=True)
 
     sampler = command.add_argument_group("sampler")
     sampler.add_argument(
@@ -232,7 +319,9 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
     seeds = sampler.add_mutually_exclusive_group()
     seeds.add_argument("--seed", type=int, help=f"-1 draws one (default: {Settings().seed})")
     seeds.add_argument(
-        "--seeds", metavar="N,N,...", help="several seeds: a file for each, named by it"
+        "--seeds",
+        metavar="N,N,...",
+        help="several seeds, as 1,2,3 or 1-4: a file for each, named by it",
     )
     sampler.add_argument(
         "--count", type=int, default=1, metavar="N",
@@ -244,7 +333,7 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
 
     output = command.add_argument_group("output")
     output.add_argument(
-        "--out", "-o", "--output", type=Path, metavar="FILE",
+        "--out", "-o", "--output", type=_file, metavar="FILE",
         help=".mp4, .mov, .webm, or without sound .gif, .webp; .png, .jpg, .jpeg, .webp for one "
         "frame (default: output.mp4 or output.png)",
     )  # fmt: skip
@@ -313,7 +402,7 @@ def _add_convert(command: argparse.ArgumentParser) -> None:
     command.add_argument("target", type=Path, help="folder to write")
     command.add_argument("--revision", help="branch, tag or commit of a Hub id (default: main)")
     command.add_argument(
-        "--dtype", choices=("bfloat16", "float32"), default="bfloat16",
+        "--dtype", type=_dtype, choices=("bfloat16", "float32"), default="bfloat16",
         help="of the weights (default: %(default)s)",
     )  # fmt: skip
     command.add_argument("--no-sound", action="store_true", help="leave the sound weights out")

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import logging
+import re
 import secrets
 import time
 from collections.abc import Generator, Mapping
@@ -54,7 +55,7 @@ def plan(options: argparse.Namespace) -> list[Take]:
         options.video, options.from_record,
     ]  # fmt: skip
     inputs += [path for path, _ in map(parse_lora, options.lora or [])]
-    read = {path.resolve() for path in inputs if path is not None}
+    read = {Path(path).resolve() for path in inputs if path is not None}
     seeds = _seeds(options)
     takes = []
     for seed in seeds:
@@ -64,7 +65,7 @@ def plan(options: argparse.Namespace) -> list[Take]:
             latents = latents.with_stem(latents.stem + several)
         take = Take(seed, path, _record_path(path, read, options.overwrite), latents)
         outputs: dict[Path, tuple[str, ...] | None] = {
-            path: (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES), take.record_path: None
+            path: (*dict.fromkeys((*VIDEO_SUFFIXES, *IMAGE_SUFFIXES)),), take.record_path: None
         }  # fmt: skip
         if latents is not None:
             outputs[latents] = (".npz",)
@@ -86,9 +87,9 @@ def _record_path(out: Path, read: set[Path], overwrite: bool) -> Path:
 
 def _seeds(options: argparse.Namespace) -> list[int]:
     if not 1 <= options.count <= MOST_FILES:
-        raise ValueError(f"--count {options.count} is not within 1 to {MOST_FILES}")
+        raise ValueError(f"--count {options.count} must be at least 1 and at most {MOST_FILES}")
     if options.seeds is not None:
-        seeds = numbers("--seeds", options.seeds, int, "whole numbers")
+        seeds = numbers("--seeds", _listed(options.seeds), int, "whole numbers")
         if options.count != 1:
             raise ValueError(f"--count {options.count} beside --seeds {options.seeds}: give one")
         if len(seeds) > MOST_FILES:
@@ -103,6 +104,16 @@ def _seeds(options: argparse.Namespace) -> list[int]:
         seed = secrets.randbelow(2**32 - options.count)
         log.info("seed %d", seed)
     return [seed + number for number in range(options.count)]
+
+
+def _listed(seeds: str) -> str:
+    """`1-3,7` -> `1,2,3,7`, cut off where there are too many."""
+
+    def one(found: re.Match) -> str:
+        first, last = int(found[1]), int(found[2])
+        return ",".join(map(str, range(first, min(last, first + MOST_FILES) + 1)))
+
+    return re.sub(r"(?<![^,])(\d+)-(\d+)(?![^,])", one, seeds)
 
 
 def check_kind(options: argparse.Namespace, out: Path, request: Request) -> None:

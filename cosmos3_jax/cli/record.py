@@ -3,12 +3,14 @@
 import argparse
 import json
 import platform
-from collections.abc import Set
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import av
 import jax
+import jaxlib
 import numpy as np
 import PIL
 
@@ -31,6 +33,13 @@ SAME_NAMES = (
     "checkpoint", "prompt", "negative_prompt", "system_prompt", "prompt_style", "prompt_metadata",
     "num_frames", "height", "width", "fps", "num_inference_steps", "guidance_scale", "flow_shift",
     "schedule", "seed", "keep", "dtype", "steps_per_program",
+)  # fmt: skip
+
+# What was chosen for a video and does not hold for an image, and the other way round.
+OF_A_KIND = (
+    "image", "video", "condition_frames", "keep", "num_frames", "sound_frames", "noise",
+    "num_inference_steps", "guidance_scale", "flow_shift", "schedule", "sigmas", "negative_prompt",
+    "steps_per_program",
 )  # fmt: skip
 
 
@@ -59,10 +68,10 @@ def make_record(
     request, settings, [texts] = prepared.request, prepared.settings, prepared.texts
     negative_mask = request.neg_text_mask
     return {
-        "checkpoint": str(options.checkpoint),
+        "checkpoint": _checkpoint(options.checkpoint),
         "checkpoint_files": files,
         "lora": [
-            {"factor": factor, **(_file(path) or {"path": str(path)})}
+            {"factor": factor, **(_file(path) or {"path": str(path.absolute())})}
             for path, factor in map(parse_lora, options.lora or [])
         ],
         "mode": prepared.mode,
@@ -85,7 +94,7 @@ def make_record(
         "fps": float(settings.fps),
         "sound_frames": request.sound_frames,
         "seed": seed,
-        "noise": str(options.noise) if options.noise else None,
+        "noise": str(Path(options.noise).absolute()) if options.noise else None,
         "noise_sha256": digests.of_file(options.noise) if options.noise else None,
         "condition_frames": np.flatnonzero(request.frame_mask[0]).tolist()
         if request.frame_mask is not None
@@ -101,14 +110,18 @@ def make_record(
         "dtype": job.dtype,
         "offload": job.offload,
         "device": device.default_device().device_kind,
+        "platform_version": jax.devices()[0].client.platform_version,
+        "cpu": _cpu(),
         "mesh": dict(job.mesh),
         "processes": jax.process_count(),
         "versions": {
             "cosmos3_jax": cosmos3_jax.__version__,
             "jax": jax.__version__,
+            "jaxlib": jaxlib.__version__,
             "numpy": np.__version__,
             "pillow": PIL.__version__,
             "av": av.__version__,
+            **{name: ".".join(map(str, of)) for name, of in av.library_versions.items()},
             "python": platform.python_version(),
         },
     }
@@ -150,37 +163,45 @@ def read_record(path: Path) -> Record:
     return parse_record(text, f"--from-record {path}", where)
 
 
-def recorded_options(path: Path, named: Set[str]) -> dict[str, Any]:
+def recorded_options(path: Path, named: Mapping[str, Any]) -> dict[str, Any]:
     """What a record says of the options of a command line.
 
     Args:
         path: see `read_record`.
-        named: the options that are given beside it; what they say instead is left out.
+        named: the options that are given beside it; what they say instead is left out. Where they
+            turn a video into an image, so is what was for the video.
 
     Raises:
         ValueError: there is no record, or a file that it names is not here.
         OSError: the record cannot be read.
     """
-    record = read_record(path)
+    record = _with_folders(read_record(path), path)
+    if _turns(record, named):
+        record = {name: value for name, value in record.items() if name not in OF_A_KIND}
     found = {name: record[name] for name in SAME_NAMES if record.get(name) is not None}
     found["sound"] = bool(record.get("sound_frames"))
+    found["recorded_mesh"] = record.get("mesh")
+    files = record.get("checkpoint_files", {}).get("files", {}).values()
+    found["full_digest"] = any({"sha256", "sampled"} <= file.keys() for file in files)
     instead = {
         "height": {"size", "aspect"}, "width": {"size", "aspect"},
         "prompt": {"text", "prompt_file"}, "negative_prompt": {"negative_prompt_file"},
         "steps_per_program": {"num_inference_steps", "sigmas"}, "seed": {"seeds"},
         "keep": {"image"},
     }  # fmt: skip
-    found = {name: found[name] for name in found if not instead.get(name, set()) & named}
-    if not {"num_inference_steps", "flow_shift", "schedule"} & named:
+    found = {name: found[name] for name in found if not instead.get(name, set()) & named.keys()}
+    levels = {"num_inference_steps", "flow_shift", "schedule"}
+    if "sigmas" in record and not levels & named.keys():
         found["sigmas"] = ",".join(map(repr, record["sigmas"]))
     if "image" not in named and "video" not in named:
         for name in ("image", "video"):
             if record.get(name):
                 given = record[name]
-                found[name] = _look_for(given["path"], given.get("sha256"), path, f"--{name}")
+                place = _look_for(given["path"], given.get("sha256"), path, f"--{name}")
+                found[name] = str(place)
         if record.get("condition_frames") and record.get("video"):
             found["condition_frames"] = ",".join(map(str, record["condition_frames"]))
-    if record.get("noise") and "noise" not in named and not {"seed", "seeds"} & named:
+    if record.get("noise") and "noise" not in named and not {"seed", "seeds"} & named.keys():
         found["noise"] = _look_for(record["noise"], record.get("noise_sha256"), path, "--noise")
     if "lora" not in named:
         found["lora"] = [
@@ -190,11 +211,47 @@ def recorded_options(path: Path, named: Set[str]) -> dict[str, Any]:
     checkpoint = record.get("checkpoint", "")
     if "checkpoint" in named:
         del found["checkpoint"]
-    elif is_on_hub(checkpoint):
-        found["revision"] = record.get("checkpoint_files", {}).get("revision")
+    elif is_on_hub(checkpoint) and (of := record.get("checkpoint_files", {}).get("revision")):
+        found["revision"] = of  # a folder that is not here is not looked for on the Hub
     elif checkpoint not in BUILT_IN:
         found["checkpoint"] = str(_look_for(checkpoint, None, path, "--checkpoint").absolute())
     return found
+
+
+def _with_folders(record: Record, path: Path) -> Record:
+    """The record from inside of a file, or the same one beside it, which names folders too."""
+    if path.suffix.lower() not in (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES):
+        return record
+    for beside in (path.with_suffix(".json"), path.with_name(f"{path.name}.json")):
+        try:
+            whole = read_record(beside)
+            if json.loads(to_comment(whole)) == record:
+                return whole
+        except (ValueError, OSError, KeyError, TypeError):  # another file of that name
+            continue
+    return record
+
+
+def _turns(record: Record, named: Mapping[str, Any]) -> bool:
+    """Whether the options ask for an image and the record is a video's, or the other way round."""
+    frames, out = named.get("num_frames"), named.get("out")
+    recorded = record.get("num_frames")
+    if frames is None and out is not None and recorded is not None:
+        suffix = out.suffix.lower()
+        if recorded == 1 and suffix not in IMAGE_SUFFIXES:
+            return suffix in VIDEO_SUFFIXES
+        return recorded != 1 and suffix in IMAGE_SUFFIXES and suffix not in VIDEO_SUFFIXES
+    return None not in (frames, recorded) and (frames == 1) != (recorded == 1)
+
+
+def sampled_only(recorded: Record, found: Record) -> list[str]:
+    """The weight files that `differences` compares by samples of their contents."""
+    old, new = (record.get("checkpoint_files", {}).get("files", {}) for record in (recorded, found))
+    return [
+        name
+        for name in sorted(old.keys() & new.keys())
+        if "sampled" in old[name] and not {"sha256"} <= old[name].keys() & new[name].keys()
+    ]
 
 
 def differences(recorded: Record, found: Record) -> list[str]:
@@ -204,7 +261,16 @@ def differences(recorded: Record, found: Record) -> list[str]:
         now = found["versions"].get(package)
         if now != version:
             words.append(f"{package} is {now}, was {version}")
-    for name in ("device", "mesh", "processes", "dtype", "steps_per_program", "noise_sha256"):
+    for name in (
+        "device",
+        "platform_version",
+        "cpu",
+        "mesh",
+        "processes",
+        "dtype",
+        "steps_per_program",
+        "noise_sha256",
+    ):
         if name in recorded and recorded[name] != found[name]:
             words.append(f"{name} is {found[name]}, was {recorded[name]}")
     for name in ("image", "video"):
@@ -233,11 +299,29 @@ def parse_lora(text: str) -> tuple[Path, float]:
         return Path(text), 1.0
 
 
-def _file(path: Path | None) -> dict[str, str] | None:
+def _checkpoint(name: str | Path) -> str:
+    """A folder by its whole path; a Hub id, or the name of one that is built in, as it is."""
+    name = str(name)
+    if is_on_hub(name) or name in BUILT_IN:
+        return name
+    return str(Path(name).expanduser().absolute())
+
+
+def _cpu() -> str:
+    """The model of the processor."""
+    try:
+        text = Path("/proc/cpuinfo").read_text("utf-8", errors="replace")
+    except OSError:
+        return platform.processor()
+    found = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
+    return found[1].strip() if found else platform.processor()
+
+
+def _file(path: Path | str | None) -> dict[str, str] | None:
     """A file or folder that is read, and what is in it."""
-    if path is None or not path.exists():
+    if path is None or not (path := Path(path)).exists():
         return None
-    return {"path": str(path), "sha256": digests.of_path(path)}
+    return {"path": str(path.absolute()), "sha256": digests.of_path(path)}
 
 
 def _without_folder(file: dict[str, Any] | None) -> dict[str, Any] | None:

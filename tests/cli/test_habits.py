@@ -17,6 +17,7 @@ from command_line import without_a_model
 from PIL import Image
 
 import cosmos3_jax
+from cosmos3_jax import Cosmos3
 from cosmos3_jax.cli import main as cli
 from cosmos3_jax.cli import options
 from cosmos3_jax.io import media
@@ -66,6 +67,8 @@ WORKS = [
     ("--num-frames 5 -o a.gif", "a.gif", {"num_frames": 5}),
     ("--num-frames 5 -o a.webm --sound", "a.webm", {"sound_frames": 6}),
     ("--num-frames 5 -o a.mov --sound", "a.mov", {"sound_frames": 6}),
+    ("--num-frames 5 --dtype fp32", "output.mp4", {"dtype": "float32"}),
+    ("'A red ball' --num-frames 5 --dtype bf16", "output.mp4", {"dtype": "bfloat16"}),
     ("--num-frames 5 --no-sound -o a.mp4", "a.mp4", {"sound_frames": 0}),
     ("--num-frames 5 -o 'new folder/take:2.mp4'", "new folder/take:2.mp4", {}),
 ]
@@ -116,6 +119,16 @@ REFUSED = [
     ("--num-frames 1 -o a.mp4", "one frame is an image, .png, .jpg, .jpeg, .webp"),
     ("-o a.avi", "the suffix '.avi' is not supported here; use .mp4, .mov, .webm, .gif, .webp"),
     ("'A ball' -p 'Another'", "--prompt/-p: not allowed with argument PROMPT"),
+    ("a red ball", 'quote the prompt, so that it is one argument: "a red ball"'),
+    ("caption.json", "'caption.json' is the name of a file: say --prompt-file caption.json"),
+    ("-p notes.TXT", "is the name of a file: say --prompt-file notes.TXT"),
+    ("-o outs/", "outs/ is a folder: name a file in it, such as outs/output.mp4"),
+    ("--dtype fp16", "fp16 has too small a range for this model's weights: use bfloat16"),
+    ("--negative blurry", "there is no --negative: use --negative-prompt"),
+    ("--resolution=480p", "there is no --resolution: use --size"),
+    ("--cfg 5", "there is no --cfg: use --guidance-scale"),
+    ("--duration 5", "there is no --duration: use --num-frames"),
+    ("--image https://x.org/a.png --num-frames 5 --size 48x32", "https://x.org/a.png"),
     ("'A ball' --prompt-file a.txt", "--prompt-file: not allowed with argument PROMPT"),
     ("--negative-prompt a --negative-prompt-file b", "not allowed with argument --negative-prompt"),
 ]  # fmt: skip
@@ -130,6 +143,32 @@ def test_what_is_refused(here, capsys, unloaded, typed, message):
     assert not list(here.iterdir())
 
 
+def test_a_command_is_named(here, capsys):
+    assert run("a red ball") == 2
+    assert 'do you mean cosmos3-jax generate "a red ball"?' in capsys.readouterr().err
+    assert run("generat", "a red ball") == 2
+    assert "do you mean cosmos3-jax generate?" in capsys.readouterr().err
+    assert run("info", "random", "--checkpoint", "other") == 2
+    assert "random beside --checkpoint other: give one" in capsys.readouterr().err
+
+
+def test_only_the_built_in_models_have_a_prompt_of_their_own(here, capsys, silent_checkpoint):
+    """The sentence is one that `tiny` understands."""
+    assert run("generate", "--checkpoint", str(silent_checkpoint), "-o", "a.mp4") == 2
+    assert 'there is no prompt: give one, as in generate "' in capsys.readouterr().err
+
+
+def test_sound_weights_are_left_out_without_sound(here, monkeypatch):
+    opened = []
+    real = Cosmos3.open
+    monkeypatch.setattr(
+        Cosmos3, "open", lambda *args, **more: opened.append(real(*args, **more)) or opened[-1]
+    )
+    for more in ([], ["--no-sound"], ["--sound"]):
+        assert run(*FIVE, *more, "--overwrite") == 0
+    assert [model.config.has_sound for model in opened] == [False, False, True]
+
+
 def test_a_seed_is_drawn(here, capsys):
     seeds = set()
     for name in ("a", "b"):
@@ -142,7 +181,12 @@ def test_a_seed_is_drawn(here, capsys):
 
 @pytest.mark.parametrize(
     ("typed", "seeds"),
-    [("--seeds 7,1", [7, 1]), ("--count 2", [42, 43]), ("--seed 5 --count 3", [5, 6, 7])],
+    [
+        ("--seeds 7,1", [7, 1]),
+        ("--seeds 3-4,9", [3, 4, 9]),
+        ("--count 2", [42, 43]),
+        ("--seed 5 --count 3", [5, 6, 7]),
+    ],
 )
 def test_several_seeds(here, capsys, typed, seeds):
     """A file and a record for each; one that is there already is seen before any is made."""
@@ -182,7 +226,7 @@ def test_a_caption_beside_its_picture_does_not_block_a_video(here, capsys):
         assert run(*command, *more) == 0
         assert (here / "car.json").read_text() == caption
         record = json.loads((here / "car.mp4.json").read_text())
-        assert (record["prompt"], record["image"]["path"]) == (caption, "car.png")
+        assert (record["prompt"], record["image"]["path"]) == (caption, str(here / "car.png"))
         assert "car.mp4.json" in capsys.readouterr().out
     assert len(list(here.iterdir())) == 4
 
@@ -243,7 +287,10 @@ def test_a_terminal_in_ascii(here):
     assert done.stdout.endswith(rb"wrote gr\xfcn/\u732b.mp4, gr\xfcn/\u732b.json" + b"\n")
     assert media.probe(here / "grün" / "猫.mp4").frames == 5
     record = json.loads((here / "grün" / "猫.json").read_text())
-    assert (record["prompt"], record["image"]["path"]) == ("Ein grüner Ball, 猫", "grün.png")
+    assert (record["prompt"], record["image"]["path"]) == (
+        "Ein grüner Ball, 猫",
+        str(here / "grün.png"),
+    )
 
 
 def test_the_version(capsys):

@@ -4,6 +4,7 @@ One generation with an image and a LoRA, made for real, serves most tests. Where
 count, nothing is denoised.
 """
 
+import argparse
 import json
 import shutil
 from pathlib import Path
@@ -19,7 +20,8 @@ from cosmos3_jax import Cosmos3
 from cosmos3_jax.checkpoint import lora, lora_files
 from cosmos3_jax.checkpoint.find import find_checkpoint
 from cosmos3_jax.cli import main as cli
-from cosmos3_jax.cli.record import read_record, recorded_options
+from cosmos3_jax.cli.generate import _recorded_mesh
+from cosmos3_jax.cli.record import read_record, recorded_options, sampled_only
 from cosmos3_jax.cli.record_check import parse_record
 from cosmos3_jax.io.encode import read_comment
 
@@ -253,6 +255,50 @@ def test_a_clip_goes_before_the_recorded_image(made, tmp_path, quick):
     assert (turned["image"]["path"], turned["video"], turned["keep"]) == (image, None, None)
 
 
+@pytest.mark.parametrize("frames", [[], ["--num-frames", "1"]])
+def test_an_image_of_a_recorded_video_has_its_own_settings(made, tmp_path, quick, frames):
+    noted = again(made / "out" / "a.json", tmp_path / "n.png", *frames)
+    recipe = Cosmos3.open("random").config.recipes.of("text2image")
+    assert (noted["mode"], noted["num_frames"], noted["image"]) == ("text2image", 1, None)
+    for name in ("guidance_scale", "flow_shift", "num_inference_steps"):
+        assert noted[name] == getattr(recipe, name)
+        assert noted["sources"][name] != "given"
+    assert noted["negative_prompt"] is None and (noted["prompt"], noted["seed"]) == (PROMPT, 7)
+
+
+def test_a_folder_that_is_gone_is_not_looked_for_on_the_hub(made, tmp_path, monkeypatch, capsys):
+    """Though its name looks like one there."""
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked"))
+    (tmp_path / "a.json").write_text(
+        json.dumps(read_record(made / "out" / "a.json") | {"checkpoint": "weights/nano"})
+    )
+    with pytest.raises(SystemExit):
+        cli.main(["generate", "--from-record", str(tmp_path / "a.json"), "-o", "b.mp4"])
+    assert "weights/nano is neither there nor beside the record; name it with --checkpoint" in (
+        capsys.readouterr().err
+    )
+
+
+def test_folders_are_recorded_whole(made, tmp_path, quick, monkeypatch):
+    """And the record beside a video tells where its inputs are."""
+    monkeypatch.chdir(made / "given")
+    command = [*SETTINGS, "--checkpoint", "../weights/model", "--image", "first.png"]
+    assert cli.main([*command, "-o", str(tmp_path / "a.mp4")]) == 0
+    record = read_record(tmp_path / "a.json")
+    assert Path(record["checkpoint"]).is_absolute()
+    monkeypatch.chdir(tmp_path)
+    noted = again(tmp_path / "a.mp4", tmp_path / "b.mp4")
+    assert Path(noted["image"]["path"]).samefile(made / "given" / "first.png")
+    assert Path(noted["checkpoint"]).samefile(made / "weights" / "model")
+
+
+def test_weights_that_were_sampled_are_named(capsys):
+    files = {name: {"bytes": 1, "sampled": "a"} for name in "xy"}
+    files["y"]["sha256"] = files["z"] = {"bytes": 1, "sha256": "b"}
+    record = {"checkpoint_files": {"files": files}}
+    assert sampled_only(record, record) == ["x"]
+
+
 def test_noise_is_found_again_unless_a_seed_is_named(tmp_path, quick):
     request = Cosmos3.open("random").prepare("", num_frames=5, height=32, width=48, seed=3)
     np.savez(tmp_path / "noise.npz", noise=request.noise)
@@ -408,4 +454,20 @@ def test_a_folder_is_no_input_of_a_record(tmp_path):
     for field in ({"image": {"path": "photos"}}, {"lora": [{"path": "photos", "factor": 1.0}]}):
         (tmp_path / "r.json").write_text(json.dumps(record | {"checkpoint": "tiny"} | field))
         with pytest.raises(ValueError, match="photos is neither there nor beside the record"):
-            recorded_options(tmp_path / "r.json", set())
+            recorded_options(tmp_path / "r.json", {})
+
+
+@pytest.mark.parametrize(
+    ("sizes", "devices", "mesh"),
+    [
+        ({"cfg": 2, "seq": 2}, 4, "cfg=2,seq=2"),
+        ({"seq": 2}, 4, "seq=2"),
+        ({}, 4, "data=1"),
+        ({"seq": 8}, 4, None),
+        ({"idle": 2, "seq": 2}, 4, None),
+        (None, 4, None),
+    ],
+)
+def test_the_recorded_mesh_where_there_are_devices(monkeypatch, sizes, devices, mesh):
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    assert _recorded_mesh(argparse.Namespace(recorded_mesh=sizes)) == mesh
