@@ -12,6 +12,7 @@ from cosmos3_jax.config import Config, check_fps
 from cosmos3_jax.io.prepare import TEXT_BUCKET
 from cosmos3_jax.models import sound_vae, transformer, video_vae
 from cosmos3_jax.models.layers import TimestepEmbedding
+from cosmos3_jax.recipes import IMAGES_ONLY, parse_size
 from cosmos3_jax.runtime import memory
 from cosmos3_jax.runtime.job import Job
 from cosmos3_jax.runtime.measure import GIB, Measure, device_peak_gib
@@ -39,7 +40,8 @@ def jobs(
 
     Args:
         config: the checkpoint's; what is left None comes from its recipe.
-        sizes: names from `SIZES` with commas between them, instead of `height` and `width`.
+        sizes: as `recipes.parse_size` takes them, with commas between them, instead of `height`
+            and `width`.
         height, width, sound, text_tokens, negative_tokens, settings: fields of `Job`.
 
     Raises:
@@ -54,10 +56,7 @@ def jobs(
     elif height is not None or width is not None:
         raise ValueError(f"size {sizes} sets height and width: give either those or the size")
     else:
-        for name in sizes.split(","):
-            if name not in SIZES:
-                raise ValueError(f"size {name!r} is unknown; choose from {', '.join(SIZES)}")
-        chosen = {name: SIZES[name] for name in sizes.split(",")}
+        chosen = dict(map(_named_size, sizes.split(",")))
     made = {}
     for name, (height, width) in sorted(chosen.items(), key=lambda item: math.prod(item[1])):
         made[name] = Job.of_recipe(
@@ -66,6 +65,22 @@ def jobs(
         )  # fmt: skip
         check_job(config, made[name])
     return made
+
+
+def _named_size(text: str) -> tuple[str, tuple[int, int]]:
+    """A size's name in the results, and its height and width."""
+    if text in SIZES:
+        return text, SIZES[text]
+    try:
+        if text.strip().removesuffix("p") in IMAGES_ONLY:
+            raise ValueError("that is a size for images")
+        width, height = parse_size(text, None, "16,9")
+    except ValueError as error:
+        raise ValueError(
+            f"size {text!r} is unknown; choose from {', '.join(SIZES)}, or others: {error}"
+        ) from error
+    named = (name for name, size in SIZES.items() if size == (height, width))
+    return next(named, f"{height}x{width}"), (height, width)
 
 
 def check_job(config: Config, job: Job) -> None:

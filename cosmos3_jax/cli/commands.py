@@ -1,6 +1,7 @@
 """The commands beside `generate`: convert, info, bench."""
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from cosmos3_jax.pipeline import Cosmos3
 from cosmos3_jax.recipes import MODES
 from cosmos3_jax.runtime import measure, memory, random_inputs
 from cosmos3_jax.runtime.job import Job
+from cosmos3_jax.runtime.words import PARTS
 
 SUPER = TransformerConfig(
     hidden_size=5120, num_hidden_layers=64, num_attention_heads=64, intermediate_size=25600
@@ -33,10 +35,7 @@ PUBLISHED = {
 }
 # What needs memory, in a user's words.
 WORDS = {
-    "und": "weights of the text tower",
-    "gen": "weights of the media tower",
-    "video_vae": "weights of the video autoencoder",
-    "sound_vae": "weights of the sound autoencoder",
+    **{part: f"weights of the {name}" for part, name in PARTS.items()},
     "condition": "the encoded prompt",
     "clean pixels": "pixels of the input",
     "pixels": "finished pixels",
@@ -59,7 +58,9 @@ def run_convert(options: argparse.Namespace) -> int:
 
 def run_info(options: argparse.Namespace) -> int:
     name = options.model or options.checkpoint
-    published = PUBLISHED.get(name.rpartition("/")[2].lower()) if not Path(name).is_dir() else None
+    published = None
+    if options.revision is None and not Path(name).is_dir():
+        published = PUBLISHED.get(name.lower().removeprefix("nvidia/"))
     folder = None
     if published is not None:
         config = published
@@ -80,6 +81,9 @@ def run_info(options: argparse.Namespace) -> int:
     for part, count in memory.parameter_counts(config).items():
         print(f"  {part:16} {count / 1e6:12,.1f} M")
     print(f"sound: {'yes' if config.has_sound else 'no'}")
+    if not config.recipes.recognised:
+        model = config.recipes.model
+        print(f"its sizes are of no model that is known here: the settings are {model}'s")
     for mode in MODES:
         print("\n".join(_recipe_lines(config, mode)))
     print("\n".join(lines))
@@ -89,12 +93,22 @@ def run_info(options: argparse.Namespace) -> int:
 def _recipe_lines(config: Config, mode: str) -> Iterator[str]:
     recipe = config.recipes.of(mode)
     length = "1 frame" if mode == "text2image" else f"{recipe.num_frames} frames at {recipe.fps:g}"
-    size = f"{recipe.width}x{recipe.height}"
-    yield f"{mode}, if nothing else is said ({config.recipes.source(mode, 'num_inference_steps')})"
+    size, number = f"{recipe.width}x{recipe.height}", recipe.num_inference_steps
+    steps = "1 step" if number == 1 else f"{number} steps"
+    source = config.recipes.source(mode, "num_inference_steps")
+    yield f"{mode}, if nothing else is said ({source})"
     yield (
-        f"  {length}, {size}, {recipe.num_inference_steps} steps, guidance "
+        f"  {length}, {size}, {steps}, guidance "
         f"{recipe.guidance_scale:g}, shift {recipe.flow_shift:g}, {recipe.schedule} schedule"
     )
+    negative = recipe.negative_prompt
+    words = "the prompt style's" if negative is None else repr(negative) if negative else "empty"
+    yield f"  negative prompt: {words}"
+    names = [field.name for field in dataclasses.fields(recipe) if field.name != "size"]
+    for other in dict.fromkeys(config.recipes.source(mode, name) for name in names):
+        if other != source:
+            of = [name for name in names if config.recipes.source(mode, name) == other]
+            yield f"  from {other}: {', '.join(of)}"
 
 
 def _memory_lines(options: argparse.Namespace, config: Config) -> Iterator[str]:
@@ -115,9 +129,13 @@ def _memory_lines(options: argparse.Namespace, config: Config) -> Iterator[str]:
     resident, offloaded = (
         memory.generation_bytes(config, job.replace(offload=offload)) for offload in (False, True)
     )
-    yield f"GPU memory for {job} in {job.dtype}, an estimate"
+    height, width = job.height, job.width
+    what = str(job).replace(f"{height}x{width}", f"{width}x{height} (width x height)")
+    yield f"GPU memory for {what} in {job.dtype}, an estimate"
     yield f"  {'':32} {'resident':>12} {'offload':>12}"
     for part, size in resident.items():
+        if max(size, offloaded[part]) < 2**30 / 2000:  # 0.000 in both columns
+            continue
         words = WORDS.get(part, part)
         yield f"  {words:32} {size / 2**30:8.3f} GiB {offloaded[part] / 2**30:8.3f} GiB"
     limit = device.memory_limit()

@@ -32,7 +32,7 @@ from cosmos3_jax.parallel.mesh import IDLE, Meshes, describe
 from cosmos3_jax.pipeline import Cosmos3
 from cosmos3_jax.runtime import memory
 from cosmos3_jax.runtime.job import Job
-from cosmos3_jax.sampling.request import Request
+from cosmos3_jax.sampling.request import Request, initial_noise
 from cosmos3_jax.sampling.stages import Stage, Values
 
 log = logging.getLogger("cosmos3_jax")
@@ -56,8 +56,9 @@ def run_generate(options: argparse.Namespace) -> int:
             revision=options.revision,
         )  # fmt: skip
         prompt = _prompt(options)
-        prepared = [model.resolve(prompt, **settings, seed=take.seed) for take in takes]
-        request = prepared[0].request
+        first = model.resolve(prompt, **settings, seed=takes[0].seed)
+        prepared = [first, *(with_seed(first, take.seed) for take in takes[1:])]
+        request = first.request
         check_kind(options, takes[0].out, request)
         block_steps = model.steps_per_program(request, options.steps_per_program)
     device.use_compilation_cache(not options.no_compilation_cache)
@@ -99,6 +100,26 @@ def run_generate(options: argparse.Namespace) -> int:
     return 0
 
 
+def with_seed(prepared: Prepared, seed: int) -> Prepared:
+    """The same with another seed's noise, as if it were prepared anew; noise that is given stays.
+
+    Raises ValueError on a seed that numpy does not take.
+    """
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed} is outside 0..{2**32 - 1}")
+    request, settings = prepared.request, prepared.settings
+    drawn = {
+        name: initial_noise(seed, noise.shape[1:])[None]
+        for name in ("noise", "sound_noise")
+        if getattr(settings, name) is None and (noise := getattr(request, name)) is not None
+    }
+    return dataclasses.replace(
+        prepared,
+        request=request.replace(**drawn),
+        settings=dataclasses.replace(settings, seed=seed),
+    )
+
+
 def _prompt(options: argparse.Namespace) -> str:
     if options.prompt_file:
         return read_prompt(options.prompt_file)
@@ -121,10 +142,11 @@ def _files(options: argparse.Namespace) -> Record:
 def _summary(options: argparse.Namespace, prepared: Prepared, job: Job) -> str:
     settings = prepared.settings
     length = f"{settings.num_frames} frames at {settings.fps:g} a second"
+    steps = prepared.request.num_inference_steps
     what = "an image" if settings.num_frames == 1 else length
     return (
         f"{options.checkpoint}: {what}, {settings.width}x{settings.height}, "
-        f"{prepared.request.num_inference_steps} steps, guidance {settings.guidance_scale:g}, "
+        f"{steps} step{'' if steps == 1 else 's'}, guidance {settings.guidance_scale:g}, "
         f"{job.dtype}"
     )
 
@@ -134,7 +156,7 @@ def _place(options: argparse.Namespace, model: Cosmos3, request: Request) -> tup
     job = Job.of_request(model.config, request, dtype=options.dtype or device.default_dtype())
     wanted = {"auto": None, "yes": True, "no": False}[options.offload]
     meshes, offload = memory.choose_devices(
-        model.config, device.memory_limit(), options.mesh or _recorded_mesh(options), wanted, job
+        model.config, device.memory_limit(), options.mesh or recorded_mesh(options), wanted, job
     )
     mesh = meshes.of(job.batch, job.guidance)
     if mesh is not None:
@@ -144,7 +166,7 @@ def _place(options: argparse.Namespace, model: Cosmos3, request: Request) -> tup
     return job.replace(offload=offload, mesh=sizes), meshes
 
 
-def _recorded_mesh(options: argparse.Namespace) -> str | None:
+def recorded_mesh(options: argparse.Namespace) -> str | None:
     """The mesh of `--from-record`, where there are as many devices."""
     sizes, devices = getattr(options, "recorded_mesh", None), jax.device_count()
     if sizes is None or IDLE in sizes or devices == 1:  # as is chosen here too

@@ -5,6 +5,7 @@ JAX is imported after the options are read, so that help and errors come at once
 
 import io
 import logging
+import os
 import sys
 import traceback
 import warnings
@@ -30,6 +31,10 @@ def main(arguments: list[str] | None = None) -> int:
         with _messages(), warnings.catch_warnings():
             warnings.showwarning = _show_warning
             status = COMMANDS[options.command](options)
+            sys.stdout.flush()
+    except BrokenPipeError:  # of `info | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
     except (ValueError, OSError) as error:
         say(f"cosmos3-jax: error: {error}")
         status = 2

@@ -21,6 +21,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jax.typing import ArrayLike
 from PIL import Image
@@ -123,7 +124,7 @@ def frame_rate(fps: float | Fraction) -> Fraction:
 
 
 def save_video(
-    output: Mapping[str, Any],
+    output: Mapping[str, Any] | ArrayLike,
     path: PathLike,
     *,
     fps: float | Fraction | None = None,
@@ -138,8 +139,8 @@ def save_video(
     Args:
         output: "video" [B, 3, T, H, W] or [3, T, H, W] in [0, 1]; optionally "sound" [B, N, S] or
             [N, S] in [-1, 1], with one or two channels, and then "sample_rate" in Hz; optionally
-            "fps". The sound is trimmed, or padded with silence, to T / fps seconds: the model makes
-            whole 40 ms latent frames, a little too many.
+            "fps"; or the array of "video" alone. The sound is trimmed, or padded with silence, to
+            T / fps seconds: the model makes whole 40 ms latent frames, a little too many.
         fps: frames per second, made exact by `frame_rate`. None is the output's own, else 24.
         example: which of the batch.
         crf: the quality of mp4, mov and webm, from 0 (best) to 51 (worst); 63 in webm.
@@ -157,7 +158,7 @@ def save_video(
 
 
 def save_mp4(
-    output: Mapping[str, Any],
+    output: Mapping[str, Any] | ArrayLike,
     path: PathLike,
     *,
     fps: float | Fraction | None = None,
@@ -171,7 +172,7 @@ def save_mp4(
 
 
 def _save_video(
-    output: Mapping[str, Any],
+    output: Mapping[str, Any] | ArrayLike,
     path: PathLike,
     suffixes: Sequence[str],
     fps: float | Fraction | None,
@@ -180,6 +181,13 @@ def _save_video(
     crf: int,
     comment: str | None,
 ) -> Path:
+    if isinstance(output, np.ndarray | jax.Array):
+        output = {"video": output}
+    if not isinstance(output, Mapping):
+        raise TypeError(
+            f"the video is a {type(output).__name__}: give what `generate` returns, or an array "
+            "[3, T, H, W] or [B, 3, T, H, W]"
+        )
     with writing(path, overwrite, suffixes) as target:
         contained = target.path.suffix.lower() in CONTAINERS
         rate = frame_rate(output.get("fps", DEFAULT_FPS) if fps is None else fps)

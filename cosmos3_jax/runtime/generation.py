@@ -96,17 +96,27 @@ class Generation:
         with (
             memory.exhaustion_explained(self.config, limit, self.job),
             ambient(self.mesh),
-            tqdm.tqdm(total=total, unit="step", desc="denoise", disable=not progress) as bar,
+            contextlib.ExitStack() as stack,
         ):
+            bars: list[tqdm.tqdm] = []
+
+            def begun(stage: Stage) -> None:  # now, so that compiling does not count in its rate
+                if stage.loop and progress:
+                    bar = tqdm.tqdm(total=total, unit="step", desc="denoise")
+                    bars.append(stack.enter_context(bar))
 
             def listen(values: Values) -> None:
-                bar.update(min(self.block_steps, total - bar.n))
+                for bar in bars:
+                    bar.update(min(self.block_steps, total - bar.n))
+                    if bar.n == total:
+                        bar.close()
                 if self.trajectory:
                     trajectory.append({name: values[name] for name in ("latents", "clean")})
 
             execute = programs.Run(
-                self.weights, self.config, block_steps=self.block_steps, listen=listen, after=after
-            )
+                self.weights, self.config, block_steps=self.block_steps, listen=listen,
+                after=after, begun=begun,
+            )  # fmt: skip
             result = stages.result_of(stages.walk(self._reachable(), execute))
         if self.job.decode:
             result["fps"] = float(np.ravel(self.request.fps)[0])

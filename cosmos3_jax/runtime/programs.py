@@ -21,6 +21,7 @@ from cosmos3_jax.config import Config
 from cosmos3_jax.parallel import sharding
 from cosmos3_jax.parallel.mesh import ambient, reachable
 from cosmos3_jax.runtime.weights import Weights
+from cosmos3_jax.runtime.words import STAGES
 from cosmos3_jax.sampling.stages import Stage, Values
 
 # Steps of one call of the loop's program, at most. Five cost what all of them as one program do,
@@ -91,18 +92,20 @@ class Run:
         block_steps: int | None = None,
         listen: Callable[[Values], None] | None = None,
         after: Callable[[Stage, Values], None] | None = None,
+        begun: Callable[[Stage], None] | None = None,
     ):
         """
         Args:
             block_steps: steps of each call of the loop; None is their `block_length`.
             listen: called with the values that each block of the loop made, when they are ready.
             after: called with all values when a stage has ended.
+            begun: called when a stage is compiled and its first call is on its way.
         """
         self.weights, self.config, self.block_steps = weights, config, block_steps
-        self.listen, self.after = listen, after
+        self.listen, self.after, self.begun = listen, after, begun
 
     def __call__(self, stage: Stage, values: Values) -> Values:
-        log.info("%s", stage.name)
+        log.info("%s", STAGES.get(stage.name, stage.name))
         result: Values = {}
         waiting: Values = {}
         for result in self.each_call(stage, values):
@@ -129,12 +132,29 @@ class Run:
         run = program(stage.function, stage.donated, tuple(static))
         result: Values = {}
         with self.weights.borrow(stage.part) as params:
-            for change in calls(stage, values, self.block_steps):
+            for number, change in enumerate(calls(stage, values, self.block_steps)):
                 values = values | change
-                result = run(params, *stage.inputs(values), config=self.config, **static)
+                inputs = stage.inputs(values)
+                if number == 0 and _is_new(run, params, inputs, self.config, static):
+                    log.info("compiling the program for %s", STAGES.get(stage.name, stage.name))
+                result = run(params, *inputs, config=self.config, **static)
+                if number == 0 and self.begun is not None:
+                    self.begun(stage)
                 values = values | result
                 yield result
             jax.block_until_ready(result)  # before its weights leave
+
+
+_known: set[int] = set()
+
+
+def _is_new(run: Any, params: dict, inputs: tuple, config: Config, static: dict) -> bool:
+    """Whether a program is asked for the first time with arrays of these shapes and dtypes."""
+    arrays = jax.tree.map(lambda x: (np.shape(x), str(x.dtype)), (params, inputs))
+    key = hash((id(run), str(arrays), str(config), str(static)))
+    known = key in _known
+    _known.add(key)
+    return not known
 
 
 def run_alone(
@@ -164,6 +184,7 @@ class Compile:
         made: Values = {}
         for change in distinct_calls(stage, values, self.block_steps):
             inputs = stage.inputs(values | change | made)
+            _is_new(run, self.structs[stage.part], inputs, self.config, static)
             made = compile_for(run, self.structs[stage.part], *inputs, config=self.config, **static)
         return made
 

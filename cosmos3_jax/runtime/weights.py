@@ -20,6 +20,7 @@ from cosmos3_jax.checkpoint import load
 from cosmos3_jax.checkpoint.lora import Lora, adapted_leaves, merge_on_read
 from cosmos3_jax.config import Config, TransformerConfig
 from cosmos3_jax.parallel import sharding
+from cosmos3_jax.runtime.words import PARTS
 from cosmos3_jax.sampling.stages import params_dtype
 
 log = logging.getLogger("cosmos3_jax")
@@ -155,7 +156,8 @@ class Weights:
     def _read(self, parts: list[str]) -> dict:
         structs = jax.tree.leaves([self.structs[part] for part in parts])
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in structs)
-        log.info("loading %s: %.2f GiB", ", ".join(parts), size / 2**30)
+        named = ", ".join(PARTS.get(part, part) for part in parts)
+        log.info("loading %s: %.2f GiB", named, size / 2**30)
         bar = tqdm.tqdm(
             total=size, unit="B", unit_scale=True, desc="load", disable=not self._progress
         )

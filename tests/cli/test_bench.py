@@ -244,3 +244,10 @@ def test_sound_is_refused_where_the_sizes_have_none():
     job = JOB.replace(sound=True)
     with pytest.raises(ValueError, match="sound is asked for, but these weights have none"):
         bench.random_request(CONFIG.silent(), job)
+
+
+def test_sizes_as_elsewhere():
+    """Names of before stay names; another spelling of one is that one."""
+    made = bench.jobs(Config(), sizes="832x480,256p,704p,96x64")
+    assert list(made) == ["64x96", "256p", "480p", "704x1280"]
+    assert (made["64x96"].height, made["64x96"].width) == (64, 96)

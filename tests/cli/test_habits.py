@@ -12,6 +12,8 @@ import subprocess
 import sys
 
 import av
+import jax
+import numpy as np
 import pytest
 from command_line import without_a_model
 from PIL import Image
@@ -20,6 +22,7 @@ import cosmos3_jax
 from cosmos3_jax import Cosmos3
 from cosmos3_jax.cli import main as cli
 from cosmos3_jax.cli import options
+from cosmos3_jax.cli.generate import with_seed
 from cosmos3_jax.io import media
 
 pytestmark = pytest.mark.usefixtures("own_cache", "no_compilation_cache")
@@ -203,6 +206,19 @@ def test_several_seeds(here, capsys, typed, seeds):
     # Noise, and with it the stand-in for a video, is that of the seed.
     first, *others = [media.read_video(here / f"{name}.mp4")[0] for name in names]
     assert all((first != other).any() for other in others)
+
+
+def test_another_seed_is_as_if_prepared_anew():
+    model = Cosmos3.open("random")
+    settings = dict(num_frames=5, height=32, width=48, sound=True)
+    first = model.resolve("A ball", seed=3, **settings)
+    ours, theirs = with_seed(first, 9), model.resolve("A ball", seed=9, **settings)
+    assert jax.tree.structure(ours.request) == jax.tree.structure(theirs.request)
+    for one, other in zip(*map(jax.tree.leaves, (ours.request, theirs.request)), strict=True):
+        np.testing.assert_array_equal(one, other, strict=True)
+    assert (first.request.noise != ours.request.noise).any() and ours.settings.seed == 9
+    with pytest.raises(ValueError, match="seed=4294967296 is outside"):
+        with_seed(first, 2**32)
 
 
 def test_what_was_decided_is_said_once(here, capsys):

@@ -2,13 +2,17 @@
 
 import functools
 import re
+import subprocess
+import sys
 
 import jax
 import pytest
 from command_line import PROMPT, SHAPE
 
+from cosmos3_jax import Cosmos3
 from cosmos3_jax.cli import commands
 from cosmos3_jax.cli import main as cli
+from cosmos3_jax.config import Config, Recipes
 from cosmos3_jax.parallel import device
 from cosmos3_jax.runtime import memory
 from cosmos3_jax.runtime.job import Job
@@ -31,7 +35,7 @@ def test_info_says_what_is_there(capsys, monkeypatch, unloaded, silent_checkpoin
     assert "sound: yes" in text
     assert re.search(r"text2image, if nothing else is said .*\n  1 frame, .* 8 steps, ", text)
     assert re.search(r"text2video, if nothing else is said .*\n  .* frames at .* 8 steps, ", text)
-    assert "9 frames of 48x80 with sound in float32" in text
+    assert "9 frames of 80x48 (width x height) with sound in float32" in text
     stages = [number_after(text, stage) for stage in memory.STAGES.values()]
     assert number_after(text, "peak") == max(stages) > 0
     assert "GiB here" not in text  # a CPU has no limit
@@ -46,8 +50,8 @@ def test_info_says_what_is_there(capsys, monkeypatch, unloaded, silent_checkpoin
     text = capsys.readouterr().out
     assert "sound: no" in text and "sound_tokenizer" not in text
     # For a GPU, though there is none here: its kernels need no logits.
-    assert "189 frames of 720x1280 in bfloat16" in text
-    assert number_after(text, "attention without a fast kernel") == 0
+    assert "189 frames of 1280x720 (width x height) in bfloat16" in text
+    assert "attention without a fast kernel" not in text
 
 
 @pytest.mark.parametrize(
@@ -123,3 +127,45 @@ def test_memory_is_what_the_arrays_take(model):
     alone = memory.generation_bytes(model.config, silent.replace(negative_tokens=0))
     both = memory.generation_bytes(model.config, silent)
     assert 2 * alone["condition"] == both["condition"]
+
+
+@pytest.mark.parametrize(
+    "more", [["someone/Cosmos3-Nano"], ["nvidia/Cosmos3-Nano", "--revision=v2"]]
+)
+def test_only_the_published_models_are_taken_as_published(
+    capsys, monkeypatch, silent_checkpoint, more
+):
+    monkeypatch.setattr(commands, "find_checkpoint", lambda *_, **__: silent_checkpoint)
+    assert cli.main(["info", *more]) == 0
+    assert "sizes as published" not in capsys.readouterr().out
+
+
+def test_where_settings_come_from(capsys, monkeypatch):
+    recipes = Recipes(file={"fps": 12}, recognised=False)
+    monkeypatch.setitem(commands.PUBLISHED, "cosmos3-nano", Config(recipes=recipes))
+    assert cli.main(["info", "cosmos3-nano"]) == 0
+    text = capsys.readouterr().out
+    assert "its sizes are of no model that is known here: the settings are Nano's" in text
+    assert text.count("  from the checkpoint's recipe: fps\n") == 4
+    assert text.count("negative prompt: empty") == 1
+    assert text.count("negative prompt: the prompt style's") == 3
+    assert " 0.000 GiB      0.000 GiB" not in text
+
+
+def test_a_reader_that_stops_is_no_error():
+    command = [sys.executable, "-m", "cosmos3_jax.cli", "info", "cosmos3-nano"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 1
+
+
+@pytest.mark.parametrize("sound", [False, True])
+def test_info_and_generate_need_the_same(capsys, model, sound):
+    """The parts that are loaded, and the peak."""
+    opened = Cosmos3.open("random", load_sound=sound)
+    assert ("sound VAE" in memory.parameter_counts(opened.config)) == sound
+    shape = dict(num_frames=9, height=48, width=80)
+    job = Job.of_recipe(opened.config, sound=sound, dtype="float32", **shape)
+    peak = memory.generation_bytes(opened.config, job.replace(device=device.PlannedGPU()))["peak"]
+    assert cli.main(["info", *SHAPE, "--dtype", "float32", *["--sound"] * sound]) == 0
+    assert number_after(capsys.readouterr().out, "peak") == pytest.approx(peak / 2**30, abs=6e-4)

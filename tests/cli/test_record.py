@@ -20,7 +20,7 @@ from cosmos3_jax import Cosmos3
 from cosmos3_jax.checkpoint import lora, lora_files
 from cosmos3_jax.checkpoint.find import find_checkpoint
 from cosmos3_jax.cli import main as cli
-from cosmos3_jax.cli.generate import _recorded_mesh
+from cosmos3_jax.cli.generate import recorded_mesh
 from cosmos3_jax.cli.record import read_record, recorded_options, sampled_only
 from cosmos3_jax.cli.record_check import parse_record
 from cosmos3_jax.io.encode import read_comment
@@ -468,6 +468,6 @@ def test_a_folder_is_no_input_of_a_record(tmp_path):
         (None, 4, None),
     ],
 )
-def test_the_recorded_mesh_where_there_are_devices(monkeypatch, sizes, devices, mesh):
+def test_therecorded_mesh_where_there_are_devices(monkeypatch, sizes, devices, mesh):
     monkeypatch.setattr(jax, "device_count", lambda: devices)
-    assert _recorded_mesh(argparse.Namespace(recorded_mesh=sizes)) == mesh
+    assert recorded_mesh(argparse.Namespace(recorded_mesh=sizes)) == mesh
