@@ -20,7 +20,7 @@ from cosmos3_jax.checkpoint.find import find_checkpoint, open_folder
 from cosmos3_jax.config import Config, SoundVAEConfig
 from cosmos3_jax.io.prepare import TEXT_BUCKET, Prepared, prepare
 from cosmos3_jax.io.prompt import pad_token_ids
-from cosmos3_jax.io.settings import Settings, SettingsDict
+from cosmos3_jax.io.settings import SettingsDict, read_settings
 from cosmos3_jax.models.tokenizer import Tokenizer
 from cosmos3_jax.parallel import device
 from cosmos3_jax.parallel.mesh import Meshes
@@ -221,7 +221,7 @@ class Cosmos3:
 
     def resolve(self, prompt: str | Sequence[str], **settings: Unpack[SettingsDict]) -> Prepared:
         """The request that `prepare` returns, and what it was made from."""
-        return prepare(self.config, self.tokenizer, prompt, Settings(**settings))
+        return prepare(self.config, self.tokenizer, prompt, read_settings(dict(settings)))
 
     def generate(
         self,

@@ -23,7 +23,7 @@ from cosmos3_jax.io.prompt import (
     pad_token_ids,
     resolve_prompts,
 )
-from cosmos3_jax.io.settings import Settings, SettingsDict
+from cosmos3_jax.io.settings import Settings, SettingsDict, read_settings
 from cosmos3_jax.models import sound_vae, video_vae
 from cosmos3_jax.recipes import (
     LARGEST,
@@ -235,7 +235,7 @@ def prepare_request(
     **settings: Unpack[SettingsDict],
 ) -> Request:
     """The request alone; see `prepare`, and `Settings` for the keyword arguments."""
-    return prepare(config, tokenizer, prompt, Settings(**settings)).request
+    return prepare(config, tokenizer, prompt, read_settings(dict(settings))).request
 
 
 def resolve_texts(prompts: Sequence[str], settings: Settings) -> list[ResolvedPrompt]:

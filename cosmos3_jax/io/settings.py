@@ -7,6 +7,7 @@ checkers and editors the same names as keyword arguments.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
@@ -146,6 +147,25 @@ class Settings:
             if getattr(self, field.name) is None
         }
         return dataclasses.replace(self, **chosen | {"size": None, "aspect": None})
+
+
+# What other libraries call a setting -> what it is here.
+OTHER_NAMES = {
+    "steps": "num_inference_steps", "cfg": "guidance_scale", "guidance": "guidance_scale",
+    "frames": "num_frames", "negative": "negative_prompt", "generator": "seed",
+    "shift": "flow_shift", "resolution": "size",
+}  # fmt: skip
+
+
+def read_settings(given: dict[str, Any]) -> Settings:
+    """`Settings` of keyword arguments. Raises TypeError on another name, with the nearest one."""
+    known = [field.name for field in dataclasses.fields(Settings)]
+    for name in given.keys() - set(known):
+        near = difflib.get_close_matches(name, known, 1)
+        right = OTHER_NAMES.get(name) or (near[0] if near else None)
+        hint = f": do you mean {right}?" if right else f"; there are {', '.join(known)}"
+        raise TypeError(f"unexpected keyword argument {name!r}{hint}")
+    return Settings(**given)
 
 
 def help_of(name: str) -> str:

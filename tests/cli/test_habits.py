@@ -221,6 +221,18 @@ def test_another_seed_is_as_if_prepared_anew():
         with_seed(first, 2**32)
 
 
+@pytest.mark.parametrize(
+    ("name", "right"),
+    [("steps", "num_inference_steps"), ("cfg", "guidance_scale"), ("generator", "seed"),
+     ("num_frame", "num_frames")],
+)  # fmt: skip
+def test_pythons_settings_by_other_names(name, right):
+    with pytest.raises(
+        TypeError, match=f"unexpected keyword argument '{name}': do you mean {right}"
+    ):
+        Cosmos3.open("random").prepare("A ball", **{name: 3})
+
+
 def test_what_was_decided_is_said_once(here, capsys):
     """Though it is decided for each file."""
     Image.new("RGB", (32, 48)).save(here / "tall.png")
