@@ -321,7 +321,7 @@ def _file(path: Path | str | None) -> dict[str, str] | None:
     """A file or folder that is read, and what is in it."""
     if path is None or not (path := Path(path)).exists():
         return None
-    return {"path": str(path.absolute()), "sha256": digests.of_path(path)}
+    return {"path": str(path.absolute()), "sha256": digests.of_lora(path)}
 
 
 def _without_folder(file: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -339,7 +339,7 @@ def _look_for(name: str, digest: str | None, record: Path, option: str) -> Path:
         )
     if digest is None or len(found) == 1:
         return found[0]
-    return next((place for place in found if digests.of_path(place) == digest), found[0])
+    return next((place for place in found if digests.of_lora(place) == digest), found[0])
 
 
 def _is_such(place: Path, option: str) -> bool:
