@@ -21,9 +21,9 @@ RANK, ALPHA = 3, 5.0
 RANKS = {"layers.2.self_attn.add_k_proj": 2}
 ALPHAS = {"layers.1.mlp.down_proj": 7.0}
 MODULES = [
-    "layers.0.self_attn.to_q", "layers.1.mlp.down_proj", "layers.2.self_attn.to_v",
-    "layers.2.self_attn.add_k_proj", "layers.0.mlp_moe_gen.gate_proj", "proj_out",
-    "time_embedder.linear_1", "audio_proj_in",
+    "layers.0.self_attn.to_q", "layers.1.mlp.down_proj", "layers.2.self_attn.to_v", "proj_out",
+    "layers.2.self_attn.add_k_proj", "layers.0.mlp_moe_gen.gate_proj", "time_embedder.linear_1",
+    "audio_proj_in",
 ]  # fmt: skip
 UNREAD = "layers.2.mlp.up_proj"  # of the text tower's last layer
 SIZES = {m: family.sizes for family in lora.families(CONFIG).values() for m in family.modules}
@@ -84,9 +84,7 @@ def settings(prefix: str = "", **fields) -> dict:
 
 
 def write(path, names, alpha: str | None = None, metadata=None, modules=None):
-    """A file whose tensors' names are `names`, a pattern of A's and one of B's and, with alpha,
-    one of a tensor of that.
-    """
+    """A file of tensors named by `names`, patterns of A's and of B's, and `alpha`, of its own."""
     tensors = {}
     for module, halves in matrices().items():
         if modules is not None and module not in modules:
@@ -95,8 +93,7 @@ def write(path, names, alpha: str | None = None, metadata=None, modules=None):
         for pattern, tensor in zip(names, halves, strict=True):
             tensors[pattern.format(**words)] = tensor
         if alpha is not None:
-            value = np.array(ALPHAS.get(module, ALPHA), np.float32)
-            tensors[alpha.format(**words)] = value
+            tensors[alpha.format(**words)] = np.array(ALPHAS.get(module, ALPHA), np.float32)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = None if metadata is None else {"lora_adapter_metadata": json.dumps(metadata)}
     save_file(tensors, path, text)
