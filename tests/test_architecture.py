@@ -307,3 +307,8 @@ def test_tests_reach_no_private_name():
         "from cosmos3_jax.models import rope as r, _x\nr._y\npatch.setattr(r, '_z', 1)\nr.__doc__"
     )
     assert private_names(wrong) == {"_x", "r._y", "r._z"}
+
+
+def test_no_file_of_tests_is_long():
+    lines = {path.name: len(path.read_text("utf-8").splitlines()) for path in TESTS.rglob("*.py")}
+    assert {name: count for name, count in lines.items() if count > 400} == {}
