@@ -30,14 +30,17 @@ Frame = av.VideoFrame | AnimationFrame
 FrameT = TypeVar("FrameT", bound=Frame)
 _HEIC = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"}
 MAX_ASPECT = 8  # of one sample; television has at most 2
+MAX_SAMPLED = 100_000  # frames, of a clip whose time stamps are uneven
 _EARLY = 0.25  # of a frame's time, by which the next one may be shown before it is due
 
 
 def check_file(path: PathLike) -> None:
     """Raise unless `path` is a file that is not empty."""
     name, path = os.fspath(path), Path(path)
-    if not path.exists():
-        if re.match("[a-z]+:/", str(name)):  # of two slashes, a Path has left one
+    if not os.path.exists(path):  # of a long name too, at which Path raises
+        # Of two slashes, a Path has left one; one letter is a drive's.
+        if re.match(r"[A-Za-z][\w+.-]+:/|data:", str(name)):
+            name = f"{str(name)[:80]}..." if len(str(name)) > 80 else name
             raise ValueError(f"{name} is an address, not a file; download it, and give the file")
         raise FileNotFoundError(f"{path} does not exist")
     if path.is_dir():
@@ -178,7 +181,7 @@ def choose(
     window = slice(max_frames) if keep == "first" or not max_frames else slice(-max_frames, None)
     if rate is None or _even(held[window], tick):
         return held[window], _rate(held[window], tick, average)
-    return _sampled(held, _time(first), rate, tick)[window], rate
+    return _sampled(held, _time(first), rate, tick, window, path), rate
 
 
 def _until(frames: Iterator[FrameT], end: float) -> Iterator[FrameT]:
@@ -239,14 +242,27 @@ def _rate(frames: Sequence[Frame], tick: float, average: float | None) -> float 
     return count / seconds
 
 
-def _sampled(frames: Sequence[FrameT], start: float, rate: float, tick: float) -> list[FrameT]:
-    """What is shown at each 1 / rate seconds from `start` until the end of the last frame."""
+def _sampled(
+    frames: Sequence[FrameT], start: float, rate: float, tick: float, window: slice, path: PathLike
+) -> list[FrameT]:
+    """What is shown at those in `window` of each 1 / rate seconds from `start` until the end of the
+    last frame.
+    """
     times = np.maximum.accumulate([_time(frame) for frame in frames]) - start
     last = frames[-1]
     shown = float(last.duration * last.time_base) if last.duration else 1 / rate
-    due = np.arange(max(1, round((times[-1] + shown) * rate))) / rate
+    instants = range(max(1, round((times[-1] + shown) * rate)))[window]
+    if len(instants) > MAX_SAMPLED:
+        raise ValueError(
+            f"{path} has {len(frames)} frames in {times[-1] + shown:.0f} seconds, uneven: sampled "
+            f"at {rate:g} per second they would be {len(instants)}, more than {MAX_SAMPLED}; a "
+            "time stamp may be wrong, or give max_frames"
+        )
+    due = np.arange(instants.start, instants.stop) / rate
     early = max(tick / 2, _EARLY / rate)
     found = np.searchsorted(times, due + early, side="right") - 1
+    if instants.start == 0:  # the first is shown, however short
+        found[0] = 0
     return [frames[i] for i in np.maximum(found, 0)]
 
 
@@ -301,10 +317,10 @@ def _converter(frame: av.VideoFrame, path: PathLike) -> color.Convert | None:
 
 def _orientation(frame: av.VideoFrame, path: PathLike) -> tuple[bool, bool, bool]:
     """Of the display matrix: whether to swap rows and columns, then to reverse each of them."""
-    if "DISPLAYMATRIX" not in frame.side_data:
+    matrix = _display_matrix(frame)
+    if matrix is None:
         return False, False, False
     # A pixel goes to x = a column + c row, y = b column + d row.
-    matrix = np.frombuffer(frame.side_data["DISPLAYMATRIX"], np.int32).reshape(3, 3)[:2, :2]
     (a, b), (c, d) = matrix / max(np.abs(matrix).max(), 1)
     transposed = abs(b) > abs(a)
     if max(abs(a), abs(d)) > 0.1 and max(abs(b), abs(c)) > 0.1:
@@ -313,3 +329,14 @@ def _orientation(frame: av.VideoFrame, path: PathLike) -> tuple[bool, bool, bool
             "are read; turn it upright first"
         )
     return (True, b < 0, c < 0) if transposed else (False, d < 0, a < 0)
+
+
+def _display_matrix(frame: av.VideoFrame) -> np.ndarray | None:
+    try:
+        data = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # side data that PyAV does not know, such as EXIF, hides all others
+        angle = math.radians(frame.rotation)  # counterclockwise; a mirror is not in it
+        return None if not angle else np.array(
+            [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
+        )  # fmt: skip
+    return None if data is None else np.frombuffer(data, np.int32).reshape(3, 3)[:2, :2]

@@ -1,5 +1,7 @@
 """Which frames of a clip are shown, and how they lie, as a player shows them."""
 
+import io
+import math
 import struct
 import warnings
 from fractions import Fraction
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 from av.stream import Disposition
 from clip_cases import PICTURE, video_of, write_clip
+from PIL import Image
 
 from cosmos3_jax.io import media
 from cosmos3_jax.io.conditioning import clip_pixels, resize_and_crop
@@ -234,3 +237,46 @@ def test_only_the_times_of_what_is_taken_count(tmp_path):
         frames, rate = media.read_video(path, fps=30, max_frames=5, keep=keep)
         assert numbers(frames) == list(expected)
         assert rate == pytest.approx(24, rel=0.02)
+
+
+def test_the_first_frame_is_shown_however_short(tmp_path):
+    path = numbered(tmp_path / "a.mkv", [0, 10, 30, 130], Fraction(1, 1000))
+    assert numbers(media.read_video(path, fps=10, max_frames=3)[0])[:2] == [0, 2]
+
+
+@pytest.mark.parametrize("gap", [10**9, 3 * 10**10])
+def test_a_gap_of_time_stamps(tmp_path, gap):
+    """Of days, or a year: memory is of what is wanted."""
+    path = numbered(tmp_path / "a.mkv", [0, 100, 200, gap], Fraction(1, 1000))
+    for keep, expected in (("first", [0, 0, 1, 1, 2]), ("last", [2, 2, 2, 2, 3])):
+        frames, _ = media.read_video(path, fps=20, max_frames=5, keep=keep)
+        assert numbers(frames) == expected
+    with pytest.raises(ValueError, match=r"a\.mkv has 4 frames in \d+ seconds.*more than 100000"):
+        media.read_video(path, fps=10)
+
+
+@pytest.mark.parametrize("orientation, turned", [(1, False), (6, True)])
+def test_frames_with_exif(tmp_path, orientation, turned):
+    """As cameras write them; PyAV does not know that side data."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = orientation, "maker"
+    data = io.BytesIO()
+    Image.fromarray(PICTURE).save(data, "JPEG", quality=100, subsampling=0, exif=exif)
+    with av.open(tmp_path / "a.mkv", "w") as file:
+        stream = file.add_stream("mjpeg", rate=24)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuvj444p"
+        for t in range(3):
+            packet = av.Packet(data.getvalue())
+            packet.stream, packet.pts, packet.dts = stream, t, t
+            packet.time_base = Fraction(1, 24)
+            file.mux(packet)
+    shown, _ = media.read_video(tmp_path / "a.mkv")
+    expected = np.rot90(PICTURE, -1) if turned else PICTURE
+    np.testing.assert_allclose(shown[0].astype(int), expected, atol=12)
+
+
+@pytest.mark.parametrize("fps", [math.inf, math.nan, -5, 0])
+def test_rates_that_are_none(tmp_path, fps):
+    path = numbered(tmp_path / "a.mkv", UNEVEN)
+    with pytest.raises(ValueError, match="must be a positive number of frames per second"):
+        media.read_video(path, fps=fps)
