@@ -5,12 +5,17 @@ Times are in seconds.
 
 import dataclasses
 import os
+import struct
 from fractions import Fraction
 
 from PIL import Image
 
 FORMATS = ("GIF", "WEBP", "AVIF")
-PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+# Of damaged files, and of images whose `info` is not what Pillow expects.
+PILLOW_ERRORS = (
+    OSError, SyntaxError, ValueError, TypeError, EOFError, struct.error,
+    Image.DecompressionBombError,
+)  # fmt: skip
 _UNSAID = 100  # milliseconds that a frame is shown which does not say it, as browsers have it
 _TICKS = {"GIF": 0.01}  # of the clock; others count milliseconds
 

@@ -11,12 +11,14 @@ BT.2408 maps SDR to HDR, the other way round: a white of 203 cd/m2 becomes 255, 
 its proportion to it, and brighter is clipped.
 """
 
+import contextlib
 import io
 import os
 import struct
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
+from typing import IO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms
@@ -97,38 +99,83 @@ def image_converter(name: object, image: Image.Image) -> Convert | None:
     white, *colours = np.reshape(image.info.get("chromaticity", (*_SRGB[6:], *_SRGB[:6])), (4, 2))
     chromaticities = np.concatenate([*colours, white])
     gamma = image.info.get("gamma", _SRGB_GAMMA)
+    if not _can_be(chromaticities):
+        warnings.warn(f"{name}: its primaries are of no display, and are left out", stacklevel=2)
+        chromaticities = np.array(_SRGB)
+    if not 0.1 <= gamma <= 10:
+        warnings.warn(
+            f"{name}: its gamma of {gamma:g} is of no display, and is left out", stacklevel=2
+        )
+        gamma = _SRGB_GAMMA
     if np.abs(chromaticities - _SRGB).max() < 0.005 and abs(gamma - _SRGB_GAMMA) < 0.005:
         return None
     return _by_gamma(tuple(chromaticities), gamma)
+
+
+def _can_be(chromaticities: np.ndarray) -> bool:
+    """Whether the primaries are the corners of a triangle, and white lies in it."""
+    x, y = np.reshape(chromaticities, (4, 2)).T
+    if not (np.isfinite(x).all() and (y > 0).all()):
+        return False
+    corners = np.stack([x, y, np.ones(4)])
+    if abs(np.linalg.det(corners[:, :3])) < 1e-3:
+        return False
+    return bool((np.linalg.solve(corners[:, :3], corners[:, 3]) > 1e-3).all())
 
 
 def _code_points(image: Image.Image) -> tuple[int, int] | None:
     """Primaries and transfer by an image's file, which Pillow does not read; None if there are
     none, or the file is closed and has no name.
     """
-    if image.format not in ("PNG", "AVIF"):
-        return None
-    head = _head(image)
     if image.format == "PNG":
-        at = head[: head.find(b"IDAT")].find(b"\0\0\0\4cICP")
-        return None if at < 0 else (head[at + 8], head[at + 9])
+        said = _png_chunk(image, b"cICP")
+        return None if said is None or len(said) < 2 else (said[0], said[1])
+    if image.format != "AVIF":
+        return None
+    with _file(image) as file:
+        head = file.read(_HEAD)
     at = head.find(b"colrnclx")
     return None if at < 0 else struct.unpack(">HH", head[at + 8 : at + 12])
 
 
-def _head(image: Image.Image) -> bytes:
-    """The beginning of the file that an image was opened from."""
+def png_depth(image: Image.Image) -> int | None:
+    """Bits of a channel in a PNG's file; None of others, or as `_code_points`."""
+    header = _png_chunk(image, b"IHDR") if image.format == "PNG" else None
+    return header[8] if header else None
+
+
+def _png_chunk(image: Image.Image, wanted: bytes) -> bytes | None:
+    """The data of a PNG's first chunk of a name, before its pixels."""
+    with _file(image) as file:
+        file.seek(8)
+        while len(head := file.read(8)) == 8:
+            length, name = struct.unpack(">I4s", head)
+            if name == wanted:
+                return file.read(length)
+            if name == b"IDAT":
+                return None
+            file.seek(length + 4, os.SEEK_CUR)
+    return None
+
+
+@contextlib.contextmanager
+def _file(image: Image.Image) -> Iterator[IO[bytes]]:
+    """The file that an image was opened from, at its beginning; an empty one if it is closed and
+    has no name.
+    """
     path, file = getattr(image, "filename", ""), getattr(image, "fp", None)
     if os.path.isfile(path):
         with open(path, "rb") as opened:
-            return opened.read(_HEAD)
-    if file is None or getattr(file, "closed", False):
-        return b""
-    at = file.tell()
-    file.seek(0)
-    head = file.read(_HEAD)
-    file.seek(at)
-    return head
+            yield opened
+    elif file is None or getattr(file, "closed", False):
+        yield io.BytesIO()
+    else:
+        at = file.tell()
+        file.seek(0)
+        try:
+            yield file
+        finally:
+            file.seek(at)
 
 
 @cache
@@ -158,25 +205,27 @@ def _through_light(to_light: Convert, chromaticities: tuple[float, ...], top: in
     return convert
 
 
-def profile_to_srgb(image: Image.Image, profile: bytes, name: object) -> Image.Image:
-    """An image of mode L, RGB or CMYK by its ICC profile, as RGB.
+def profile_converter(
+    mode: str, profile: bytes, name: object
+) -> Callable[[Image.Image], Image.Image]:
+    """What makes RGB of images of mode L, RGB or CMYK by their ICC profile.
 
     A profile that means sRGB, but for its rounding, changes nothing. One that is damaged, or made
     for another mode, is left out with a warning.
     """
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if image.mode == "L" and source.profile.xcolor_space.strip() == "RGB":
-            image = image.convert("RGB")
-        transform = ImageCms.buildTransform(source, _srgb_profile(), image.mode, "RGB")
+        if mode == "L" and source.profile.xcolor_space.strip() == "RGB":
+            mode = "RGB"
+        transform = ImageCms.buildTransform(source, _srgb_profile(), mode, "RGB")
     except (ImageCms.PyCMSError, OSError) as error:
         warnings.warn(f"{name}: its colour profile cannot be used ({error})", stacklevel=2)
-        return image.convert("RGB")
-    probe = _probe().convert(image.mode)
+        return lambda image: image.convert("RGB")
+    probe = _probe().convert(mode)
     change = np.subtract(probe.convert("RGB"), ImageCms.applyTransform(probe, transform), dtype=int)
     if np.abs(change).mean() < 0.1:
-        return image.convert("RGB")
-    return ImageCms.applyTransform(image, transform)
+        return lambda image: image.convert("RGB")
+    return lambda image: ImageCms.applyTransform(image.convert(mode), transform)
 
 
 @cache

@@ -21,9 +21,9 @@ from cosmos3_jax.io.media_read import (
     End,
     ImageSource,
     VideoSource,
+    image_bands,
     image_shape,
     is_picture,
-    read_image,
     read_video,
     video_frames,
 )
@@ -48,27 +48,53 @@ def resize_and_crop(frames: np.ndarray, height: int, width: int) -> np.ndarray:
     """
     result = np.empty((len(frames), height, width, 3), np.float32)
     for frame, made in zip(frames, result, strict=True):
-        _fill(made, frame)
+        _fill(made, frame.shape[:2], [frame])
     return result
 
 
-def _fill(made: np.ndarray, frame: np.ndarray) -> None:
-    """Write the middle of `frame` [H, W, 3] into `made` [height, width, 3], float32."""
-    (rows, columns), (height, width) = frame.shape[:2], made.shape[:2]
+def _fill(made: np.ndarray, shape: tuple[int, ...], bands: Iterable[np.ndarray]) -> None:
+    """Write the middle of a picture into `made` [height, width, 3], float32.
+
+    Args:
+        shape: of the picture, rows and columns.
+        bands: uint8 [some rows, columns, 3], from the top. Each is made as narrow as `made` before
+            the next: Pillow's two passes, without a float32 copy of the picture.
+    """
+    (rows, columns), (height, width) = shape, made.shape[:2]
     scale = max(width / columns, height / rows)
     resized = math.ceil(scale * rows), math.ceil(scale * columns)
     top, left = round((resized[0] - height) / 2), round((resized[1] - width) / 2)
+    first, last = 0, rows  # that are needed
     if resized[0] * resized[1] <= _LITTLE_WASTE * height * width:
-        size, box, crop = resized, (0, 0, columns, rows), np.s_[top:, left:]
+        x, y, size, crop = (0, columns), (0, rows), resized, np.s_[top : top + height]
+        kept = np.s_[:, left : left + width]
     else:  # Pillow rounds the box to float32, by which the pixels differ in the fifth digit
-        y, x = rows / resized[0], columns / resized[1]
-        box = left * x, top * y, (left + width) * x, (top + height) * y
-        box = (*box[:2], min(box[2], columns), min(box[3], rows))
-        size, crop = (height, width), np.s_[:, :]
-    for channel in range(3):  # in float32: Pillow would round 8-bit pixels twice
-        plane = Image.fromarray(frame[..., channel].astype(np.float32))
-        plane = plane.resize(size[::-1], Image.Resampling.BILINEAR, box)
-        made[..., channel] = np.asarray(plane)[crop][:height, :width]
+        tall, wide = rows / resized[0], columns / resized[1]
+        x = left * wide, min((left + width) * wide, columns)
+        y = float(np.float32(top * tall)), float(np.float32(min((top + height) * tall, rows)))
+        size, crop, kept = (height, width), np.s_[:], np.s_[:, :]
+        reach = math.ceil(max(tall, 1)) + 1  # of the filter
+        first, last = max(0, math.floor(y[0]) - reach), min(rows, math.ceil(y[1]) + reach)
+    narrow = np.empty((3, last - first, width), np.float32)
+    start = 0
+    for band in bands:
+        begin, end = max(first, start), min(last, start + len(band))
+        for channel in range(3) if begin < end else ():
+            part = band[begin - start : end - start, :, channel]
+            part = _resized(part, (end - begin, size[1]), x, (0, end - begin))
+            narrow[channel, begin - first : end - first] = part[kept]
+        start += len(band)
+    y = y[0] - first, y[1] - first
+    for channel in range(3):
+        made[..., channel] = _resized(narrow[channel], (size[0], width), (0, width), y)[crop]
+
+
+def _resized(
+    plane: np.ndarray, size: tuple[int, int], x: tuple[float, float], y: tuple[float, float]
+) -> np.ndarray:
+    """In float32: Pillow would round 8-bit pixels twice."""
+    image = Image.fromarray(plane.astype(np.float32, copy=False))
+    return np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR, (x[0], y[0], x[1], y[1])))
 
 
 def image_pixels(image: ImageSource, height: int, width: int) -> np.ndarray:
@@ -85,10 +111,11 @@ def image_pixels(image: ImageSource, height: int, width: int) -> np.ndarray:
     Raises:
         FileNotFoundError, ValueError: see `media.read_image`.
     """
-    frame = read_image(image)
-    _warn_of_shape(image, frame, height, width)
-    frame = resize_and_crop(frame[None], height, width)
-    return np.rint(frame).astype(np.float32).transpose(3, 0, 1, 2) / 255
+    shape, bands = image_bands(image)
+    _warn_of_shape(image, shape, height, width)
+    pixels = np.empty((1, height, width, 3), np.float32)
+    _fill(pixels[0], shape, bands)
+    return np.rint(pixels).transpose(3, 0, 1, 2) / 255
 
 
 def clip_pixels(
@@ -130,13 +157,13 @@ def clip_pixels(
     pixels = np.empty((num_frames, height, width, 3), np.float32)
     for t, frame in enumerate(frames):  # one at a time, and small when it is kept
         if t == 0:
-            _warn_of_shape(name, frame, height, width)
-        _fill(pixels[t], frame)
+            _warn_of_shape(name, frame.shape[:2], height, width)
+        _fill(pixels[t], frame.shape[:2], [frame])
     return pixels.transpose(3, 0, 1, 2) / 255, rate
 
 
-def _warn_of_shape(name: object, frame: np.ndarray, height: int, width: int) -> None:
-    rows, columns = frame.shape[:2]
+def _warn_of_shape(name: object, shape: tuple[int, ...], height: int, width: int) -> None:
+    rows, columns = shape
     kept = min(rows * width / (columns * height), columns * height / (rows * width))
     if kept < _LITTLE_KEPT:
         name = name if isinstance(name, str | os.PathLike) else "the picture"

@@ -10,6 +10,7 @@ Pillow do the decoding.
 
 import contextlib
 import dataclasses
+import math
 import os
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
@@ -17,9 +18,9 @@ from fractions import Fraction
 import av
 import numpy as np
 from jax.typing import ArrayLike
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
-from cosmos3_jax.io import animations, clips, color
+from cosmos3_jax.io import animations, clips, pictures
 from cosmos3_jax.io.clips import End, PathLike
 
 ImageSource = PathLike | Image.Image | ArrayLike
@@ -72,22 +73,29 @@ def read_image(source: ImageSource) -> np.ndarray:
     or is still open: one that was made by `convert` or opened from bytes and loaded has not. Raises
     FileNotFoundError, IsADirectoryError, or ValueError for what is not an image.
     """
-    if isinstance(source, Image.Image):
-        return _rgb_from_pil(source, "the image")
-    if not isinstance(source, str | os.PathLike):
+    if not isinstance(source, str | os.PathLike | Image.Image):
         return _rgb_from_array(source, "the image", ndims=(2, 3))
-    with _opened(source) as image:
-        return _rgb_from_pil(image, source)
+    with _opened(source) as (image, name):
+        return pictures.rgb(image, name)
+
+
+def image_bands(source: ImageSource) -> tuple[tuple[int, int], Iterator[np.ndarray]]:
+    """What `read_image` returns, made band by band: height and width, then uint8 [rows, W, 3], from
+    the top. Of a large picture only its file's pixels are held whole.
+    """
+    if not isinstance(source, str | os.PathLike | Image.Image):
+        pixels = read_image(source)
+        return pixels.shape[:2], iter([pixels])
+    with _opened(source) as (image, name):
+        return pictures.bands(image, name)
 
 
 def image_shape(source: ImageSource) -> tuple[int, int]:
     """Height and width of what `read_image` returns, without its pixels. Raises as it does."""
-    if isinstance(source, Image.Image):
-        return _shape(source)
-    if not isinstance(source, str | os.PathLike):
+    if not isinstance(source, str | os.PathLike | Image.Image):
         height, width, _ = read_image(source).shape
         return height, width
-    with _opened(source) as image:
+    with _opened(source) as (image, _):
         return _shape(image)
 
 
@@ -100,20 +108,29 @@ def is_picture(source: object) -> bool:
 
 
 @contextlib.contextmanager
-def _opened(path: PathLike) -> Iterator[Image.Image]:
-    """Open the file of an image. Whatever Pillow cannot read becomes a ValueError that names it."""
-    clips.check_file(path)
+def _opened(source: PathLike | Image.Image) -> Iterator[tuple[Image.Image, PathLike]]:
+    """An image, of a file or as it is, and its name. Whatever Pillow cannot read becomes a
+    ValueError that names it.
+    """
+    if isinstance(source, Image.Image):
+        path, name = None, "the image"
+        if 0 in source.size:
+            raise ValueError(f"{name} is empty: its size is {source.width}x{source.height}")
+    else:
+        path = name = source
+        clips.check_file(path)
     try:
-        with Image.open(path) as image:
-            yield image
+        with contextlib.ExitStack() as stack:
+            image = stack.enter_context(Image.open(path)) if path is not None else source
+            yield image, name
     # Pillow raises SyntaxError for some broken png files, and an error of its own for sizes that
     # would fill the memory, be they real or damage.
     except animations.PILLOW_ERRORS as error:
-        if isinstance(error, UnidentifiedImageError):
+        if path is not None and isinstance(error, UnidentifiedImageError):
             clips.refuse_heic(path)
             if b"avif" not in clips.brands(path) and clips.is_video(path):
                 raise ValueError(f"{path} is a video: use video= (--video)") from error
-        raise ValueError(f"{path} is not an image that can be read ({error})") from error
+        raise ValueError(f"{name} is not an image that can be read ({error})") from error
 
 
 def _shape(image: Image.Image) -> tuple[int, int]:
@@ -157,6 +174,8 @@ def video_frames(
     """
     if max_frames is not None and max_frames < 1:
         raise ValueError(f"max_frames={max_frames} must be at least 1, or None for all")
+    if fps is not None and not 0 < fps < math.inf:
+        raise ValueError(f"fps={fps} must be a positive number of frames per second")
     if keep not in ("first", "last"):
         raise ValueError(f'keep={keep!r} must be "first" or "last"')
     if isinstance(source, str | os.PathLike):
@@ -164,7 +183,7 @@ def video_frames(
         if animations.is_animation(source):
             return _animation(source, max_frames, keep, fps)
         decoded, aspect, rate = clips.decode(source, max_frames, keep, fps)
-        frames = (_on_white(clips.pixels(frame, aspect, source)) for frame in decoded)
+        frames = (pictures.on_white(clips.pixels(frame, aspect, source)) for frame in decoded)
         return len(decoded), _of_one_size(frames, source), rate
     wanted = (
         slice(max_frames) if keep == "first" or max_frames is None else slice(-max_frames, None)
@@ -188,10 +207,10 @@ def _animation(
     )
 
     def frames() -> Iterator[np.ndarray]:
-        with _opened(path) as image:
+        with _opened(path) as (image, _):
             for frame in chosen:
                 image.seek(frame.index)
-                yield _rgb_from_pil(image, path)
+                yield pictures.rgb(image, path)
 
     return len(chosen), frames(), rate if expected > 1 else None
 
@@ -263,35 +282,6 @@ def _of_one_size(frames: Iterable[np.ndarray], name: PathLike) -> Iterator[np.nd
         yield frame
 
 
-def _rgb_from_pil(image: Image.Image, name: PathLike) -> np.ndarray:
-    convert = color.image_converter(name, image)
-    image = ImageOps.exif_transpose(image)
-    profile = image.info.get("icc_profile")
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
-    elif image.mode[0] in "IF":  # their range is unknown; Pillow's convert clips them to 255
-        raise ValueError(
-            f"the image has mode {image.mode}, more than 16 bits a channel; convert it to 8 first"
-        )
-    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
-    if image.mode not in ("L", "RGB", "CMYK"):
-        image = image.convert("L" if image.mode in ("1", "LA", "La") else "RGB")
-    if convert:
-        rgb = convert(np.asarray(image.convert("RGB")).astype(np.uint16) * 257)
-    else:
-        image = color.profile_to_srgb(image, profile, name) if profile else image.convert("RGB")
-        rgb = np.asarray(image)
-    return rgb if alpha is None else _on_white(np.dstack([rgb, alpha]))
-
-
-def _on_white(pixels: np.ndarray) -> np.ndarray:
-    """uint8 [..., 4], or [..., 3], which is opaque -> uint8 [..., 3]."""
-    if pixels.shape[-1] == 3:
-        return pixels
-    rgb, alpha = pixels[..., :3], pixels[..., 3:].astype(np.uint16)
-    return ((rgb * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
-
-
 def _rgb_from_array(
     source: ArrayLike, name: str, ndims: tuple[int, ...], wanted: slice | None = None
 ) -> np.ndarray:
@@ -321,4 +311,4 @@ def _rgb_from_array(
     pixels = to_uint8(array)
     if pixels.shape[-1] < 3:
         pixels = np.concatenate([pixels[..., :1]] * 3 + [pixels[..., 1:]], axis=-1)
-    return _on_white(pixels)
+    return pictures.on_white(pixels)

@@ -248,6 +248,35 @@ def test_curve_and_primaries_as_numbers(tmp_path, name):
         np.testing.assert_allclose(shown, srgb((PICTURE / 255) ** gamma @ matrix.T), atol=2)
 
 
+@pytest.mark.parametrize(
+    "chunk, what",
+    [
+        (chroma(*[0] * 8), "primaries"),
+        (chroma(0.3127, 0.329, 0.64, 0, 0.3, 0.6, 0.15, 0.06), "primaries"),
+        (chroma(*[0.3, 0.3] * 4), "primaries"),
+        (chroma(0.7, 0.1, *REC709[2:]), "primaries"),
+        *((b"gAMA" + struct.pack(">I", gamma), "gamma") for gamma in (0, 1, 2**32 - 1)),
+    ],
+    ids=["zero", "y=0", "a point", "white outside", "0", "1", "2**32-1"],
+)
+def test_numbers_of_no_display_are_left_out(tmp_path, chunk, what):
+    Image.fromarray(PICTURE).save(tmp_path / "a.png")
+    path = with_chunks(tmp_path / "a.png", chunk)
+    with pytest.warns(UserWarning, match=rf"a\.png: its {what} .*of no display"):
+        np.testing.assert_array_equal(media.read_image(path), PICTURE)
+
+
+def test_code_points_are_a_chunk(tmp_path):
+    """Not a text that looks like one; and behind other chunks of any length."""
+    Image.fromarray(PICTURE).save(tmp_path / "a.png")
+    said = b"tEXtx\0\0\0\0\4cICP" + bytes([9, 16, 0, 1])
+    np.testing.assert_array_equal(media.read_image(with_chunks(tmp_path / "a.png", said)), PICTURE)
+    path = with_chunks(tmp_path / "a.png", b"teSt" + bytes(200_000), b"cICP" + bytes([9, 16, 0, 1]))
+    expected = color.converter("a", 9, 16)(PICTURE.astype(np.uint16) * 257)
+    assert np.abs(expected.astype(int) - PICTURE).max() > 20
+    np.testing.assert_array_equal(media.read_image(path), expected)
+
+
 def test_adobe_rgb_of_cameras(tmp_path):
     """They write no profile, but two words in the EXIF."""
     exif = Image.Exif()

@@ -1,8 +1,10 @@
 """Kinds of files that people have: depths, transparency, shapes, names, and what is no media."""
 
+import re
 import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 from clip_cases import DISPLAY_P3, PICTURE, video_of
 from PIL import Image, ImageOps
 
-from cosmos3_jax.io import conditioning, media, media_read
+from cosmos3_jax.io import conditioning, media, media_read, pictures
 from cosmos3_jax.io.conditioning import clip_pixels, image_pixels, input_shape
 
 
@@ -20,6 +22,46 @@ def test_sixteen_bits(tmp_path):
     for name, order in (("a.png", "="), ("a.tiff", "<"), ("b.tiff", ">")):
         Image.fromarray(levels.astype(f"{order}u2")).save(tmp_path / name)
         np.testing.assert_array_equal(media.read_image(tmp_path / name), expected)
+
+
+@pytest.mark.parametrize("colour", [False, True], ids=["grey", "colour"])
+def test_a_transparent_colour_of_sixteen_bits(tmp_path, colour):
+    """PNG has it in its own depth; Pillow leaves it there."""
+    levels = np.full((2, 2, 3 if colour else 1), 0x1234, ">u2")
+    levels[0, 0] = 0xABCD
+    rows = b"".join(b"\0" + row.tobytes() for row in levels)
+    header = struct.pack(">IIBBBBB", 2, 2, 16, 2 if colour else 0, 0, 0, 0)
+    key = levels[0, 0].tobytes()
+    chunks = ((b"IHDR", header), (b"tRNS", key), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    whole = b"\x89PNG\r\n\x1a\n"
+    for name, data in chunks:
+        whole += struct.pack(">I", len(data)) + name + data
+        whole += struct.pack(">I", zlib.crc32(name + data))
+    (tmp_path / "a.png").write_bytes(whole)
+    shown = media.read_image(tmp_path / "a.png")
+    assert (shown[0, 0] == 255).all() and (shown.reshape(-1, 3)[1:] == 0x12).all()
+
+
+@pytest.mark.parametrize(
+    "said", [{"transparency": "x"}, {"exif": b"x"}, {"icc_profile": "x"}, {"gamma": "x"}], ids=str
+)
+def test_images_with_odd_words_are_refused(said):
+    for read in (media.read_image, lambda image: image_pixels(image, 16, 16)):
+        image = Image.fromarray(PICTURE)
+        image.info |= said
+        with pytest.raises(ValueError, match="the image is not an image that can be read"):
+            read(image)
+
+
+def test_empty_and_premultiplied_images():
+    for size in ((0, 5), (5, 0)):
+        for read in (media.read_image, media_read.image_shape):
+            with pytest.raises(ValueError, match="the image is empty"):
+                read(Image.new("RGB", size))
+    for mode, multiplied in (("LA", "La"), ("RGBA", "RGBa")):
+        image = Image.new(mode, (4, 4), (80, 128) if mode == "LA" else (80, 80, 80, 128))
+        shown = media.read_image(image.convert(multiplied)).astype(int)
+        assert np.abs(shown - media.read_image(image)).max() <= 1
 
 
 def test_transparent_pictures_stand_on_white(tmp_path):
@@ -143,7 +185,7 @@ def test_the_shape_of_a_picture_is_read_alone(tmp_path, monkeypatch, suffix, ori
     Image.fromarray(PICTURE).save(path, exif=exif)
     expected = media.read_image(path).shape[:2]
     assert expected == ((32, 48) if orientation < 5 else (48, 32))
-    monkeypatch.setattr(ImageOps, "exif_transpose", None)  # no picture is made
+    monkeypatch.setattr(pictures, "bands", None)  # no picture is made
     with Image.open(path) as image:
         for source in (path, str(path), image, [path, "missing.png"]):
             assert input_shape(source, None) == expected
@@ -203,6 +245,9 @@ for path in sys.argv[1:]:
     assert abs(pixels - 200 / 255).max() < 1e-6
 print(peak() - before)
 """
+MEMORY_OF_LARGE = (
+    MEMORY.replace("720, 1280", "64, 64").split("    assert")[0] + "print(peak() - before)"
+)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux counts the peak")
@@ -215,6 +260,35 @@ def test_memory_follows_the_picture_that_is_made(tmp_path):
     done = subprocess.run(child, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 150  # MiB; the picture itself has 11
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux counts the peak")
+@pytest.mark.parametrize("mode, size", [("1", 1), ("RGBA", 4)])
+def test_memory_of_a_large_picture_is_its_own(tmp_path, mode, size):
+    """Made RGB as a whole, these take 12 and 33 bytes a pixel."""
+    side = 6000
+    Image.new(mode, (side, side)).save(tmp_path / "a.png", compress_level=1)
+    child = [sys.executable, "-c", MEMORY_OF_LARGE, str(tmp_path / "a.png")]
+    done = subprocess.run(child, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < size * side**2 / 2**20 + 100  # MiB
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_bands_make_the_whole_picture(monkeypatch, orientation):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (23, 17, 4), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.info["exif"] = exif.tobytes()
+    whole, made = media.read_image(image), image_pixels(image, 12, 16)
+    expected = media.read_image(np.asarray(ImageOps.exif_transpose(image)))
+    np.testing.assert_array_equal(whole, expected)
+    monkeypatch.setattr(pictures, "BAND", 60)
+    _, bands = media_read.image_bands(image)
+    bands = list(bands)
+    assert len(bands) > 5
+    np.testing.assert_array_equal(np.concatenate(bands), whole)
+    np.testing.assert_array_equal(image_pixels(image, 12, 16), made)
 
 
 # Names, playlists, addresses
@@ -265,6 +339,18 @@ def test_playlists_are_refused(tmp_path, monkeypatch, name):
 
 @pytest.mark.parametrize("source", ["https://example.org/a.png", Path("https://example.org/a.mp4")])
 def test_addresses_are_named_so(source):
+    refused(source, r"https:/+example\.org/a\.\w+")
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["HTTP://x/y.png", "s3://b/k", "rtsp+tcp://x/y", "data:image/png;base64," + "A" * 5000],
+)
+def test_addresses_of_any_scheme(source):
+    refused(source, re.escape(source[:60]))
+
+
+def refused(source, name: str) -> None:
     for read in (media.read_image, media.read_video, media.probe):
-        with pytest.raises(ValueError, match=r"https:/+example\.org/a\.\w+ is an address.*downl"):
+        with pytest.raises(ValueError, match=rf"{name}.*is an address.*downl"):
             read(source)
