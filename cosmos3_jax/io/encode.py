@@ -12,6 +12,8 @@ Colours are BT.709 in limited range where there is yuv.
 Axes: T frames, H height, W width, N sound channels, S sound samples.
 """
 
+import contextlib
+import struct
 import warnings
 from collections.abc import Iterator
 from fractions import Fraction
@@ -40,6 +42,33 @@ COMMENT_KEY = "cosmos3_jax"  # of a png's text
 IMAGE_DESCRIPTION = 0x010E  # of EXIF
 LONGEST_JPEG_COMMENT = 65_533  # bytes, the format's own limit
 LONGEST_MOV_COMMENT = 65_535
+# Pixels of a side, that the encoders take.
+LARGEST = {
+    ".mp4": 16_384, ".mov": 16_384, ".webm": 16_384, ".gif": 65_535, ".webp": 16_383,
+    ".jpg": 65_535, ".jpeg": 65_535,
+}  # fmt: skip
+GIF_FPS = 50  # players show what is faster as 10
+
+
+def check_size(suffix: str, width: int, height: int) -> None:
+    """Raise ValueError if a kind of file, by its suffix, cannot hold pictures of this size."""
+    largest = LARGEST.get(suffix.lower())
+    if largest is not None and max(width, height) > largest:
+        raise ValueError(
+            f"{width}x{height} is too large: a {suffix.lower()} holds at most {largest} pixels a "
+            "side; make it smaller, or write single frames as .png"
+        )
+
+
+@contextlib.contextmanager
+def _encoding(path: Path) -> Iterator[None]:
+    """What an encoder says becomes a ValueError that names the kind of file."""
+    try:
+        yield
+    except OSError:  # of the disk or the folder
+        raise
+    except (av.FFmpegError, RuntimeError, struct.error) as error:
+        raise ValueError(f"the {path.suffix} could not be encoded ({error})") from error
 
 
 def frame(video: np.ndarray, t: int) -> np.ndarray:
@@ -87,6 +116,7 @@ def write_container(
         crf: the encoder's quality, from 0 (best) to 51 (x264) or 63 (VP9).
         comment: any text; left out with a warning if the kind of file cannot hold it.
     """
+    check_size(path.suffix, video.shape[3], video.shape[2])
     comment = _fitting(path, comment)
     webm = path.suffix.lower() == ".webm"
     # Edit lists count in the movie's time scale: the default, 1 ms, would round the sound to 48
@@ -97,7 +127,10 @@ def write_container(
     }  # fmt: skip
     kind = CONTAINERS[path.suffix.lower()]
     # Of "take:2/x.mp4" ffmpeg would make a protocol.
-    with av.open(f"file:{path}", "w", format=kind, options=options) as container:
+    with (
+        _encoding(path),
+        av.open(f"file:{path}", "w", format=kind, options=options) as container,
+    ):
         if comment is not None:
             container.metadata["comment"] = comment
         packets = _encode_video(container, video, rate, crf, webm)
@@ -168,7 +201,14 @@ def write_animation(path: Path, video: np.ndarray, rate: Fraction, comment: str 
 
     A gif counts hundredths of a second, a webp thousandths: each frame ends at the nearest.
     """
+    check_size(path.suffix, video.shape[3], video.shape[2])
     gif = path.suffix.lower() == ".gif"
+    if gif and rate > GIF_FPS:
+        warnings.warn(
+            f"at {float(rate):g} frames per second a .gif has delays under 20 ms, which players "
+            f"show as 100 ms; use fps={GIF_FPS} or less, or .webp or .mp4",
+            stacklevel=4,
+        )
     tick = 10 if gif else 1  # milliseconds
     count = video.shape[1]
     ends = [round(Fraction(1000, tick) * (t + 1) / rate) * tick for t in range(count)]
@@ -182,30 +222,33 @@ def write_animation(path: Path, video: np.ndarray, rate: Fraction, comment: str 
     first, *others = pictures()
     options: dict[str, Any] = {"save_all": True, "append_images": others, "loop": 0}
     options |= {"duration": durations if count > 1 else durations[0]}
-    if gif:
-        options |= {"comment": comment.encode()} if comment is not None else {}
-        first.save(path, "GIF", **options)
-    else:
-        first.save(path, "WEBP", quality=90, exif=_exif(comment), **options)
+    with _encoding(path):
+        if gif:
+            options |= {"comment": comment.encode()} if comment is not None else {}
+            first.save(path, "GIF", **options)
+        else:
+            first.save(path, "WEBP", quality=90, exif=_exif(comment), **options)
 
 
 def write_image(path: Path, picture: np.ndarray, comment: str | None) -> None:
     """Write uint8 [H, W, 3] as png, jpg (quality 95, full resolution of colours) or webp (lossless)
     by the path's suffix. Warns if a jpg cannot hold the comment.
     """
+    check_size(path.suffix, picture.shape[1], picture.shape[0])
     image, suffix = Image.fromarray(picture), path.suffix.lower()
-    if suffix == ".png":
-        text = PngInfo()
-        if comment is not None:
-            text.add_itxt(COMMENT_KEY, comment)
-        image.save(path, "PNG", pnginfo=text)
-    elif suffix == ".webp":
-        image.save(path, "WEBP", lossless=True, exif=_exif(comment))
-    else:
-        comment = _fitting(path, comment)
-        # As bytes: Pillow sizes its buffer by len(), and waits for ever for one that is too small.
-        said = {"comment": comment.encode()} if comment is not None else {}
-        image.save(path, "JPEG", quality=95, subsampling=0, **said)
+    comment = _fitting(path, comment)
+    with _encoding(path):
+        if suffix == ".png":
+            text = PngInfo()
+            if comment is not None:
+                text.add_itxt(COMMENT_KEY, comment)
+            image.save(path, "PNG", pnginfo=text)
+        elif suffix == ".webp":
+            image.save(path, "WEBP", lossless=True, exif=_exif(comment))
+        else:
+            # As bytes: Pillow sizes its buffer by len(), and waits for ever if it is too small.
+            said = {"comment": comment.encode()} if comment is not None else {}
+            image.save(path, "JPEG", quality=95, subsampling=0, **said)
 
 
 def read_comment(path: Path) -> str | None:
@@ -224,12 +267,15 @@ def read_comment(path: Path) -> str | None:
             text = image.info.get(COMMENT_KEY, image.info.get("comment"))
             if text is None:
                 text = image.getexif().get(IMAGE_DESCRIPTION)
-                text = text and text.encode("latin-1")  # as which Pillow reads the bytes
+                if isinstance(text, str):
+                    text = text.encode("latin-1", "replace")  # as which Pillow reads the bytes
     except FileNotFoundError:
         raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is not an image that can be read ({error})") from error
-    return text.decode() if isinstance(text, bytes) else text
+    if isinstance(text, bytes):
+        return text.decode(errors="replace")
+    return text if text is None else str(text)
 
 
 def _exif(comment: str | None) -> Image.Exif:

@@ -115,6 +115,8 @@ def frame_rate(fps: float | Fraction) -> Fraction:
 
     Raises ValueError outside [0.1, 1000] frames per second.
     """
+    if isinstance(fps, str):
+        raise TypeError(f"fps={fps!r} is a text; give a number, such as 24")
     if not 0.1 <= fps <= 1000:
         raise ValueError(f"fps={fps} is not between 0.1 and 1000 frames per second")
     exact = fps if isinstance(fps, Fraction) else Fraction(float(fps))

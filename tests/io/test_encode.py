@@ -164,3 +164,48 @@ def test_players_see_the_comment(tmp_path):
     path = media.save_video({"video": smooth_video(2)}, tmp_path / "a.mov", comment="hello")
     with av.open(str(path)) as container:
         assert container.metadata["comment"] == "hello"
+
+
+@pytest.mark.parametrize("suffix, largest", encode.LARGEST.items())
+def test_sizes_beyond_the_encoders_are_refused(tmp_path, suffix, largest):
+    for width, height in ((largest, 16), (16, largest)):
+        encode.check_size(suffix.upper(), width, height)
+    with pytest.raises(ValueError, match=f"16x{largest + 2} is too large: a {suffix} holds at mo"):
+        encode.check_size(suffix, 16, largest + 2)
+    video = np.zeros((3, 1, 2, largest + 2), np.float32)
+    save = media.save_video if suffix in encode.VIDEO_SUFFIXES else media.save_image
+    with pytest.raises(ValueError, match=f"{largest + 2}x2 is too large"):
+        save({"video": video}, tmp_path / f"a{suffix}")
+    assert not list(tmp_path.iterdir())
+    encode.check_size(".png", 100_000, 100_000)
+
+
+def test_encoders_errors_are_of_one_kind(tmp_path, monkeypatch):
+    monkeypatch.setattr(encode, "LARGEST", {})
+    for suffix, width in ((".mp4", 16_400), (".webp", 20_000)):
+        with pytest.raises(ValueError, match=rf"the \{suffix} could not be encoded"):
+            media.save_video({"video": np.zeros((3, 2, 2, width))}, tmp_path / f"a{suffix}")
+
+
+def test_comments_of_others(tmp_path):
+    exif = Image.Exif()
+    exif[encode.IMAGE_DESCRIPTION] = 7
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.webp", exif=exif)
+    assert encode.read_comment(tmp_path / "a.webp") == "7"
+    Image.new("P", (4, 4)).save(tmp_path / "a.gif", comment=b"caf\xe9")
+    assert encode.read_comment(tmp_path / "a.gif") == "caf\ufffd"
+
+
+def test_a_gif_that_players_slow_down(tmp_path):
+    with pytest.warns(UserWarning, match="delays under 20 ms.*use fps=50") as log:
+        media.save_video({"video": smooth_video(3)}, tmp_path / "a.gif", fps=60)
+    assert len(log) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        media.save_video({"video": smooth_video(3)}, tmp_path / "b.gif", fps=50)
+        media.save_video({"video": smooth_video(3)}, tmp_path / "b.webp", fps=60)
+
+
+def test_a_rate_is_a_number(tmp_path):
+    with pytest.raises(TypeError, match="fps='24' is a text; give a number"):
+        media.save_video({"video": smooth_video(3)}, tmp_path / "a.mp4", fps="24")
