@@ -97,7 +97,7 @@ def _to_rgb(image: Image.Image, name: object) -> Callable[[Image.Image], np.ndar
 def _transparent_colour(image: Image.Image) -> object:
     """What Pillow says of it. A PNG has it in its own depth: here in the range of the pixels."""
     key, depth = image.info.get("transparency"), color.png_depth(image)
-    if depth is not None and depth < 8 and image.mode in ("1", "L") and isinstance(key, int):
+    if depth is not None and depth < 8 and image.mode == "L" and isinstance(key, int):
         return key * 255 // (2**depth - 1)
     if image.mode == "RGB" and isinstance(key, tuple) and (depth == 16 or max(key) > 255):
         return tuple(level >> 8 for level in key)  # as Pillow rounds the pixels

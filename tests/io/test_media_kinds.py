@@ -24,22 +24,31 @@ def test_sixteen_bits(tmp_path):
         np.testing.assert_array_equal(media.read_image(tmp_path / name), expected)
 
 
-@pytest.mark.parametrize("colour", [False, True], ids=["grey", "colour"])
-def test_a_transparent_colour_of_sixteen_bits(tmp_path, colour):
-    """PNG has it in its own depth; Pillow leaves it there."""
-    levels = np.full((2, 2, 3 if colour else 1), 0x1234, ">u2")
-    levels[0, 0] = 0xABCD
-    rows = b"".join(b"\0" + row.tobytes() for row in levels)
-    header = struct.pack(">IIBBBBB", 2, 2, 16, 2 if colour else 0, 0, 0, 0)
-    key = levels[0, 0].tobytes()
-    chunks = ((b"IHDR", header), (b"tRNS", key), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+def png(path: Path, depth: int, kind: int, row: bytes, key: bytes) -> Path:
+    """Of two pixels, and a colour that is transparent."""
+    header = struct.pack(">IIBBBBB", 2, 1, depth, kind, 0, 0, 0)
+    data = zlib.compress(b"\0" + row)
     whole = b"\x89PNG\r\n\x1a\n"
-    for name, data in chunks:
-        whole += struct.pack(">I", len(data)) + name + data
-        whole += struct.pack(">I", zlib.crc32(name + data))
-    (tmp_path / "a.png").write_bytes(whole)
-    shown = media.read_image(tmp_path / "a.png")
-    assert (shown[0, 0] == 255).all() and (shown.reshape(-1, 3)[1:] == 0x12).all()
+    for chunk in (b"IHDR" + header, b"tRNS" + key, b"IDAT" + data, b"IEND"):
+        whole += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    path.write_bytes(whole)
+    return path
+
+
+@pytest.mark.parametrize(
+    "depth, kind, row, key",
+    [
+        (16, 0, b"\xab\xcd\x33\x33", b"\xab\xcd"),
+        (16, 2, b"\xab\xcd" * 3 + b"\x33\x33" * 3, b"\xab\xcd" * 3),
+        (4, 0, b"\x83", b"\x00\x08"),
+        (1, 0, b"\x40", b"\x00\x00"),
+    ],
+    ids=["16 grey", "16 colour", "4 grey", "1"],
+)
+def test_a_transparent_colour_of_any_depth(tmp_path, depth, kind, row, key):
+    """PNG has it in its own depth, and Pillow leaves it there."""
+    shown = media.read_image(png(tmp_path / "a.png", depth, kind, row, key))
+    assert (shown[0] == [[255], [255 if depth == 1 else 0x33]]).all()
 
 
 @pytest.mark.parametrize(
