@@ -239,7 +239,7 @@ class Recipes:
 
     model: str = "Nano"
     file: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
-    recognised: bool = True
+    recognised: bool = dataclasses.field(default=True, compare=False)
 
     def __post_init__(self):
         modes = self.file.get("modes", {})

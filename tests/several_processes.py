@@ -37,7 +37,8 @@ class Command:
         environment = os.environ | {"COSMOS3_JAX_HEARTBEAT_SECONDS": str(heartbeat)} | environment
         self.process = subprocess.Popen(
             [
-                sys.executable, "-m", "cosmos3_jax.cli", "generate", "--checkpoint", checkpoint,
+                sys.executable, "-m", "cosmos3_jax.cli", "generate", "A red ball.",
+                "--checkpoint", checkpoint,
                 "--num-frames", "5", "--height", "48", "--width", "32", "--steps", "2",
                 "--no-compilation-cache", "--out", folder / "out.mp4",
                 "--save-latents", folder / "latents.npz", *options,

@@ -59,7 +59,7 @@ def run_generate(options: argparse.Namespace) -> int:
         first = model.resolve(prompt, **settings, seed=takes[0].seed)
         prepared = [first, *(with_seed(first, take.seed) for take in takes[1:])]
         request = first.request
-        check_kind(options, takes[0].out, request)
+        check_kind(options, takes[0].out, first)
         block_steps = model.steps_per_program(request, options.steps_per_program)
     device.use_compilation_cache(not options.no_compilation_cache)
     job, meshes = _place(options, model, request)

@@ -16,10 +16,16 @@ import numpy as np
 from cosmos3_jax.cli.options import numbers
 from cosmos3_jax.cli.record import Record, parse_lora, to_comment, to_text
 from cosmos3_jax.io import media
-from cosmos3_jax.io.encode import ANIMATIONS, CONTAINERS, IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from cosmos3_jax.io.encode import (
+    ANIMATIONS,
+    CONTAINERS,
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    check_size,
+)
+from cosmos3_jax.io.prepare import Prepared
 from cosmos3_jax.io.settings import Settings
 from cosmos3_jax.parallel import device, distributed
-from cosmos3_jax.sampling.request import Request
 
 ONLY_IMAGES = tuple(suffix for suffix in IMAGE_SUFFIXES if suffix not in ANIMATIONS)
 MOST_FILES = 10_000  # of one command
@@ -116,9 +122,10 @@ def _listed(seeds: str) -> str:
     return re.sub(r"(?<![^,])(\d+)-(\d+)(?![^,])", one, seeds)
 
 
-def check_kind(options: argparse.Namespace, out: Path, request: Request) -> None:
+def check_kind(options: argparse.Namespace, out: Path, prepared: Prepared) -> None:
     """Raise ValueError if the file that is named cannot hold what is made."""
-    suffix, one_frame = out.suffix.lower(), request.video_shape[0] == 1
+    settings, suffix = prepared.settings, out.suffix.lower()
+    one_frame = settings.num_frames == 1
     if one_frame and suffix not in IMAGE_SUFFIXES:
         raise ValueError(
             f"--out {out}: one frame is an image, {', '.join(IMAGE_SUFFIXES)}; name such a file, "
@@ -134,7 +141,8 @@ def check_kind(options: argparse.Namespace, out: Path, request: Request) -> None
             f"--out {out}: such a file holds no sound; name one of {', '.join(CONTAINERS)}, or "
             "say --no-sound"
         )
-    media.frame_rate(float(request.fps))  # raises on a rate that no file can have
+    media.frame_rate(float(settings.fps))  # raises on a rate that no file can have
+    check_size(suffix, settings.width, settings.height)
 
 
 def write(options: argparse.Namespace, take: Take, result: Mapping, record: Record) -> None:
