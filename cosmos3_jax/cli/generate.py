@@ -25,14 +25,14 @@ from cosmos3_jax.cli.record import (
     read_record,
     sampled_only,
 )
-from cosmos3_jax.io.prepare import Prepared
+from cosmos3_jax.io.prepare import Prepared, with_seed
 from cosmos3_jax.io.prompt import read_prompt
 from cosmos3_jax.parallel import device, distributed
 from cosmos3_jax.parallel.mesh import IDLE, Meshes, describe
 from cosmos3_jax.pipeline import Cosmos3
 from cosmos3_jax.runtime import memory
 from cosmos3_jax.runtime.job import Job
-from cosmos3_jax.sampling.request import Request, initial_noise
+from cosmos3_jax.sampling.request import Request
 from cosmos3_jax.sampling.stages import Stage, Values
 
 log = logging.getLogger("cosmos3_jax")
@@ -98,26 +98,6 @@ def run_generate(options: argparse.Namespace) -> int:
         if distributed.is_writer():
             write(options, take, result, records[number])
     return 0
-
-
-def with_seed(prepared: Prepared, seed: int) -> Prepared:
-    """The same with another seed's noise, as if it were prepared anew; noise that is given stays.
-
-    Raises ValueError on a seed that numpy does not take.
-    """
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed={seed} is outside 0..{2**32 - 1}")
-    request, settings = prepared.request, prepared.settings
-    drawn = {
-        name: initial_noise(seed, noise.shape[1:])[None]
-        for name in ("noise", "sound_noise")
-        if getattr(settings, name) is None and (noise := getattr(request, name)) is not None
-    }
-    return dataclasses.replace(
-        prepared,
-        request=request.replace(**drawn),
-        settings=dataclasses.replace(settings, seed=seed),
-    )
 
 
 def _prompt(options: argparse.Namespace) -> str:

@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     device.use_whole_device()
     try:
-        with _messages(), warnings.catch_warnings():
+        with _Messages(), warnings.catch_warnings():
             warnings.showwarning = _show_warning
             status = COMMANDS[options.command](options)
             sys.stdout.flush()
@@ -63,7 +63,7 @@ def _show_warning(message: Warning | str, *_, **__) -> None:
     say(f"cosmos3-jax: warning: {' '.join(str(message).split())}")
 
 
-class _messages(logging.Handler):
+class _Messages(logging.Handler):
     """While it is open, what the package logs is said: each stage, and, once, what was decided."""
 
     log = logging.getLogger("cosmos3_jax")

@@ -98,8 +98,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             )
         except (ValueError, OSError) as error:
             options.parser.error(str(error))
-        except (KeyError, TypeError, AttributeError) as error:
-            options.parser.error(f"--from-record {options.from_record}: damaged ({error!r})")
         options = _parser(recorded).parse_args(arguments)
     return options
 

@@ -210,7 +210,7 @@ def recorded_options(path: Path, named: Mapping[str, Any]) -> dict[str, Any]:
         ] or None
     checkpoint = record.get("checkpoint", "")
     if "checkpoint" in named:
-        del found["checkpoint"]
+        found.pop("checkpoint", None)
     elif is_on_hub(checkpoint) and (of := record.get("checkpoint_files", {}).get("revision")):
         found["revision"] = of  # a folder that is not here is not looked for on the Hub
     elif checkpoint not in BUILT_IN:

@@ -156,33 +156,6 @@ def save_video(
             not of these.
         OSError: the folder cannot be made or written to.
     """
-    return _save_video(output, path, VIDEO_SUFFIXES, fps, overwrite, example, crf, comment)
-
-
-def save_mp4(
-    output: Mapping[str, Any] | ArrayLike,
-    path: PathLike,
-    *,
-    fps: float | Fraction | None = None,
-    overwrite: bool = False,
-    example: int = 0,
-    crf: int = 18,
-    comment: str | None = None,
-) -> Path:
-    """`save_video` to a name that ends in .mp4: h264 yuv420p (BT.709, limited range) and AAC."""
-    return _save_video(output, path, (".mp4",), fps, overwrite, example, crf, comment)
-
-
-def _save_video(
-    output: Mapping[str, Any] | ArrayLike,
-    path: PathLike,
-    suffixes: Sequence[str],
-    fps: float | Fraction | None,
-    overwrite: bool,
-    example: int,
-    crf: int,
-    comment: str | None,
-) -> Path:
     if isinstance(output, np.ndarray | jax.Array):
         output = {"video": output}
     if not isinstance(output, Mapping):
@@ -190,7 +163,7 @@ def _save_video(
             f"the video is a {type(output).__name__}: give what `generate` returns, or an array "
             "[3, T, H, W] or [B, 3, T, H, W]"
         )
-    with writing(path, overwrite, suffixes) as target:
+    with writing(path, overwrite, VIDEO_SUFFIXES) as target:
         contained = target.path.suffix.lower() in CONTAINERS
         rate = frame_rate(output.get("fps", DEFAULT_FPS) if fps is None else fps)
         video = _check_video(_example(output, "video", example, "3 T H W"), even=contained)
@@ -207,6 +180,23 @@ def _save_video(
         else:
             encode.write_animation(target.temporary, video, rate, comment)
     return target.path
+
+
+def save_mp4(
+    output: Mapping[str, Any] | ArrayLike,
+    path: PathLike,
+    *,
+    fps: float | Fraction | None = None,
+    overwrite: bool = False,
+    example: int = 0,
+    crf: int = 18,
+    comment: str | None = None,
+) -> Path:
+    """`save_video` to a name that ends in .mp4: h264 yuv420p (BT.709, limited range) and AAC."""
+    check_writable(path, True, (".mp4",))
+    return save_video(
+        output, path, fps=fps, overwrite=overwrite, example=example, crf=crf, comment=comment
+    )
 
 
 def save_wav(

@@ -151,6 +151,24 @@ def prepare(
     return Prepared(request, settings, mode, sources, notes, texts, sigmas)
 
 
+def with_seed(prepared: Prepared, seed: int) -> Prepared:
+    """One prompt's request with another seed's noise, as if it were prepared anew; noise that was
+    given stays. Raises ValueError on a seed that numpy does not take.
+    """
+    seeds, settings = _seeds(seed, 1), prepared.settings
+    drawn = {
+        name: _draw(seeds, noise.shape[1:])
+        for name in ("noise", "sound_noise")
+        if getattr(settings, name) is None
+        and (noise := getattr(prepared.request, name)) is not None
+    }
+    return dataclasses.replace(
+        prepared,
+        request=prepared.request.replace(**drawn),
+        settings=dataclasses.replace(settings, seed=seed),
+    )
+
+
 def resolve_settings(
     recipes: Recipes, settings: Settings
 ) -> tuple[Settings, str, dict[str, str], list[str]]:
@@ -219,8 +237,9 @@ def _size(recipe: Recipe, settings: Settings, mode: str) -> tuple[int, int, str 
         across, down = map(int, chosen.split(","))
         if recipe.size is None:
             across, down = recipe.width, recipe.height
+        source = f"{across}:{down}, with {'width' if height is None else 'height'} given"
         width, height = fill_size(width, height, across, down)
-        return width, height, source, [f"size {width}x{height}, {across}:{down}"]
+        return width, height, source, [f"size {width}x{height}: {source}"]
     if size is None and aspect is None and given is None:
         return recipe.width, recipe.height, None, []
     width, height = of_tier(tier_name(size or str(recipe.size)) or "", chosen)

@@ -135,7 +135,8 @@ class Run:
             for number, change in enumerate(calls(stage, values, self.block_steps)):
                 values = values | change
                 inputs = stage.inputs(values)
-                if number == 0 and _is_new(run, params, inputs, self.config, static):
+                new = number == 0 and log.isEnabledFor(logging.INFO)
+                if new and _is_new(run, params, inputs, self.config, static):
                     log.info("compiling the program for %s", STAGES.get(stage.name, stage.name))
                 result = run(params, *inputs, config=self.config, **static)
                 if number == 0 and self.begun is not None:

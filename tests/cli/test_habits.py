@@ -22,8 +22,8 @@ import cosmos3_jax
 from cosmos3_jax import Cosmos3
 from cosmos3_jax.cli import main as cli
 from cosmos3_jax.cli import options
-from cosmos3_jax.cli.generate import with_seed
 from cosmos3_jax.io import media
+from cosmos3_jax.io.prepare import with_seed
 
 pytestmark = pytest.mark.usefixtures("own_cache", "no_compilation_cache")
 
