@@ -14,7 +14,7 @@ from cosmos3_jax.io import captions
     ["```json\n" + "\n" * 50_000 + "x", "<answer>" + "x " * 50_000, "```" * 30_000, "~" * 100_000],
 )
 def test_long_texts_of_a_broken_form_take_no_time(text):
-    """A search that starts again at every letter would take minutes."""
+    """A search that starts again at every letter would take minutes; these take milliseconds."""
     start = time.process_time()
     with contextlib.suppress(ValueError):
         captions.unwrap(text)

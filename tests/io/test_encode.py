@@ -35,7 +35,8 @@ def test_a_video_of_each_kind(tmp_path, suffix):
         frames, fps = media.read_video(path)
         assert fps == Fraction(25, 2)
     error = np.sqrt(np.mean((np.stack(frames).astype(float) - expected) ** 2))
-    assert error < 6, error
+    # In levels. Measured: 3.8 at most, and 5.9 of a gif's 256 colours; a frame late adds 7.
+    assert error < (8 if suffix == ".gif" else 5.5), error
 
 
 def test_an_animation_keeps_its_rate_although_its_clock_is_coarse(tmp_path):
@@ -60,6 +61,7 @@ def test_sound_in_each_container(tmp_path, suffix):
     assert rate == RATE and abs(sound.shape[1] - RATE) <= 960
     count = min(RATE, sound.shape[1])
     error = sound[:, :count] - output["sound"][:, :count]
+    # Measured: 0.036 for AAC, 0.006 for Opus.
     assert np.sqrt(np.mean(error[:, 2000:-2000] ** 2)) < 0.1 * np.std(output["sound"])
 
 
@@ -77,7 +79,7 @@ def test_an_image_of_each_kind(tmp_path, suffix):
     assert encode.read_comment(path) == COMMENT
     expected = media.to_uint8(video[:, 0]).transpose(1, 2, 0).astype(int)
     error = np.abs(media.read_image(path).astype(int) - expected)
-    assert error.max() <= (12 if suffix in (".jpg", ".jpeg") else 0)
+    assert error.max() <= (12 if suffix in (".jpg", ".jpeg") else 0)  # levels; 5 were measured
 
 
 @pytest.mark.parametrize("suffix", [*encode.VIDEO_SUFFIXES, ".png", ".jpg", ".jpeg"])
