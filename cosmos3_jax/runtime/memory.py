@@ -23,6 +23,7 @@ from cosmos3_jax.models.attention import check_logits, fused_obstacle, logit_byt
 from cosmos3_jax.parallel.mesh import Meshes
 from cosmos3_jax.parallel.sharding import ROWS, TOKENS
 from cosmos3_jax.runtime.job import Job
+from cosmos3_jax.runtime.words import PARTS
 from cosmos3_jax.sampling.denoise import is_one_batch
 
 STAGES = {  # by the part of the weights that they read
@@ -32,13 +33,7 @@ STAGES = {  # by the part of the weights that they read
     "sound_vae": "sound decoding stage",
 }
 ENCODING = "video encoding stage"  # before them, of what is given as pixels
-STAGE_NAMES = (ENCODING, *STAGES.values())
-_NAMES = {
-    "und": "text tower",
-    "gen": "media tower",
-    "video_vae": "video VAE",
-    "sound_vae": "sound VAE",
-}
+STAGEPARTS = (ENCODING, *STAGES.values())
 # Where attention is XLA's: logits, their exponentials, and most of a third. Measured, 2.0 to 2.7.
 LOGIT_COPIES = 3
 GATHERED_LAYERS = 2  # where `fsdp` divides the weights: one that computes, one that arrives
@@ -55,7 +50,7 @@ class OutOfDeviceMemory(ValueError):
 def parameter_counts(config: Config) -> dict[str, int]:
     """Parameters that are loaded, by part: text tower, media tower, the autoencoders."""
     return {
-        _NAMES[part]: sum(map(math.prod, leaf_shapes(tree).values()))
+        PARTS[part]: sum(map(math.prod, leaf_shapes(tree).values()))
         for part, tree in _trees(config).items()
     }
 
@@ -212,7 +207,7 @@ def should_offload(config: Config, limit_bytes: int | None, job: Job) -> bool:
     needed = generation_bytes(config, job.replace(offload=False))
     # Logits are left out: offloading does not lessen them.
     needed[STAGES["gen"]] -= LOGIT_COPIES * needed["logits"]
-    return max(needed.get(stage, 0) for stage in STAGE_NAMES) > limit_bytes
+    return max(needed.get(stage, 0) for stage in STAGEPARTS) > limit_bytes
 
 
 def choose_devices(
@@ -263,7 +258,7 @@ def check_fits(config: Config, limit_bytes: int | None, job: Job) -> None:
         check_logits(needed["logits"], fused_obstacle(jnp.dtype(job.dtype), head_dim, job.device))
     if limit_bytes is None or needed["peak"] <= limit_bytes:
         return
-    stage = max(STAGE_NAMES, key=lambda name: needed.get(name, 0))
+    stage = max(STAGEPARTS, key=lambda name: needed.get(name, 0))
     weights = "one part of the weights at a time" if job.offload else "all weights on the device"
     raise OutOfDeviceMemory(
         f"{job} need {_gib(needed['peak'])} of device memory ({stage}, {weights}), and "
