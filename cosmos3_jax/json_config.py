@@ -8,6 +8,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, Self, get_args, get_origin
 
+from cosmos3_jax import guard
+
 
 class ConfigError(ValueError):
     """A configuration is unreadable, impossible, or asks for what is not implemented."""
@@ -87,10 +89,9 @@ class JsonConfig:
 def read_json(path: str | Path) -> dict[str, Any]:
     """The JSON object in `path`. Raises ConfigError if there is none."""
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        with guard.parsing(path, "valid JSON", ConfigError):
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from error
     check(isinstance(values, dict), f"{path} holds a {type(values).__name__}, not a JSON object")
     return values

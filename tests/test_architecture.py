@@ -26,17 +26,18 @@ from cosmos3_jax.sampling import stages
 
 ROOT = Path(cosmos3_jax.__file__).parent
 PARTS = (
-    "json_config", "recipes", "config", "parallel", "models", "sampling", "checkpoint", "io",
+    "guard", "json_config", "recipes", "config", "parallel", "models", "sampling", "checkpoint", "io",
     "runtime", "training", "pipeline", "cli",
 )  # fmt: skip
 # What each part may import besides itself. The package's own `__init__` and `__main__`, and the old
 # names in `moved`, are above all of them.
-BASE = {"json_config", "recipes", "config", "parallel"}
+BASE = {"guard", "json_config", "recipes", "config", "parallel"}
 MAY_IMPORT = {
-    "json_config": set(),
-    "recipes": {"json_config"},
-    "config": {"json_config", "recipes"},
-    "parallel": {"json_config", "recipes", "config"},
+    "guard": set(),
+    "json_config": {"guard"},
+    "recipes": {"guard", "json_config"},
+    "config": {"guard", "json_config", "recipes"},
+    "parallel": {"guard", "json_config", "recipes", "config"},
     "models": BASE,
     "sampling": BASE | {"models"},
     "checkpoint": BASE | {"models"},
