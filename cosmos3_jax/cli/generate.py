@@ -8,7 +8,6 @@ import os
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -25,6 +24,7 @@ from cosmos3_jax.cli.record import (
     read_record,
     sampled_only,
 )
+from cosmos3_jax.io.noise import load_noise
 from cosmos3_jax.io.prepare import Prepared, with_seed
 from cosmos3_jax.io.prompt import read_prompt
 from cosmos3_jax.parallel import device, distributed
@@ -206,17 +206,5 @@ def _settings(options: argparse.Namespace) -> dict:
             "--condition-frames", options.condition_frames, int, "whole numbers"
         )
     if options.noise:
-        settings |= _load_noise(options.noise)
+        settings |= load_noise(options.noise)
     return settings
-
-
-def _load_noise(path: Path) -> dict[str, np.ndarray]:
-    """`noise` and, if it is there, `sound_noise` of an npz file."""
-    try:
-        with np.load(path) as arrays:
-            found = {name: arrays[name] for name in ("noise", "sound_noise") if name in arrays}
-    except Exception as error:  # numpy, zipfile and zlib raise half a dozen kinds
-        raise ValueError(f"--noise {path} cannot be read as an npz file: {error}") from error
-    if "noise" not in found:
-        raise ValueError(f"--noise {path} holds no array named noise")
-    return found
