@@ -65,6 +65,9 @@ class TransformerConfig(JsonConfig):
     hidden_act: str = only("silu")
     attention_bias: bool = only(False)
     qk_norm_for_text: bool = only(True)
+    qk_norm_for_diffusion: bool = only(True)
+    position_embedding_type: str = only("unified_3d_mrope")
+    joint_attn_implementation: str = only("two_way")
     use_und_k_norm_for_gen: bool = only(False)
 
     @classmethod

@@ -104,6 +104,9 @@ def test_configurations_are_hashable():
         (EDGE, "hidden_act='relu2' is not supported; only 'silu' is"),
         (dict(attention_bias=True), "attention_bias=True is not supported"),
         (dict(qk_norm_for_text=False), "qk_norm_for_text=False is not supported"),
+        (dict(qk_norm_for_diffusion=False), "qk_norm_for_diffusion=False is not supported"),
+        (dict(position_embedding_type="3d_rope"), "only 'unified_3d_mrope' is"),
+        (dict(joint_attn_implementation="three_way"), "only 'two_way' is"),
         (dict(use_und_k_norm_for_gen=True), "use_und_k_norm_for_gen=True is not supported"),
         (
             dict(unified_3d_mrope_reset_spatial_ids=False),
