@@ -34,16 +34,19 @@ class Command:
             environment = {"XLA_FLAGS": quick.simulated(devices)}
         else:
             environment = {"CUDA_VISIBLE_DEVICES": devices}
-        environment = os.environ | {"COSMOS3_JAX_HEARTBEAT_SECONDS": str(heartbeat)} | environment
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        environment |= {"COSMOS3_JAX_HEARTBEAT_SECONDS": str(heartbeat), "PYTHONPATH": path}
+        environment = os.environ | environment
         self.process = subprocess.Popen(
             [
                 sys.executable, "-m", "cosmos3_jax.cli", "generate", "A red ball.",
                 "--checkpoint", checkpoint,
                 "--num-frames", "5", "--height", "48", "--width", "32", "--steps", "2",
-                "--no-compilation-cache", "--out", folder / "out.mp4",
-                "--save-latents", folder / "latents.npz", *options,
+                "--no-compilation-cache", "--out", "out.mp4", "--save-latents", "latents.npz",
+                *options,
             ],
-            cwd=ROOT, env=environment, stdout=(folder / "log").open("w"), stderr=subprocess.STDOUT,
+            cwd=folder, env=environment,
+            stdout=(folder / "log").open("w"), stderr=subprocess.STDOUT,
         )  # fmt: skip
 
     def log(self) -> str:

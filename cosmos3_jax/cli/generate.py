@@ -1,7 +1,6 @@
 """`cosmos3-jax generate`: from the command line's options to files and the records beside them."""
 
 import argparse
-import dataclasses
 import logging
 import math
 import os
@@ -10,10 +9,10 @@ import time
 from functools import partial
 
 import jax
-import numpy as np
 
 from cosmos3_jax.checkpoint import digests
 from cosmos3_jax.checkpoint.find import BUILT_IN, find_checkpoint
+from cosmos3_jax.cli import told
 from cosmos3_jax.cli.options import DEFAULT_PROMPT, numbers
 from cosmos3_jax.cli.outputs import Take, check_kind, plan, save_latents, timed, write
 from cosmos3_jax.cli.record import (
@@ -63,17 +62,17 @@ def run_generate(options: argparse.Namespace) -> int:
         block_steps = model.steps_per_program(request, options.steps_per_program)
     device.use_compilation_cache(not options.no_compilation_cache)
     job, meshes = _place(options, model, request)
-    for one in prepared:
-        _check_alike(options, one.request, job)
     memory.check_fits(model.config, device.memory_limit(), job)
     log.info(_summary(options, prepared[0], job))
-    files = _files(options) if distributed.is_writer() else {}
-    negative = settings["negative_prompt"]
+    files, negative = _files(options), settings["negative_prompt"]
     records = [
         make_record(options, files, one, job, block_steps, prompt, negative, take.seed)
         for take, one in zip(takes, prepared, strict=True)
-    ] if distributed.is_writer() else []  # fmt: skip
-    if options.from_record and records:
+    ]
+    if distributed.are_several():
+        for record, one in zip(records, prepared, strict=True):
+            distributed.check_alike(told.everything(options, record, one.request))
+    if options.from_record and distributed.is_writer():
         recorded = read_record(options.from_record)
         for words in differences(recorded, records[0]):
             log.warning("differs from the record: %s", words)
@@ -176,15 +175,6 @@ def _after(take: Take, overwrite: bool, clock: _Clock, stage: Stage, values: Val
         arrays = distributed.to_host(values["latents"])
         if distributed.is_writer():
             take.latents_path = save_latents(take.latents_path, arrays, overwrite)
-
-
-def _check_alike(options: argparse.Namespace, request: Request, job: Job) -> None:
-    """Raise if processes that work together were told different things."""
-    said = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
-    said["sampler"] = [np.asarray(x).tolist() for x in jax.tree.leaves(request.sampler)]
-    said |= {"--checkpoint": str(options.checkpoint), "--dtype": job.dtype}
-    said |= {"--offload": job.offload, "--mesh": dict(job.mesh), "sound": options.sound}
-    distributed.check_alike(said)
 
 
 def _settings(options: argparse.Namespace) -> dict:

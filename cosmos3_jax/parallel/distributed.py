@@ -7,6 +7,7 @@ when one dies: the others would wait for its share for ever.
 
 import dataclasses
 import hashlib
+import json
 import os
 import re
 import socket
@@ -27,6 +28,8 @@ HEARTBEAT_SECONDS = 60
 # its heartbeat stops.
 SHUTDOWN_SECONDS = 24 * 3600
 MEETING_SECONDS = 300
+# Of what differs between processes: names in a message, and letters of a value.
+MOST_NAMED, MOST_SHOWN = 8, 60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,28 +221,51 @@ def check_alike(values: Mapping[str, Any]) -> None:
     without an error.
 
     Args:
-        values: arrays, numbers and texts by name; the names are the same in all processes.
+        values: arrays, numbers, texts, and lists and dicts of them, by name. The names may differ
+            between the processes, too.
     """
     if not are_several():
         return
-    from jax.experimental import multihost_utils
-
-    digests = [hashlib.sha256(_as_bytes(value)).digest()[:8] for value in values.values()]
-    mine = np.frombuffer(b"".join(digests), np.uint8).reshape(len(values), 8)
-    everyones = np.asarray(multihost_utils.process_allgather(mine))
-    differ = (everyones != everyones[0]).any(axis=(0, 2))
-    if differ.any():
-        names = ", ".join(name for name, other in zip(values, differ, strict=True) if other)
+    mine = {name: _as_text(value) for name, value in values.items()}
+    everyones = [json.loads(text) for text in _gather_texts(json.dumps(mine))]
+    names = sorted({name for said in everyones for name in said})
+    differ = [name for name in names if len({said.get(name) for said in everyones}) > 1]
+    if differ:
+        words = [_difference(name, [said.get(name) for said in everyones]) for name in differ]
+        more = f" and {len(words) - MOST_NAMED} more" if len(words) > MOST_NAMED else ""
         raise ValueError(
-            f"the processes were not told the same: {names} differ; start all with one command"
+            f"the processes were not told the same: {'; '.join(words[:MOST_NAMED])}{more}: start "
+            "all with one command, on the same files, with the same packages"
         )
 
 
-def _as_bytes(value: Any) -> bytes:
+def _difference(name: str, said: list[str | None]) -> str:
+    first, other = said[0], next(x for x in said if x != said[0])
+    if max(len(str(first)), len(str(other))) > MOST_SHOWN:
+        return f"{name} differ"
+    return f"{name} is {first} in one, {other} in another"
+
+
+def _gather_texts(text: str) -> list[str]:
+    """What each process says, in their order; all of them have to ask."""
+    from jax.experimental import multihost_utils
+
+    mine = np.frombuffer(text.encode(), np.uint8)
+    sizes = np.asarray(multihost_utils.process_allgather(np.array([mine.size]))).ravel()
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: mine.size] = mine
+    everyones = np.asarray(multihost_utils.process_allgather(padded))
+    return [row[:size].tobytes().decode() for row, size in zip(everyones, sizes, strict=True)]
+
+
+def _as_text(value: Any) -> str:
+    """An array by what it holds, all else as it is written; what is long by its digest."""
     if isinstance(value, np.ndarray | jax.Array):
         value = np.asarray(value)
-        return f"{value.dtype}{value.shape}".encode() + value.tobytes()
-    return repr(value).encode()
+        content = f"{value.dtype}{value.shape}".encode() + value.tobytes()
+        return hashlib.sha256(content).hexdigest()
+    text = repr(value)
+    return text if len(text) <= MOST_SHOWN else hashlib.sha256(text.encode()).hexdigest()
 
 
 def are_several() -> bool:

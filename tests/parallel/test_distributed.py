@@ -130,9 +130,12 @@ def test_two_processes_make_the_video_of_one(run_command):
 
 def test_processes_that_were_told_different_things_say_so(run_command):
     """Or their devices would make a video of two halves."""
-    two = run_two(run_command, "--mesh", "seq=4,cfg=2", each=(("--seed", "1"), ("--seed", "2")))
+    each = (("--seed", "1", "--fps", "24"), ("--seed", "2", "--fps", "12"))
+    two = run_two(run_command, "--mesh", "seq=4,cfg=2", each=each)
     assert [command.wait() for command in two] == [2, 2], two[0].log() + two[1].log()
-    assert all("not told the same: noise differ" in command.log() for command in two)
+    for command in two:
+        assert "not told the same: --fps is '24.0' in one, '12.0' in another" in command.log()
+        assert "--seed is '1' in one, '2' in another" in command.log()
 
 
 @pytest.mark.parametrize("victim", [0, 1])
