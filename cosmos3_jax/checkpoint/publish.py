@@ -1,26 +1,98 @@
 """Files and folders that appear whole or not at all.
 
 They are filled under a temporary name beside their own, on the same disk, and renamed when they are
-complete. A failure, Ctrl-C included, leaves what was there before.
+complete; then it is checked that what was written is what is there. A failure, Ctrl-C included,
+leaves what was there before. A process that is about to end without its `finally` blocks, as on a
+signal, calls `clean_up`.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import itertools
+import logging
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # A disk or a quota that is full, a file that grew too large, a device that failed.
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+log = logging.getLogger("cosmos3_jax")
+
+# What takes back each step that this process has begun and not ended, the oldest first.
+_undo: dict[object, Callable[[], None]] = {}
+os.register_at_fork(after_in_child=_undo.clear)  # they are the parent's
 
 
-def _hidden(path: Path) -> Path:
-    """A free name beside `path`, with its suffix: writers choose a format by it."""
-    return path.with_name(f".cosmos3-{secrets.token_hex(8)}{path.suffix}")
+@atexit.register
+def clean_up() -> None:
+    """Remove every temporary file and folder that this process has open now, and its locks.
+
+    What was there before stays, or comes back; so does the `.partial` folder of a `folder` that can
+    be resumed. Any thread may call it, also a signal handler, and more than once.
+    """
+    for undo in reversed([*_undo.values()]):
+        with contextlib.suppress(OSError):
+            undo()
+
+
+@contextlib.contextmanager
+def _undone(undo: Callable[[], None]) -> Iterator[None]:
+    """Calls `undo` when the block ends, and in `clean_up` until then."""
+    with _registered(undo):
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                undo()
+
+
+@contextlib.contextmanager
+def _registered(undo: Callable[[], None]) -> Iterator[None]:
+    key = object()
+    _undo[key] = undo
+    try:
+        yield
+    finally:
+        _undo.pop(key, None)
+
+
+@contextlib.contextmanager
+def temporary(path: Path) -> Iterator[Path]:
+    """Yields a free hidden name beside `path` for a file or a folder, removed when the block ends.
+
+    It has the suffix of `path`: writers choose a format by it.
+    """
+    name = path.with_name(f".cosmos3-{secrets.token_hex(8)}{path.suffix}")
+
+    def remove() -> None:
+        if name.is_dir():
+            shutil.rmtree(name, ignore_errors=True)
+        else:
+            name.unlink(missing_ok=True)
+
+    with _undone(remove):
+        yield name
+
+
+@contextlib.contextmanager
+def _parents(path: Path) -> Iterator[None]:
+    """Makes the folders that `path` needs; those that are empty when the block ends go again."""
+    missing = [folder for folder in path.parents if not folder.exists()]
+
+    def remove() -> None:
+        for folder in missing:  # the deepest first; an error ends it, as the others hold this one
+            folder.rmdir()
+
+    with _undone(remove):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
 
 
 @contextlib.contextmanager
@@ -30,16 +102,42 @@ def file(path: Path) -> Iterator[Path]:
     A file that is there is replaced. Missing parent folders are made.
 
     Raises:
-        OSError: it cannot be written; the error names `path`.
+        OSError: it cannot be written, or is not what is there afterwards; the error names `path`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _hidden(path)
+    with _parents(path), temporary(path) as name, _named(path):
+        yield name
+        replace(name, path)
+
+
+def replace(name: Path, path: Path) -> None:
+    """Rename a file to `path`. Raises OSError if it is not what is there afterwards."""
+    written = _listing(name)
+    os.replace(name, path)
+    _check(path, written)
+
+
+def _listing(path: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of a file, or of all files in a folder by their names.
+
+    Not their inodes: some network file systems give a file another one when it is renamed.
+    """
+    files = [each for each in path.rglob("*") if not each.is_dir()] if path.is_dir() else [path]
+    stats = {each.relative_to(path).as_posix(): each.lstat() for each in files}
+    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
+
+
+def _check(path: Path, written: dict[str, tuple[int, int]]) -> None:
     try:
-        with _named(path):
-            yield temporary
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        found = _listing(path)
+    except FileNotFoundError:
+        found = {}
+    if found != written:
+        names = sorted(name for name, _ in found.items() ^ written.items())
+        what = "" if names == ["."] else f" ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+        raise OSError(
+            f"{path} is not what was written there{what}: another process writes to it too; "
+            "make it again, alone"
+        )
 
 
 @contextlib.contextmanager
@@ -67,38 +165,41 @@ def free_file(path: Path) -> Iterator[Target]:
     """As `file`, but nothing is replaced: the first free one of `car.mp4`, `car-1.mp4` and so on is
     taken, also when others write there at the same time.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    target = Target(_hidden(path), path)
-    try:
-        with _named(path):
-            yield target
-            for number in itertools.count(1):
-                try:
-                    _rename_new(target.temporary, target.path)
-                    break
-                except FileExistsError:
-                    target.path = path.with_name(f"{path.stem}-{number}{path.suffix}")
-    finally:
-        target.temporary.unlink(missing_ok=True)
+    with _parents(path), temporary(path) as name, _named(path):
+        target = Target(name, path)
+        yield target
+        written = _listing(name)
+        for number in itertools.count(1):
+            try:
+                _rename_new(name, target.path)
+                break
+            except FileExistsError:
+                target.path = path.with_name(f"{path.stem}-{number}{path.suffix}")
+        _check(target.path, written)
 
 
-def _rename_new(temporary: Path, path: Path) -> None:
+def _rename_new(name: Path, path: Path) -> None:
     """Rename, but raise FileExistsError if there is something at `path`."""
     try:
-        os.link(temporary, path)
+        os.link(name, path)
+        return
     except FileExistsError:
         raise
     except OSError:  # a file system without links
         path.touch(exist_ok=False)
-        try:
-            os.replace(temporary, path)
-        except OSError:
+
+    def remove() -> None:
+        if name.exists():  # not renamed yet: what holds the place is still empty
             path.unlink()
-            raise
+
+    with _undone(remove):
+        os.replace(name, path)
 
 
 @contextlib.contextmanager
-def folder(path: Path, *, overwrite: bool = False, resume: bool = False) -> Iterator[Path]:
+def folder(
+    path: Path, *, overwrite: bool = False, resume: bool = False, lock: bool = True
+) -> Iterator[Path]:
     """Yields the path of a folder to make; when the block ends, it is renamed to `path`.
 
     Args:
@@ -107,31 +208,82 @@ def folder(path: Path, *, overwrite: bool = False, resume: bool = False) -> Iter
             old folder or the new one exists, if only under its temporary name.
         resume: the folder to make is `path` with `.partial` added. After a failure it stays, and it
             may be there already.
+        lock: refuse while another process makes the same folder. Without it, the first to end wins.
 
     Raises:
-        OSError: a folder that is not empty is at `path`, and `overwrite` is not set.
+        BlockingIOError: another process is making this folder.
+        FileExistsError: something is at `path`, and `overwrite` is not set.
+        OSError: it cannot be written, or is not what is there afterwards, or a folder that is not
+            empty has come to be at `path` meanwhile, and `overwrite` is not set.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.partial") if resume else _hidden(path)
+    partial = path.with_name(f"{path.name}.partial")
+    with (
+        _parents(path),
+        _locked(path) if lock else contextlib.nullcontext(),
+        contextlib.nullcontext(partial) if resume else temporary(path) as name,
+        _named(path),
+    ):
+        if not overwrite and path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise FileExistsError(f"{path} exists; choose another folder or pass --overwrite")
+        yield name
+        written = _listing(name)
+        _rename(name, path, overwrite)
+        _check(path, written)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds `.NAME.lock` beside `path`; the system lets go of it when the process ends."""
+    lock = path.with_name(f".{path.name}.lock")
+    while True:
+        file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(file)
+            raise BlockingIOError(
+                f"another process is writing {path}; wait until it has ended, or choose another "
+                "folder"
+            ) from error
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                os.close(file)
+                raise
+            log.warning("%s: no locks here (%s); let no other process write it", path, error)
+        if _is(file, lock):
+            break
+        os.close(file)  # the one who held it has removed it meanwhile
     try:
-        yield temporary
-        _rename(temporary, path, overwrite)
+        with _undone(lambda: lock.unlink(missing_ok=True)):  # while it is held
+            yield
     finally:
-        if not resume:
-            shutil.rmtree(temporary, ignore_errors=True)
+        os.close(file)
 
 
-def _rename(temporary: Path, path: Path, overwrite: bool) -> None:
-    replaced = path.with_name(f".{path.name}.replaced")
-    if overwrite and path.exists():
-        if replaced.exists():
-            shutil.rmtree(replaced)
-        os.replace(path, replaced)
+def _is(file: int, path: Path) -> bool:
     try:
-        os.replace(temporary, path)
-    except (OSError, KeyboardInterrupt):
+        return os.path.samestat(os.fstat(file), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _rename(name: Path, path: Path, overwrite: bool) -> None:
+    replaced = path.with_name(f".{path.name}.replaced")
+
+    def put_back() -> None:
         if replaced.exists() and not path.exists():
             os.replace(replaced, path)
-        raise
-    if replaced.exists():  # or else a run left it that was killed between the two renames
-        shutil.rmtree(replaced)
+        elif replaced.exists():  # or else a run left it that was killed between the two renames
+            shutil.rmtree(replaced)
+
+    with _registered(put_back):
+        if overwrite and path.exists():
+            if replaced.exists():
+                shutil.rmtree(replaced)
+            os.replace(path, replaced)
+        try:
+            os.replace(name, path)
+        except (Exception, KeyboardInterrupt, SystemExit):
+            put_back()
+            raise
+        put_back()

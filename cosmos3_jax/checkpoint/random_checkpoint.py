@@ -79,7 +79,7 @@ def cached() -> Path:
     if folder.is_dir():
         return folder
     try:
-        with publish.folder(folder) as made:
+        with publish.folder(folder, lock=False) as made:
             write(made)
     except OSError as error:
         if not folder.is_dir():  # or else another process was faster; what it made is the same
