@@ -13,6 +13,7 @@ Axes: T frames, H height, W width, N sound channels, S sound samples.
 """
 
 import contextlib
+import io
 import struct
 import warnings
 from collections.abc import Iterator
@@ -248,7 +249,10 @@ def write_image(path: Path, picture: np.ndarray, comment: str | None) -> None:
         else:
             # As bytes: Pillow sizes its buffer by len(), and waits for ever if it is too small.
             said = {"comment": comment.encode()} if comment is not None else {}
-            image.save(path, "JPEG", quality=95, subsampling=0, **said)
+            # To memory first: told of a path, Pillow takes a disk that is full for a short file.
+            encoded = io.BytesIO()
+            image.save(encoded, "JPEG", quality=95, subsampling=0, **said)
+            path.write_bytes(encoded.getvalue())
 
 
 def read_comment(path: Path) -> str | None:
