@@ -1,23 +1,35 @@
-"""The guard around every parser: whatever it raises becomes one line that names file and reason."""
+"""The guard around every reader: what cannot be read becomes one line that names file and reason.
+
+`parsing` goes around parsers, `read` and `check_plain` open nothing but files, of a size that was
+judged first.
+"""
 
 import contextlib
+import os
+import stat
 from collections.abc import Iterator
-from pathlib import Path
 
 LONGEST_REASON = 200  # letters
+# Bytes that a file of settings may have. Published ones have a few thousand.
+MOST_JSON = 16 * 2**20
 # What is not the parser's: the user's wish to stop.
 NOT_CAUGHT = (KeyboardInterrupt, SystemExit, GeneratorExit)
+_KINDS = {
+    stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}  # fmt: skip
 
 
 @contextlib.contextmanager
 def parsing(
-    name: str | Path, kind: str, error: type[Exception] = ValueError, way_out: str = ""
+    name: object, kind: str, error: type[Exception] = ValueError, way_out: str = ""
 ) -> Iterator[None]:
-    """Around the call of a parser, and nothing else: all that it raises becomes `error`.
+    """Around the call of a parser: all that it raises becomes `error`.
 
     Parsers raise more than their documents say: RecursionError, MemoryError, errors of the codecs
-    below them, and, of those written in Rust, panics, which are no `Exception`. Errors of the
-    system that have a number (no such file, no permission) pass: they name the file themselves.
+    below them, and, of those written in Rust, panics, which are no `Exception`. Two kinds pass,
+    because they name the file themselves: errors of the system that have a number (no such file,
+    no permission), and a ValueError that begins with the name.
 
     Args:
         name: of the file or text, as the user knows it.
@@ -35,6 +47,8 @@ def parsing(
     except BaseException as raised:
         if isinstance(raised, OSError) and raised.errno is not None:
             raise
+        if isinstance(raised, ValueError) and str(raised).startswith((f"{name} ", f"{name}: ")):
+            raise
         end = f"; {way_out}" if way_out else ""
         raise error(f"{name} is not {kind}: {reason(raised)}{end}") from raised
 
@@ -45,8 +59,74 @@ def reason(raised: BaseException) -> str:
         return "it is nested too deeply"
     if isinstance(raised, MemoryError):
         return "it asks for more memory than there is"
-    text = " ".join(str(raised).split())
-    text = "".join(letter if letter.isprintable() else "?" for letter in text)
-    if len(text) > LONGEST_REASON:
-        text = text[:LONGEST_REASON] + " ..."
-    return text or type(raised).__name__
+    try:
+        text = _line(str(raised))
+    except Exception:  # of an exception that was given something odd
+        text = ""
+    if isinstance(raised, LookupError | AttributeError) or not text:  # `'model'` alone says little
+        return f"{type(raised).__name__} {text}".strip()
+    return text
+
+
+def _line(text: str) -> str:
+    text = text if len(text) <= LONGEST_REASON else text[:LONGEST_REASON] + " ..."
+    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
+
+
+def check_plain(path: str | os.PathLike[str], error: type[Exception] = ValueError) -> None:
+    """Raise unless `path`, or what it links to, is a file: opening a pipe would wait for ever, and
+    a device has no end.
+
+    Raises:
+        OSError: there is no such file, or it is a folder.
+        error: it is a pipe, a socket or a device, or no name of a file.
+    """
+    with parsing(path, "the name of a file", error):
+        _check_mode(path, os.stat(path).st_mode, error)
+
+
+def read(
+    path: str | os.PathLike[str],
+    most: int = MOST_JSON,
+    error: type[Exception] = ValueError,
+    pipes: bool = False,
+) -> bytes:
+    """The bytes of a file.
+
+    Args:
+        path: a file, or a link to one.
+        most: how many bytes it may have.
+        error: the kind of error to raise.
+        pipes: whether pipes and devices are read too: `/dev/stdin`, `<(command)` of a shell.
+
+    Raises:
+        OSError: it cannot be read, or is a folder.
+        error: it is a pipe, a socket or a device, or has more bytes.
+    """
+    with parsing(path, "the name of a file", error):
+        # What has no writer is opened without waiting for one.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (0 if pipes else os.O_NONBLOCK))
+    with open(descriptor, "rb") as file:
+        if not pipes:
+            _check_mode(path, os.fstat(descriptor).st_mode, error)
+        content = file.read(most + 1)
+    if len(content) > most:
+        size = os.stat(path).st_size
+        raise error(
+            f"{path} has {size if size > most else 'more'} bytes, and at most {most} are read: it "
+            "is another file, or damaged"
+        )
+    return content
+
+
+def _check_mode(path: str | os.PathLike[str], mode: int, error: type[Exception]) -> None:
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(21, "it is a folder; give a file", os.fspath(path))
+    if kind := _KINDS.get(stat.S_IFMT(mode)):
+        raise error(f"{path} is {kind}, and no file that can be read; give a file")
+
+
+def text(content: bytes, path: object, error: type[Exception] = ValueError) -> str:
+    """The text of a file's bytes. Raises `error` if they are not UTF-8."""
+    with parsing(path, "text in UTF-8", error):
+        return content.decode("utf-8")
