@@ -14,6 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from cosmos3_jax import guard
 from cosmos3_jax.checkpoint import publish
 from cosmos3_jax.checkpoint.rules import CheckpointError, canonical_key, raise_problems
 
@@ -139,41 +140,56 @@ def has_tensors(folder: Path, stem: str) -> bool:
 
 def _read_header(path: Path) -> dict[str, _Stored]:
     """Every tensor of a file by the name it is stored under; the file is checked and kept open."""
+    again = "download the checkpoint again"
     try:
-        # Not mapped into memory: a file cut short while it is read is then an error instead of a
-        # crash, and the memory that the process holds is what it uses.
-        with safe_open(path, framework="np", backend="pread"):
-            pass  # whole, and its header is sound
-        file = path.open("rb", buffering=0)
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
+        guard.check_plain(path, CheckpointError)
+        with guard.parsing(path, "a complete safetensors file", CheckpointError, again):
+            # Not mapped into memory: a file cut short while it is read is then an error instead of
+            # a crash, and the memory that the process holds is what it uses.
+            with safe_open(path, framework="np", backend="pread"):
+                pass  # whole, and its header is sound
+            file = path.open("rb", buffering=0)
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            return {
+                name: _Stored(
+                    file,
+                    entry["dtype"],
+                    tuple(entry["shape"]),
+                    8 + length + entry["data_offsets"][0],
+                    entry["data_offsets"][1] - entry["data_offsets"][0],
+                )
+                for name, entry in header.items()
+            }
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing; download the checkpoint again") from error
-    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is missing; {again}") from error
+    except OSError as error:
         raise CheckpointError(
-            f"{path} is not a complete safetensors file ({error}); download the checkpoint again"
+            f"{path} is not a complete safetensors file ({error}); {again}"
         ) from error
-    header.pop("__metadata__", None)
-    return {
-        name: _Stored(
-            file,
-            entry["dtype"],
-            tuple(entry["shape"]),
-            8 + length + entry["data_offsets"][0],
-            entry["data_offsets"][1] - entry["data_offsets"][0],
-        )
-        for name, entry in header.items()
-    }
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        return {canonical_key(key): str(name) for key, name in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path} is not a safetensors index with a weight_map: {error!r}"
-        ) from error
+    """Canonical key -> the name of a file beside the index."""
+    content = guard.read(path, error=CheckpointError)
+    with guard.parsing(path, "a safetensors index with a weight_map", CheckpointError):
+        weight_map = json.loads(content)["weight_map"]
+        listed = {canonical_key(key): name for key, name in weight_map.items()}
+    for key, name in listed.items():
+        if not (isinstance(name, str) and _is_name(name)):
+            raise CheckpointError(
+                f"{path} says that {key!r:.100} lies in {name!r:.100}, and it may name nothing but "
+                "files beside it; download the checkpoint again"
+            )
+    return listed
+
+
+def _is_name(name: str) -> bool:
+    """Whether it names a file in whatever folder it is looked for. What that links to is not
+    asked: a cache of the Hub has links only.
+    """
+    return name not in ("", ".", "..") and not set(name) & set("/\\\0") and name.isprintable()
 
 
 def plan_shards(

@@ -133,7 +133,7 @@ DAMAGE = {
     ),
     "index not JSON": (
         lambda folder: replace_file(folder / "transformer" / INDEX, b"<html>404</html>"),
-        r"is not a safetensors index with a weight_map: JSONDecodeError",
+        r"is not a safetensors index with a weight_map: Expecting value",
     ),
     "no weights": (
         lambda folder: [path.unlink() for path in (folder / "transformer").glob("*model*")],
