@@ -27,6 +27,7 @@ from cosmos3_jax.parallel.mesh import Meshes
 from cosmos3_jax.runtime import memory, programs
 from cosmos3_jax.runtime.generation import Generation, Step
 from cosmos3_jax.runtime.job import Job
+from cosmos3_jax.runtime.sampler_state import StateFile
 from cosmos3_jax.runtime.weights import Weights
 from cosmos3_jax.sampling import stages
 from cosmos3_jax.sampling.request import Request, check_axes
@@ -277,6 +278,7 @@ class Cosmos3:
         decode_chunk_size: int | None = None,
         steps_per_program: int | None = None,
         after: Callable[[Stage, Values], None] | None = None,
+        states: StateFile | None = None,
     ) -> dict:
         """Run the stages of a generation that is prepared.
 
@@ -285,6 +287,8 @@ class Cosmos3:
             output, return_trajectory, progress, decode_chunk_size, steps_per_program: see
                 `generate`.
             after: called when a stage has ended, with all values so far.
+            states: where the sampler's state is kept, and gone on from if it is there; see
+                `runtime.sampler_state.StateFile`.
 
         Returns:
             What `generate` does.
@@ -296,7 +300,7 @@ class Cosmos3:
             request, output=output, return_trajectory=return_trajectory,
             decode_chunk_size=decode_chunk_size, steps_per_program=steps_per_program,
         )  # fmt: skip
-        return generation.run(progress=progress, after=after)
+        return generation.run(progress=progress, after=after, states=states)
 
     def warmup(
         self,

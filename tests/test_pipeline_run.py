@@ -269,8 +269,8 @@ def test_an_interrupt_closes_the_bar(public_checkpoint, watched, monkeypatch, ca
     offloaded = Cosmos3.from_pretrained(public_checkpoint, "float32", offload=True)
     request, before, calls = prepare(offloaded), alive(), programs.calls
 
-    def interrupt(stage, values, block_steps):
-        for i, change in enumerate(calls(stage, values, block_steps)):
+    def interrupt(stage, values, block_steps, done):
+        for i, change in enumerate(calls(stage, values, block_steps, done)):
             if i == 3:
                 raise KeyboardInterrupt
             yield change

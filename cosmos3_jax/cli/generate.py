@@ -31,6 +31,7 @@ from cosmos3_jax.parallel.mesh import IDLE, Meshes, describe
 from cosmos3_jax.pipeline import Cosmos3
 from cosmos3_jax.runtime import memory
 from cosmos3_jax.runtime.job import Job
+from cosmos3_jax.runtime.sampler_state import StateFile
 from cosmos3_jax.sampling.request import Request
 from cosmos3_jax.sampling.stages import Stage, Values
 
@@ -72,6 +73,14 @@ def run_generate(options: argparse.Namespace) -> int:
     if distributed.are_several():
         for record, one in zip(records, prepared, strict=True):
             distributed.check_alike(told.everything(options, record, one.request))
+    states = [
+        None if options.checkpoint_every is None
+        else StateFile(take.state_path, options.checkpoint_every, told.settled(record))
+        for take, record in zip(takes, records, strict=True)
+    ]  # fmt: skip
+    if distributed.is_writer():
+        for state in filter(None, states):
+            state.check()
     if options.from_record and distributed.is_writer():
         recorded = read_record(options.from_record)
         for words in differences(recorded, records[0]):
@@ -91,11 +100,14 @@ def run_generate(options: argparse.Namespace) -> int:
             steps_per_program=block_steps,
             progress=bars,
             after=partial(_after, take, options.overwrite, _Clock(take.times)),
+            states=states[number],
         )
         with timed(take.times, "to_cpu"):
             result = distributed.to_host(result)
         if distributed.is_writer():
             write(options, take, result, records[number])
+            if states[number] is not None:
+                states[number].remove()
     return 0
 
 
@@ -174,7 +186,7 @@ def _after(take: Take, overwrite: bool, clock: _Clock, stage: Stage, values: Val
     if stage.loop and take.latents_path:
         arrays = distributed.to_host(values["latents"])
         if distributed.is_writer():
-            take.latents_path = save_latents(take.latents_path, arrays, overwrite)
+            take.latents_path = save_latents(take.latents_path, arrays, overwrite or take.resumed)
 
 
 def _settings(options: argparse.Namespace) -> dict:

@@ -341,6 +341,11 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
         help="write final `video` and `sound` latents",
     )  # fmt: skip
     output.add_argument(
+        "--checkpoint-every", type=int, metavar="N",
+        help="write the sampler's state beside the output every N steps; after an interruption the "
+        "same command goes on from it, to the same result",
+    )  # fmt: skip
+    output.add_argument(
         "--no-metadata", dest="metadata", action="store_false",
         help="do not put the record into the file as well",
     )  # fmt: skip

@@ -35,12 +35,19 @@ log = logging.getLogger("cosmos3_jax")
 
 @dataclasses.dataclass
 class Take:
-    """One of the files to make: its seed, its paths and the seconds of its stages."""
+    """One of the files to make: its seed, its paths and the seconds of its stages.
+
+    Attributes:
+        state_path: where the sampler's state is kept between its steps.
+        resumed: whether there is one: then an interrupted run may have left the latents, too.
+    """
 
     seed: int
     out: Path
     record_path: Path
     latents_path: Path | None
+    state_path: Path
+    resumed: bool = False
     times: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
@@ -69,7 +76,9 @@ def plan(options: argparse.Namespace) -> list[Take]:
         path, latents = out.with_stem(out.stem + several), options.save_latents
         if latents is not None:
             latents = latents.with_stem(latents.stem + several)
-        take = Take(seed, path, _record_path(path, read, options.overwrite), latents)
+        state = path.with_name(f"{path.name}.state.npz")
+        take = Take(seed, path, _record_path(path, read, options.overwrite), latents, state)
+        take.resumed = options.checkpoint_every is not None and state.is_file()
         outputs: dict[Path, tuple[str, ...] | None] = {
             path: (*dict.fromkeys((*VIDEO_SUFFIXES, *IMAGE_SUFFIXES)),), take.record_path: None
         }  # fmt: skip
@@ -79,7 +88,8 @@ def plan(options: argparse.Namespace) -> list[Take]:
             if path.resolve() in read:
                 raise ValueError(f"{path} would be written and is also read; choose another --out")
             if distributed.is_writer():
-                media.check_writable(path, options.overwrite, suffixes)
+                replace = options.overwrite or (take.resumed and path == latents)
+                media.check_writable(path, replace, suffixes)
         takes.append(take)
     return takes
 

@@ -16,6 +16,7 @@ from cosmos3_jax.parallel import device
 from cosmos3_jax.parallel.mesh import Meshes, ambient, reachable
 from cosmos3_jax.runtime import memory, programs
 from cosmos3_jax.runtime.job import Job
+from cosmos3_jax.runtime.sampler_state import StateFile
 from cosmos3_jax.runtime.weights import Weights
 from cosmos3_jax.sampling import stages
 from cosmos3_jax.sampling.request import Request
@@ -84,11 +85,17 @@ class Generation:
         )
 
     def run(
-        self, *, progress: bool | None = None, after: Callable[[Stage, Values], None] | None = None
+        self,
+        *,
+        progress: bool | None = None,
+        after: Callable[[Stage, Values], None] | None = None,
+        states: StateFile | None = None,
     ) -> dict:
         """See `Cosmos3.run`."""
         if progress is None:
             progress = sys.stderr.isatty()
+        if states is not None and self.trajectory:
+            raise ValueError("a trajectory has every step: it cannot go on from a state on disk")
         limit = device.memory_limit()
         memory.check_fits(self.config, limit, self.job)
         trajectory: list[dict] = []
@@ -100,9 +107,10 @@ class Generation:
         ):
             bars: list[tqdm.tqdm] = []
 
-            def begun(stage: Stage) -> None:  # now, so that compiling does not count in its rate
+            # Only then, so that compiling does not count in its rate.
+            def begun(stage: Stage, done: int) -> None:
                 if stage.loop and progress:
-                    bar = tqdm.tqdm(total=total, unit="step", desc="denoise")
+                    bar = tqdm.tqdm(total=total, initial=done, unit="step", desc="denoise")
                     bars.append(stack.enter_context(bar))
 
             def listen(values: Values) -> None:
@@ -115,7 +123,7 @@ class Generation:
 
             execute = programs.Run(
                 self.weights, self.config, block_steps=self.block_steps, listen=listen,
-                after=after, begun=begun,
+                after=after, begun=begun, states=states,
             )  # fmt: skip
             result = stages.result_of(stages.walk(self._reachable(), execute))
         if self.job.decode:

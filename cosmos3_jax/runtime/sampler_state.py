@@ -1,0 +1,138 @@
+"""The sampler's state on disk: a denoising whose process was ended goes on from there.
+
+The state holds all that one step leaves to the next, in float32. The same programs go on from it,
+so the result is the one of an uninterrupted run, bit for bit.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import keystr, tree_flatten_with_path
+
+from cosmos3_jax import guard
+from cosmos3_jax.checkpoint import publish
+from cosmos3_jax.parallel import distributed, sharding
+from cosmos3_jax.sampling import unipc
+
+log = logging.getLogger("cosmos3_jax")
+
+
+class StateFile:
+    """The state of one generation in an npz file, replaced from time to time.
+
+    Attributes:
+        path: of the file.
+        every: denoising steps after which it is written; it is also written before the last block
+            of steps, so that a failure of the decoder costs no more than that.
+        identity: what decides the bits of the result. A file with another one is refused.
+    """
+
+    def __init__(self, path: Path, every: int, identity: Mapping[str, Any]):
+        if every < 1:
+            raise ValueError(f"checkpoint_every={every} must be at least 1 step")
+        self.path, self.every = path, every
+        self.identity = {name: json.dumps(value) for name, value in identity.items()}
+        self._kept = 0
+
+    def check(self) -> bool:
+        """Whether there is a state to go on from; read before any long work.
+
+        Raises:
+            ValueError: it is the state of another generation; the message names what differs.
+        """
+        found = self._read(names=("identity",))
+        if found is None:
+            return False
+        recorded = json.loads(str(found["identity"]))
+        names = sorted(recorded.keys() | self.identity.keys())
+        differ = [name for name in names if recorded.get(name) != self.identity.get(name)]
+        if differ:
+            raise ValueError(
+                f"{self.path} is the state of another generation ({', '.join(differ)} differ): "
+                "remove it to begin anew, or name another output"
+            )
+        return True
+
+    def restore(self, state: unipc.State) -> tuple[int, unipc.State]:
+        """The number of steps that are done, and the state after them.
+
+        Args:
+            state: before the first step, which comes back where there is no file.
+        """
+        paths, tree = tree_flatten_with_path(state)
+        done = np.zeros((), np.int32)
+        arrays = [np.zeros(leaf.shape, leaf.dtype) for _, leaf in paths]
+        if distributed.is_writer() and (found := self._read()) is not None:
+            stored = [found.get(_name(path)) for path, _ in paths]
+            fits = [
+                x is not None and (x.shape, x.dtype) == (leaf.shape, leaf.dtype)
+                for x, (_, leaf) in zip(stored, paths, strict=True)
+            ]
+            if all(fits):
+                done, arrays = found["done"].astype(np.int32), stored
+        if distributed.are_several():
+            from jax.experimental import multihost_utils
+
+            done, arrays = multihost_utils.broadcast_one_to_all((done, arrays))
+        self._kept = int(done)
+        if self._kept == 0:
+            return 0, state
+        log.info("going on after step %d, from %s", self._kept, self.path)
+        placed = [_place(np.asarray(x), leaf) for x, (_, leaf) in zip(arrays, paths, strict=True)]
+        return self._kept, tree.unflatten(placed)
+
+    def keep(self, done: int, total: int, block: int, state: unipc.State) -> None:
+        """Write the state if it is time to; the device is waited for only then.
+
+        Args:
+            done: steps that the state has behind it, of `total`.
+            block: steps of one call to the device.
+            state: it may be donated afterwards.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        due = done // self.every > self._kept // self.every or total - done <= block
+        if done >= total or not due:
+            return
+        self._kept = done
+        leaves = tree_flatten_with_path(distributed.to_host(state))[0]
+        if not distributed.is_writer():
+            return
+        with publish.file(self.path) as temporary, temporary.open("wb") as file:
+            np.savez(
+                file, done=np.int32(done), identity=np.str_(json.dumps(self.identity)),
+                **{_name(path): leaf for path, leaf in leaves},
+            )  # fmt: skip
+
+    def remove(self) -> None:
+        """When the result is whole, elsewhere."""
+        self.path.unlink(missing_ok=True)
+
+    def _read(self, names: tuple[str, ...] | None = None) -> dict[str, np.ndarray] | None:
+        """The file's arrays; None, and a warning, if it cannot be read."""
+        if not self.path.is_file():
+            return None
+        try:
+            with guard.parsing(self.path, "a sampler's state"), np.load(self.path) as arrays:
+                return {name: arrays[name] for name in names or arrays.files}
+        except (ValueError, OSError) as error:
+            log.warning("%s: the denoising begins anew", error)
+            return None
+
+
+def _name(path: tuple) -> str:
+    return keystr(path, simple=True, separator=".")
+
+
+def _place(array: np.ndarray, like: jax.Array) -> jax.Array:
+    """Where `like` is: a program that was compiled for that one takes it."""
+    if not sharding.mesh_sizes():
+        return jnp.asarray(array)
+    return jax.make_array_from_callback(array.shape, like.sharding, lambda index: array[index])
