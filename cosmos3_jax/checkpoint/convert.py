@@ -2,7 +2,8 @@
 
 The public layout loads as well; the converted one loads faster and without folding or transposing.
 One shard is in memory at a time. Everything is written into `DST.partial`, which becomes DST when
-it is whole; a run that was killed continues where it stopped.
+it is whole; a run that was killed continues where it stopped, with the shards whose content is
+still what it wrote.
 """
 
 import json
@@ -13,6 +14,7 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from cosmos3_jax.checkpoint import publish
+from cosmos3_jax.checkpoint.digests import Sums
 from cosmos3_jax.checkpoint.files import CONVERTED_STEM, MAX_SHARD_BYTES, write_tensors
 from cosmos3_jax.checkpoint.load import (
     RECIPE_FILE,
@@ -53,6 +55,7 @@ def convert_checkpoint(
         CheckpointError: the source does not fit the model, or an unfinished conversion of something
             else is in the way.
         FileExistsError: `target` exists and `overwrite` is not set, or it is no checkpoint.
+        BlockingIOError: another process is writing `target`.
         ValueError: an option is not one of those above, or one folder lies in the other.
         OSError: the disk does not take a file.
     """
@@ -66,21 +69,25 @@ def convert_checkpoint(
     components = open_components(source, config)
     plan = _plan(source, components, dtype, config.has_sound, max_shard_bytes)
     plan_file = place.with_name(f"{place.name}.partial.json")
-    with publish.folder(place, overwrite=overwrite, resume=True) as partial:
-        _start(partial, plan_file, plan)
-        for component in components:
-            pieces = {piece.key: piece for piece in component.pieces(jnp.dtype(dtype))}
-            write_tensors(
-                partial / component.name,
-                CONVERTED_STEM,
-                {key: piece.nbytes for key, piece in pieces.items()},
-                lambda key, c=component, pieces=pieces: c.read(pieces[key]),
-                max_shard_bytes,
-                resume=True,
-                on_bytes=on_bytes,
-            )
-        _write_configs(source, partial, config.has_sound)
-    plan_file.unlink()
+    with publish.locked(place):
+        with publish.folder(place, overwrite=overwrite, resume=True, lock=False) as partial:
+            _start(partial, plan_file, plan)
+            sums, files = Sums(partial), []
+            for component in components:
+                pieces = {piece.key: piece for piece in component.pieces(jnp.dtype(dtype))}
+                files += write_tensors(
+                    partial / component.name,
+                    CONVERTED_STEM,
+                    {key: piece.nbytes for key, piece in pieces.items()},
+                    lambda key, c=component, pieces=pieces: c.read(pieces[key]),
+                    max_shard_bytes,
+                    sums=sums,
+                    on_bytes=on_bytes,
+                )
+            files += _write_configs(source, partial, config.has_sound)
+            sums.path.unlink()
+            publish.check_files(partial, files)
+        plan_file.unlink()
     return target
 
 
@@ -133,33 +140,37 @@ def _start(partial: Path, plan_file: Path, plan: str) -> None:
     """Begin an empty folder, or go on in one that has the same plan."""
     if not partial.exists():
         # The plan first: a folder without one could not be continued.
-        plan_file.write_text(plan, encoding="utf-8")
+        with publish.file(plan_file) as temporary:
+            temporary.write_text(plan, encoding="utf-8")
         partial.mkdir()
     elif not (plan_file.is_file() and plan_file.read_text(encoding="utf-8") == plan):
         raise CheckpointError(
             f"{partial} holds an unfinished conversion of another source or with other options; "
             "remove it, or choose another folder"
         )
-    for stray in partial.glob("*/.*"):  # temporary files of a run that was killed while it wrote
-        stray.unlink()
+    for stray in (*partial.glob(".*"), *partial.glob("*/.*")):  # of a run killed while it wrote
+        publish.remove(stray)
 
 
-def _write_configs(source: Path, partial: Path, sound: bool) -> None:
-    """Copy the configurations and the tokenizer; without sound, the former say so."""
+def _write_configs(source: Path, partial: Path, sound: bool) -> list[Path]:
+    """Copy the configurations and the tokenizer; without sound, the former say so. Returns them."""
     folders = ["transformer", "vae", "scheduler"] + ["sound_tokenizer"] * sound
-    for path in [source / name for name in ("model_index.json", RECIPE_FILE)]:
-        if path.is_file():
-            shutil.copyfile(path, partial / path.name)
-    for folder in folders:
-        for path in sorted((source / folder).glob("*config.json")):
-            (partial / folder).mkdir(exist_ok=True)
-            shutil.copyfile(path, partial / folder / path.name)
-    shutil.copytree(source / TOKENIZER_FOLDER, partial / TOKENIZER_FOLDER, dirs_exist_ok=True)
+    files = [source / name for name in ("model_index.json", RECIPE_FILE)]
+    files += [path for name in folders for path in (source / name).glob("*config.json")]
+    files += (source / TOKENIZER_FOLDER).rglob("*")
+    written = []
+    for file in files:
+        if file.is_file():
+            path = partial / file.relative_to(source)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, path)
+            written.append(path)
     if not sound:
         _update_json(partial / "transformer" / "config.json", sound_gen=False)
         if (partial / "model_index.json").is_file():
             # How diffusers writes that a pipeline is without a component.
             _update_json(partial / "model_index.json", sound_tokenizer=[None, None])
+    return written
 
 
 def _update_json(path: Path, **values: object) -> None:

@@ -145,3 +145,27 @@ class _Kept:
                 temporary.write_text(json.dumps(self.digests, indent=1), "utf-8")
         except OSError:  # a home that cannot be written: they are computed again next time
             pass
+
+
+class Sums:
+    """The sha256 of files of an unfinished folder, kept in it as `sha256sum` writes them."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.path = folder, folder / "SHA256SUMS"
+        text = self.path.read_text("utf-8", "replace") if self.path.is_file() else ""
+        lines = (line.partition("  ") for line in text.splitlines())
+        self._sums = {name: digest for digest, _, name in lines}
+
+    def hold(self, path: Path) -> bool:
+        """Whether the content of a file in the folder is what was noted."""
+        return self._sums.get(self._name(path)) == of_file(path)
+
+    def add(self, path: Path) -> None:
+        """Note the content of a file. Raises OSError if the disk does not take it."""
+        self._sums[self._name(path)] = of_file(path)
+        with publish.file(self.path) as temporary:
+            lines = [f"{digest}  {name}\n" for name, digest in self._sums.items()]
+            temporary.write_text("".join(lines), "utf-8")
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.folder).as_posix()

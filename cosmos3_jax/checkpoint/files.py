@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from safetensors.numpy import save_file
 
 from cosmos3_jax import guard
 from cosmos3_jax.checkpoint import publish
+from cosmos3_jax.checkpoint.digests import Sums
 from cosmos3_jax.checkpoint.rules import CheckpointError, canonical_key, raise_problems
 
 PUBLIC_STEM, CONVERTED_STEM = "diffusion_pytorch_model", "params"
@@ -28,6 +30,8 @@ FLOAT_DTYPES = {
     "F32": np.dtype(np.float32),
     "F64": np.dtype(np.float64),
 }
+
+log = logging.getLogger("cosmos3_jax")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,27 +234,35 @@ def write_shard(
     """
     contiguous = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
     try:
-        with publish.file(path) as temporary:
+        # In a folder of its own: safetensors writes to a temporary name that only it knows.
+        with publish.temporary(path.with_suffix("")) as folder:
+            folder.mkdir(parents=True)
+            written = folder / path.name
             # Loaders of the public layout insist on a format, and know this one.
-            save_file(contiguous, temporary, {"format": "pt", **(metadata or {})})
-            temporary.chmod(0o644)  # safetensors makes files that only their owner can read
+            save_file(contiguous, written, {"format": "pt", **(metadata or {})})
+            written.chmod(0o644)  # safetensors makes files that only their owner can read
+            publish.replace(written, path)
     except (SafetensorError, OSError) as error:
         raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def write_index(
     folder: Path, stem: str, shards: Mapping[str, Iterable[str]], sizes: Mapping[str, int]
-) -> None:
-    """Write `stem.safetensors.index.json`, which says what is in which shard, if it is needed."""
+) -> Path | None:
+    """Write `stem.safetensors.index.json`, which says what is in which shard, if it is needed.
+    Returns its path, or None.
+    """
     if f"{stem}.safetensors" in shards:
-        return
+        return None
     weight_map = {key: name for name, keys in shards.items() for key in keys}
     index = {
         "metadata": {"total_size": sum(sizes.values())},
         "weight_map": dict(sorted(weight_map.items())),
     }
-    with publish.file(folder / f"{stem}.safetensors.index.json") as temporary:
+    path = folder / f"{stem}.safetensors.index.json"
+    with publish.file(path) as temporary:
         temporary.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return path
 
 
 def write_tensors(
@@ -260,9 +272,9 @@ def write_tensors(
     read: Callable[[str], np.ndarray],
     max_bytes: int = MAX_SHARD_BYTES,
     *,
-    resume: bool = False,
+    sums: Sums | None = None,
     on_bytes: Callable[[int], None] | None = None,
-) -> None:
+) -> list[Path]:
     """Write the tensors of a component, in shards if need be. One shard is in memory at a time.
 
     Args:
@@ -271,17 +283,34 @@ def write_tensors(
         sizes: of each tensor, in bytes.
         read: a tensor by its name.
         max_bytes: size of a shard; a larger tensor gets its own.
-        resume: keep shards that are there already, and whole.
+        sums: of the shards that an interrupted run has left. Those that have their content still
+            are kept; what is written is added.
         on_bytes: called with the size of each shard written or kept.
+
+    Returns:
+        The files.
 
     Raises:
         OSError: the disk does not take a file.
     """
     shards = plan_shards(stem, sizes, max_bytes)
     for name, keys in shards.items():
-        if not (resume and is_shard_of(folder / name, keys)):
-            write_shard(folder / name, {key: read(key) for key in keys})
+        path = folder / name
+        if sums is None or not _is_kept(path, keys, sums):
+            write_shard(path, {key: read(key) for key in keys})
+            if sums is not None:
+                sums.add(path)
         if on_bytes is not None:
             on_bytes(sum(sizes[key] for key in keys))
-    write_index(folder, stem, shards, sizes)
+    index = write_index(folder, stem, shards, sizes)
     TensorFiles(folder, stem)  # what was written opens, and is all there
+    return [folder / name for name in shards] + [index] * (index is not None)
+
+
+def _is_kept(path: Path, keys: Iterable[str], sums: Sums) -> bool:
+    if not path.exists():
+        return False
+    kept = is_shard_of(path, keys) and sums.hold(path)
+    if not kept:
+        log.warning("%s is not known to be what was written: it is written again", path)
+    return kept

@@ -16,12 +16,13 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 # A disk or a quota that is full, a file that grew too large, a device that failed.
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+ALONE = "another process writes to it too; make it again, alone"
 
 log = logging.getLogger("cosmos3_jax")
 
@@ -70,20 +71,21 @@ def temporary(path: Path) -> Iterator[Path]:
     It has the suffix of `path`: writers choose a format by it.
     """
     name = path.with_name(f".cosmos3-{secrets.token_hex(8)}{path.suffix}")
-
-    def remove() -> None:
-        if name.is_dir():
-            shutil.rmtree(name, ignore_errors=True)
-        else:
-            name.unlink(missing_ok=True)
-
-    with _undone(remove):
+    with _undone(lambda: remove(name)):
         yield name
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder with all that it holds, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def _parents(path: Path) -> Iterator[None]:
-    """Makes the folders that `path` needs; those that are empty when the block ends go again."""
+    """Makes the folders above `path`; those that are empty when the block ends go again."""
     missing = [folder for folder in path.parents if not folder.exists()]
 
     def remove() -> None:
@@ -126,18 +128,25 @@ def _listing(path: Path) -> dict[str, tuple[int, int]]:
     return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
+def check_files(folder: Path, files: Iterable[Path]) -> None:
+    """Raise OSError unless these are all files in a folder."""
+    expected = {path.relative_to(folder).as_posix() for path in files}
+    if names := sorted(expected ^ _listing(folder).keys()):
+        raise OSError(f"{folder} is not what was written there{_some(names)}: {ALONE}")
+
+
 def _check(path: Path, written: dict[str, tuple[int, int]]) -> None:
     try:
         found = _listing(path)
     except FileNotFoundError:
         found = {}
     if found != written:
-        names = sorted(name for name, _ in found.items() ^ written.items())
-        what = "" if names == ["."] else f" ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
-        raise OSError(
-            f"{path} is not what was written there{what}: another process writes to it too; "
-            "make it again, alone"
-        )
+        names = sorted({name for name, _ in found.items() ^ written.items()} - {"."})
+        raise OSError(f"{path} is not what was written there{_some(names)}: {ALONE}")
+
+
+def _some(names: Sequence[str]) -> str:
+    return f" ({', '.join(names[:3])}{', ...' * (len(names) > 3)})" if names else ""
 
 
 @contextlib.contextmanager
@@ -218,8 +227,7 @@ def folder(
     """
     partial = path.with_name(f"{path.name}.partial")
     with (
-        _parents(path),
-        _locked(path) if lock else contextlib.nullcontext(),
+        locked(path) if lock else _parents(path),
         contextlib.nullcontext(partial) if resume else temporary(path) as name,
         _named(path),
     ):
@@ -232,32 +240,37 @@ def folder(
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds `.NAME.lock` beside `path`; the system lets go of it when the process ends."""
+def locked(path: Path) -> Iterator[None]:
+    """Keeps other processes from writing `path`, by a lock of `.NAME.lock` beside it.
+
+    The system lets go of it when the process ends; then the file may stay, and means nothing.
+
+    Raises:
+        BlockingIOError: another process holds it.
+        OSError: the folder cannot be written.
+    """
     lock = path.with_name(f".{path.name}.lock")
-    while True:
-        file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(file)
-            raise BlockingIOError(
-                f"another process is writing {path}; wait until it has ended, or choose another "
-                "folder"
-            ) from error
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                os.close(file)
-                raise
-            log.warning("%s: no locks here (%s); let no other process write it", path, error)
-        if _is(file, lock):
-            break
-        os.close(file)  # the one who held it has removed it meanwhile
-    try:
-        with _undone(lambda: lock.unlink(missing_ok=True)):  # while it is held
+    with _parents(path), contextlib.ExitStack() as opened:
+        while True:
+            file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+            opened.callback(os.close, file)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise BlockingIOError(
+                    f"another process is writing {path}; wait until it has ended, or choose "
+                    "another folder"
+                ) from error
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                reason = error.strerror
+                log.warning("%s cannot be locked (%s): let no other process write it", path, reason)
+            if _is(file, lock):
+                break
+            opened.close()  # whoever held it has removed it
+        with _undone(lambda: lock.unlink(missing_ok=True)):  # before it is let go
             yield
-    finally:
-        os.close(file)
 
 
 def _is(file: int, path: Path) -> bool:

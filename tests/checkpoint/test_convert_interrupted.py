@@ -16,6 +16,7 @@ from checkpoint_files import (
     contents,
     link_checkpoint,
     read_tensors,
+    replace_file,
 )
 from safetensors import SafetensorError
 
@@ -58,6 +59,7 @@ def killed(public_checkpoint, tmp_path_factory):
 def unfinished(killed, tmp_path):
     folder = link_checkpoint(killed, tmp_path / "unfinished")
     assert sorted(path.name for path in folder.iterdir()) == [
+        ".target.lock",  # a name alone: the system has let go of it
         "target.partial",
         "target.partial.json",
     ]
@@ -68,7 +70,7 @@ def test_resumed_after_a_kill(public_checkpoint, converted, unfinished, monkeypa
     """Whole shards stay as they are, half ones go, and the result is that of a run in one go."""
     partial = unfinished.with_name("target.partial")
     whole = sorted((partial / "transformer").glob("params*"))
-    hidden = sorted(path.name for path in (partial / "transformer").glob(".*"))
+    hidden = [path.name for path in (partial / "transformer").glob(".*/*")]
     assert len(whole) == 2
     assert len(hidden) == 2
     before = [(path.name, path.stat().st_ino, path.stat().st_mtime_ns) for path in whole]
@@ -94,14 +96,24 @@ def test_resumed_after_a_kill(public_checkpoint, converted, unfinished, monkeypa
     assert [path.name for path in unfinished.parent.iterdir()] == ["target"]
 
 
-def test_a_damaged_shard_is_written_again(public_checkpoint, converted, unfinished):
-    """As after a power failure, when a renamed file can be short."""
-    shard = min((unfinished.with_name("target.partial") / "transformer").glob("params*"))
-    content = shard.read_bytes()
-    shard.unlink()  # it is linked to the fixture's
-    shard.write_bytes(content[:-1])
+@pytest.mark.parametrize("damage", ["short", "one bit", "no sum", "half a sum"])
+def test_a_damaged_shard_is_written_again(public_checkpoint, converted, unfinished, damage, caplog):
+    """As after a power failure, when a renamed file can be short, or on a disk that rots."""
+    partial = unfinished.with_name("target.partial")
+    shard = min((partial / "transformer").glob("params*"))
+    content, sums = shard.read_bytes(), partial / "SHA256SUMS"
+    if damage == "short":
+        replace_file(shard, content[:-1])
+    elif damage == "one bit":
+        replace_file(shard, content[:-1] + bytes([content[-1] ^ 1]))
+    else:
+        first, *others = sums.read_text().splitlines(keepends=True)
+        assert first.endswith(f"  transformer/{shard.name}\n")
+        first = first[:40] if damage == "half a sum" else ""
+        replace_file(sums, "".join([*others, first]).encode())
     convert_checkpoint(public_checkpoint, unfinished, max_shard_bytes=SHARD_BYTES)
     assert_same_folder(unfinished, converted)
+    assert caplog.messages == [f"{shard} is not known to be what was written: it is written again"]
 
 
 @pytest.mark.parametrize(
@@ -117,6 +129,7 @@ def test_a_leftover_of_another_conversion_is_refused(
         unfinished.with_name("target.partial.json").unlink()
     else:
         arguments |= change
+    unfinished.with_name(".target.lock").unlink()
     before = contents(unfinished.parent)
     with pytest.raises(CheckpointError, match="target.partial holds an unfinished .*; remove it"):
         convert_checkpoint(target=unfinished, **arguments)
