@@ -9,6 +9,7 @@ import dataclasses
 import math
 from typing import Any, Self
 
+from cosmos3_jax import limits
 from cosmos3_jax.json_config import ConfigError, JsonConfig, check, only, read_json
 from cosmos3_jax.recipes import Recipe, Recipes
 
@@ -40,6 +41,11 @@ class TransformerConfig(JsonConfig):
     """`transformer/config.json`: the two-tower Mixture-of-Transformers."""
 
     _least = {"num_hidden_layers": 2, "unified_3d_mrope_temporal_modality_margin": 0}
+    _most = {
+        "num_hidden_layers": limits.LAYERS, "num_attention_heads": limits.WIDTH,
+        "num_key_value_heads": limits.WIDTH, "head_dim": limits.WIDTH,
+        "vocab_size": limits.VOCABULARY,
+    }  # fmt: skip
 
     hidden_size: int = 4096
     num_hidden_layers: int = 36
@@ -120,6 +126,11 @@ class VideoVAEConfig(JsonConfig):
     """`vae/config.json`: the Wan2.2 residual video autoencoder."""
 
     _least = {"latents_mean": -math.inf}
+    _most = {
+        "base_dim": limits.WIDTH, "decoder_base_dim": limits.WIDTH, "z_dim": limits.WIDTH,
+        "dim_mult": limits.FACTOR, "num_res_blocks": limits.STAGES, "patch_size": limits.FACTOR,
+        "scale_factor_spatial": limits.WIDTH, "scale_factor_temporal": limits.WIDTH,
+    }  # fmt: skip
 
     base_dim: int = 160
     decoder_base_dim: int = 256
@@ -141,9 +152,9 @@ class VideoVAEConfig(JsonConfig):
     def __post_init__(self):
         super().__post_init__()
         check(
-            len(self.temperal_downsample) == len(self.dim_mult) - 1,
-            f"temperal_downsample={self.temperal_downsample} needs one entry fewer than "
-            f"dim_mult={self.dim_mult}",
+            len(self.temperal_downsample) == len(self.dim_mult) - 1 < limits.STAGES,
+            f"temperal_downsample={limits.shown(self.temperal_downsample)} needs one entry fewer "
+            f"than dim_mult={limits.shown(self.dim_mult)}, of at most {limits.STAGES}",
         )
         for name in ("latents_mean", "latents_std"):
             length = len(getattr(self, name))
@@ -169,6 +180,13 @@ class VideoVAEConfig(JsonConfig):
 @dataclasses.dataclass(frozen=True)
 class SoundVAEConfig(JsonConfig):
     """`sound_tokenizer/config.json`: the AVAE sound autoencoder."""
+
+    _most = {
+        "input_channels": limits.FACTOR, "dec_out_channels": limits.FACTOR,
+        "enc_c_mults": limits.FACTOR, "dec_c_mults": limits.FACTOR, "enc_dim": limits.WIDTH,
+        "dec_dim": limits.WIDTH, "vocoder_input_dim": limits.WIDTH,
+        "enc_latent_dim": 2 * limits.WIDTH, "enc_num_blocks": limits.STAGES,
+    }  # fmt: skip
 
     sampling_rate: int = 48000
     stereo: bool = True
@@ -210,8 +228,9 @@ class SoundVAEConfig(JsonConfig):
         for part in ("dec", "enc"):
             mults, strides = (getattr(self, f"{part}_{name}") for name in ("c_mults", "strides"))
             check(
-                len(mults) == len(strides),
-                f"{part}_c_mults={mults} and {part}_strides={strides} must have one entry a stage",
+                len(mults) == len(strides) <= limits.STAGES,
+                f"{part}_c_mults={limits.shown(mults)} and {part}_strides={limits.shown(strides)} "
+                f"must have one entry a stage, of at most {limits.STAGES}",
             )
         check(
             self.enc_latent_dim == 2 * self.vocoder_input_dim,
@@ -309,4 +328,10 @@ class Config:
 def check_fps(fps: float) -> None:
     """Raise ValueError unless these frames per second are a number that a video can have."""
     if not 0 < fps < math.inf:
-        raise ValueError(f"fps={fps} must be positive and finite, for example 24.0")
+        raise ValueError(f"fps={float(fps)} must be positive and finite, for example 24.0")
+    least, most = limits.FPS
+    if not least <= fps <= most:
+        raise ValueError(
+            f"fps={float(fps)} is not within {least:g} to {most:g}: take the video's own rate, for "
+            "example 24.0"
+        )

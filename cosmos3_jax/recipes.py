@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from cosmos3_jax import limits
 from cosmos3_jax.json_config import ConfigError, JsonConfig, check
 
 MODES = ("text2image", "text2video", "image2video", "video2video")
@@ -63,7 +64,7 @@ IMAGES_ONLY = ("1080",)
 # What the model was trained on: the most frames of a video by tier, the least, and frames a second.
 MOST_FRAMES = {"256": 400, "480": 300, "704": 200, "720": 200, "768": 200}
 LEAST_FRAMES = 24
-LARGEST = 16384  # pixels across or down; no encoder takes more
+LARGEST = limits.PIXELS
 FPS = (10, 30)
 
 
@@ -212,6 +213,7 @@ class Recipe(JsonConfig):
     """
 
     _least = {"guidance_scale": -math.inf}
+    _most = limits.SETTINGS
 
     num_frames: int = 189
     height: int = 720

@@ -26,18 +26,19 @@ from cosmos3_jax.sampling import stages
 
 ROOT = Path(cosmos3_jax.__file__).parent
 PARTS = (
-    "guard", "json_config", "recipes", "config", "parallel", "models", "sampling", "checkpoint", "io",
-    "runtime", "training", "pipeline", "cli",
+    "guard", "limits", "json_config", "recipes", "config", "parallel", "models", "sampling",
+    "checkpoint", "io", "runtime", "training", "pipeline", "cli",
 )  # fmt: skip
 # What each part may import besides itself. The package's own `__init__` and `__main__`, and the old
 # names in `moved`, are above all of them.
-BASE = {"guard", "json_config", "recipes", "config", "parallel"}
+BASE = {"guard", "limits", "json_config", "recipes", "config", "parallel"}
 MAY_IMPORT = {
     "guard": set(),
-    "json_config": {"guard"},
-    "recipes": {"guard", "json_config"},
-    "config": {"guard", "json_config", "recipes"},
-    "parallel": {"guard", "json_config", "recipes", "config"},
+    "limits": set(),
+    "json_config": {"guard", "limits"},
+    "recipes": {"guard", "limits", "json_config"},
+    "config": {"guard", "limits", "json_config", "recipes"},
+    "parallel": {"guard", "limits", "json_config", "recipes", "config"},
     "models": BASE,
     "sampling": BASE | {"models"},
     "checkpoint": BASE | {"models"},
