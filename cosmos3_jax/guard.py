@@ -60,7 +60,7 @@ def reason(raised: BaseException) -> str:
     if isinstance(raised, MemoryError):
         return "it asks for more memory than there is"
     try:
-        text = _line(str(raised))
+        text = line(str(raised))
     except Exception:  # of an exception that was given something odd
         text = ""
     if isinstance(raised, LookupError | AttributeError) or not text:  # `'model'` alone says little
@@ -68,7 +68,8 @@ def reason(raised: BaseException) -> str:
     return text
 
 
-def _line(text: str) -> str:
+def line(text: str) -> str:
+    """A text that a file said, as part of one line of a message."""
     text = text if len(text) <= LONGEST_REASON else text[:LONGEST_REASON] + " ..."
     return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
 

@@ -16,6 +16,8 @@ import einops
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from cosmos3_jax import guard
+
 
 class CheckpointError(ValueError):
     """A checkpoint does not have the tensors, shapes or files that the model needs."""
@@ -200,6 +202,6 @@ def raise_problems(title: str, problems: Mapping[str, Iterable[str]], shown: int
         if items:
             more = [f"... and {len(items) - shown} more"] if len(items) > shown else []
             lines.append(f"  {kind} ({len(items)}):")
-            lines += [f"    {item}" for item in items[:shown] + more]
+            lines += [f"    {guard.line(item)}" for item in items[:shown] + more]
     if lines:
         raise CheckpointError("\n".join([f"{title}:", *lines]))
