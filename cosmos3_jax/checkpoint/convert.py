@@ -96,7 +96,7 @@ def check_place(target: Path, source: Path, dtype: str, overwrite: bool) -> None
 
     Raises:
         ValueError: one folder lies in the other, or the dtype is not supported.
-        FileExistsError: see `check_target`.
+        FileExistsError, OSError: see `check_target`.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not supported; choose {' or '.join(DTYPES)}")
@@ -108,13 +108,19 @@ def check_place(target: Path, source: Path, dtype: str, overwrite: bool) -> None
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    """Raise FileExistsError unless `target` is free, or a checkpoint that may be replaced."""
+    """Raise unless `target` is free, or a checkpoint that may be replaced, and can be written.
+
+    Raises:
+        FileExistsError: it is there, and is not to be replaced.
+        OSError: its folder, or the nearest one above that is there, cannot be written.
+    """
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} exists; choose another folder or pass --overwrite")
     if target.exists() and not (target / "transformer" / "config.json").is_file():
         raise FileExistsError(
             f"{target} is not a checkpoint and is not replaced; choose another folder"
         )
+    publish.check_parent(target)
 
 
 def _plan(

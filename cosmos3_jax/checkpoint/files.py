@@ -235,8 +235,8 @@ def write_shard(
     contiguous = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
     try:
         # In a folder of its own: safetensors writes to a temporary name that only it knows.
-        with publish.temporary(path.with_suffix("")) as folder:
-            folder.mkdir(parents=True)
+        with publish.parents(path), publish.temporary(path.with_suffix("")) as folder:
+            folder.mkdir()
             written = folder / path.name
             # Loaders of the public layout insist on a format, and know this one.
             save_file(contiguous, written, {"format": "pt", **(metadata or {})})

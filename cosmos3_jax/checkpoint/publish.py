@@ -16,6 +16,7 @@ import logging
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -83,8 +84,24 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def check_parent(path: Path) -> None:
+    """Raise OSError unless files can be made beside `path`; call this before any long work.
+
+    Makes nothing: of a folder that is not there yet, the nearest one above it is asked.
+    """
+    try:
+        nearest = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise type(error)(
+            f"{path}: cannot write files in {path.parent} ({reason}); choose another folder"
+        ) from error
+
+
 @contextlib.contextmanager
-def _parents(path: Path) -> Iterator[None]:
+def parents(path: Path) -> Iterator[None]:
     """Makes the folders above `path`; those that are empty when the block ends go again."""
     missing = [folder for folder in path.parents if not folder.exists()]
 
@@ -106,9 +123,16 @@ def file(path: Path) -> Iterator[Path]:
     Raises:
         OSError: it cannot be written, or is not what is there afterwards; the error names `path`.
     """
-    with _parents(path), temporary(path) as name, _named(path):
+    with _named(path), parents(path), temporary(path) as name:
         yield name
+        _flush(name)
         replace(name, path)
+
+
+def _flush(name: Path) -> None:
+    """Wait until the disk has a file: some say only then that they are full."""
+    with name.open("rb") as written:
+        os.fsync(written.fileno())
 
 
 def replace(name: Path, path: Path) -> None:
@@ -151,14 +175,20 @@ def _some(names: Sequence[str]) -> str:
 
 @contextlib.contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Errors of a full disk and the like name the file that was asked for."""
+    """Errors of a full disk, a closed folder and the like name what was asked for."""
     try:
         yield
     except OSError as error:
-        if error.errno not in WRITE_ERRORS:
+        ours = isinstance(error.filename, str) and _is_ours(Path(error.filename), path)
+        if error.errno is None or not (ours or error.errno in WRITE_ERRORS):
             raise
         reason = os.strerror(error.errno)
         raise OSError(error.errno, f"{path} could not be written: {reason}") from error
+
+
+def _is_ours(name: Path, path: Path) -> bool:
+    """Whether a name is of what is written for `path`: above it, or a temporary one."""
+    return name in path.parents or (name.name.startswith(".") and name.parent == path.parent)
 
 
 @dataclasses.dataclass
@@ -174,9 +204,10 @@ def free_file(path: Path) -> Iterator[Target]:
     """As `file`, but nothing is replaced: the first free one of `car.mp4`, `car-1.mp4` and so on is
     taken, also when others write there at the same time.
     """
-    with _parents(path), temporary(path) as name, _named(path):
+    with _named(path), parents(path), temporary(path) as name:
         target = Target(name, path)
         yield target
+        _flush(name)
         written = _listing(name)
         for number in itertools.count(1):
             try:
@@ -227,9 +258,9 @@ def folder(
     """
     partial = path.with_name(f"{path.name}.partial")
     with (
-        locked(path) if lock else _parents(path),
-        contextlib.nullcontext(partial) if resume else temporary(path) as name,
         _named(path),
+        locked(path) if lock else parents(path),
+        contextlib.nullcontext(partial) if resume else temporary(path) as name,
     ):
         if not overwrite and path.exists() and not (path.is_dir() and not any(path.iterdir())):
             raise FileExistsError(f"{path} exists; choose another folder or pass --overwrite")
@@ -250,7 +281,7 @@ def locked(path: Path) -> Iterator[None]:
         OSError: the folder cannot be written.
     """
     lock = path.with_name(f".{path.name}.lock")
-    with _parents(path), contextlib.ExitStack() as opened:
+    with parents(path), contextlib.ExitStack() as opened:
         while True:
             file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
             opened.callback(os.close, file)

@@ -13,7 +13,6 @@ leaves neither half a file nor a damaged older one. What is there is replaced on
 import contextlib
 import itertools
 import os
-import tempfile
 import warnings
 import wave
 from collections.abc import Iterator, Mapping, Sequence
@@ -54,27 +53,17 @@ def check_writable(
 ) -> Path:
     """Raise unless `path` can be written, and return it; call this before any long work.
 
-    Makes missing parent folders. `suffixes=None` allows any. Raises ValueError for an unsupported
-    suffix, FileExistsError for an existing path without `overwrite`, IsADirectoryError for a
-    folder, and another OSError if the parent folder cannot be made or written to.
+    Makes nothing: missing parent folders are made when there is something to write. `suffixes=None`
+    allows any. Raises ValueError for an unsupported suffix, FileExistsError for an existing path
+    without `overwrite`, IsADirectoryError for a folder, and another OSError if the parent folder
+    cannot be made or written to.
     """
     path = Path(path)
     if suffixes is not None and path.suffix.lower() not in suffixes:
         raise ValueError(
             f"{path}: the suffix {path.suffix!r} is not supported here; use {', '.join(suffixes)}"
         )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        # mkdir says "file exists" of a parent that is a regular file; that must not read as "pass
-        # overwrite".
-        kind = NotADirectoryError if isinstance(error, FileExistsError) else type(error)
-        reason = error.strerror or error
-        raise kind(
-            f"{path}: cannot write files in {path.parent} ({reason}); choose another folder"
-        ) from error
+    publish.check_parent(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give the name of a file")
     if os.path.lexists(path) and not overwrite:

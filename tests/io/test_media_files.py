@@ -102,13 +102,14 @@ def test_check_writable(tmp_path):
     with pytest.raises(FileExistsError, match="--overwrite"):
         media.check_writable(tmp_path / "a.mp4")
     media.check_writable(tmp_path / "a.mp4", overwrite=True)
-    assert everything_in(tmp_path) == ["a.mp4", "file", "folder.mp4", "new"]
+    assert everything_in(tmp_path) == ["a.mp4", "file", "folder.mp4"]
 
 
 def test_a_writer_refuses_other_suffixes(tmp_path):
     for write in (WRITERS["a.mp4"], WRITERS["a.wav"], WRITERS["a.png"]):
         with pytest.raises(ValueError, match="not supported here"):
-            write(tmp_path / "a.avi")
+            write(tmp_path / "new" / "a.avi")
+    assert everything_in(tmp_path) == []
 
 
 # wav
