@@ -51,9 +51,9 @@ def check_most(name: str, value: float, most: float | None = None) -> None:
 
 
 def shown(value: object, letters: int = 500) -> str:
-    """A value as part of a message, cut off where it is long."""
+    """A value as part of one line, cut off where it is long."""
     try:
-        text = repr(value)
+        text = " ".join(repr(value).split("\n"))
     except Exception as error:  # of a whole number with more digits than Python writes
         text = f"<{type(value).__name__} that cannot be shown: {error}>"
     return text if len(text) <= letters else text[:letters] + "..."

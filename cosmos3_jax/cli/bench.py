@@ -8,6 +8,7 @@ import sys
 import jax
 import numpy as np
 
+from cosmos3_jax import limits
 from cosmos3_jax.config import Config, check_fps
 from cosmos3_jax.io.prepare import TEXT_BUCKET
 from cosmos3_jax.models import sound_vae, transformer, video_vae
@@ -90,6 +91,8 @@ def check_job(config: Config, job: Job) -> None:
         value, least = getattr(job, name), 0 if name == "negative_tokens" else 1
         if value is not None and value < least:
             raise ValueError(f"{name}={value} must be at least {least}")
+        if value is not None:
+            limits.check_most(name, value)
     check_fps(job.fps)
     if job.sound and not config.has_sound:
         raise ValueError("sound is asked for, but these weights have none: leave it out")

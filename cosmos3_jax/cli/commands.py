@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from cosmos3_jax import limits
 from cosmos3_jax.checkpoint import load
 from cosmos3_jax.checkpoint.convert import check_target, convert_checkpoint
 from cosmos3_jax.checkpoint.find import BUILT_IN, find_checkpoint
@@ -161,6 +162,7 @@ def run_bench(options: argparse.Namespace) -> int:
     )  # fmt: skip
     if options.repeats < 1:
         raise ValueError(f"repeats={options.repeats} must be at least 1")
+    limits.check_most("repeats", options.repeats)
     settings = {name: getattr(options, name) for name in names} | {"sound": bool(options.sound)}
     jobs = bench.jobs(config, **settings)
     for job in jobs.values():

@@ -7,10 +7,14 @@ checkers and editors the same names as keyword arguments.
 from __future__ import annotations
 
 import dataclasses
+import decimal
 import difflib
-from collections.abc import Iterable, Sequence
+import numbers
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
+from cosmos3_jax import limits
 from cosmos3_jax.config import Recipe
 
 if TYPE_CHECKING:  # the command line's help needs these settings, and neither JAX nor PyAV
@@ -20,6 +24,8 @@ if TYPE_CHECKING:  # the command line's help needs these settings, and neither J
 
     Texts: TypeAlias = str | Sequence[str]
     Images: TypeAlias = ImageSource | Sequence[ImageSource]
+    Numbers: TypeAlias = ArrayLike  # real ones
+    Mask: TypeAlias = ArrayLike  # of bool
 End = Literal["first", "last"]
 
 
@@ -31,8 +37,8 @@ class SettingsDict(TypedDict, total=False):
     video: VideoSource | None
     condition_frames: Iterable[int] | None
     keep: End | None
-    clean_latents: ArrayLike | None
-    frame_mask: ArrayLike | None
+    clean_latents: Numbers | None
+    frame_mask: Mask | None
     num_frames: int | None
     size: str | int | tuple[int, int] | None
     aspect: str | None
@@ -45,8 +51,8 @@ class SettingsDict(TypedDict, total=False):
     schedule: str | None
     sigmas: Sequence[float] | None
     seed: int | Sequence[int]
-    noise: ArrayLike | None
-    sound_noise: ArrayLike | None
+    noise: Numbers | None
+    sound_noise: Numbers | None
     sound: bool
     prompt_style: str
     system_prompt: str | Literal[False] | None
@@ -60,6 +66,9 @@ def _setting(default: Any, text: str) -> Any:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """What a generation is made of besides its prompt. None is the recipe's, where it has one.
+
+    Each is held to its type, and numbers to `limits.SETTINGS`, when it is made: ValueError. NumPy's
+    and JAX's scalars become Python's.
 
     Axes: B batch, C channels; latents t frames, h rows, w columns; s sound latents; K steps.
     """
@@ -87,12 +96,12 @@ class Settings:
         "to 4i, and -1 the last of the video to be made; default: 0 and 1, which is five frames",
     )
     keep: End | None = _setting(None, "the end of the clip to take them from; default: first")
-    clean_latents: ArrayLike | None = _setting(
+    clean_latents: Numbers | None = _setting(
         None,
         "[B, C, t, h, w] normalised latents (see `Cosmos3.encode_video`), instead of image or "
         "video: any frames of the video to be made, wherever they stand",
     )
-    frame_mask: ArrayLike | None = _setting(None, "bool [B, t], which of `clean_latents` are given")
+    frame_mask: Mask | None = _setting(None, "bool [B, t], which of `clean_latents` are given")
     num_frames: int | None = _setting(None, "4k + 1; 1 is an image")
     size: str | int | tuple[int, int] | None = _setting(
         None,
@@ -117,8 +126,8 @@ class Settings:
     seed: int | Sequence[int] = _setting(
         42, "one seed (example b takes seed + b) or one for each prompt"
     )
-    noise: ArrayLike | None = _setting(None, "[B, C, t, h, w] initial noise; overrides the seed")
-    sound_noise: ArrayLike | None = _setting(
+    noise: Numbers | None = _setting(None, "[B, C, t, h, w] initial noise; overrides the seed")
+    sound_noise: Numbers | None = _setting(
         None, "[B, C_sound, s] initial noise; overrides the seed"
     )
     sound: bool = _setting(False, "denoise sound along with the video")
@@ -129,6 +138,13 @@ class Settings:
     prompt_metadata: bool = _setting(
         True, "tell the model size, duration and rate along with the prompt, as the style does"
     )
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = _read(field.name, getattr(self, field.name), field.type.split(" | "))
+            object.__setattr__(self, field.name, value)
+            if isinstance(value, int | float) and field.name in limits.SETTINGS:
+                limits.check_most(field.name, value)
 
     @property
     def mode(self) -> str:
@@ -147,6 +163,118 @@ class Settings:
             if getattr(self, field.name) is None
         }
         return dataclasses.replace(self, **chosen | {"size": None, "aspect": None})
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or getattr(value, "ndim", 0):
+        raise TypeError
+    return operator.index(value)  # of bool arrays it fails by itself
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or getattr(value, "ndim", 0):
+        raise TypeError
+    if isinstance(value, int | float):
+        return value
+    if hasattr(value, "dtype"):
+        return _numbers(value).item()
+    if not isinstance(value, numbers.Real | decimal.Decimal):
+        raise TypeError
+    return float(value)
+
+
+def _array(value: Any, kinds: str) -> Any:
+    import numpy as np
+
+    dtype = getattr(value, "dtype", None)
+    if not isinstance(dtype, np.dtype):  # a list, or another library's array
+        value = np.asarray(value)
+        dtype = value.dtype
+    small = dtype.kind == "V" and dtype.name.startswith(("bfloat", "float"))  # NumPy has them not
+    if dtype.kind not in kinds and not (small and "f" in kinds):
+        raise TypeError
+    return value
+
+
+def _numbers(value: Any) -> Any:
+    return _array(value, "fiu")
+
+
+def _instance(kind: type) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        if not isinstance(value, kind):
+            raise TypeError
+        return value
+
+    return read
+
+
+def _one_of(*allowed: Any) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        if not any(value is one or (isinstance(one, str) and value == one) for one in allowed):
+            raise TypeError
+        return value
+
+    return read
+
+
+def _texts(value: Any) -> Any:
+    if not isinstance(value, str):
+        if not isinstance(value, list | tuple):
+            raise TypeError
+        for one in value:
+            if not isinstance(one, str | None):
+                raise TypeError
+    return value
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        value = _array(value, "b")
+        if value.ndim:
+            raise TypeError
+    return bool(value)
+
+
+# Each word of the annotations above: what it is called in a message, and a function that gives the
+# value as it is kept, or raises. Media are judged by those who read them.
+_KINDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "None": ("", _one_of(None)),
+    "bool": ("True or False", _flag),
+    "str": ("a text", _instance(str)),
+    "int": ("a whole number", _whole),
+    "float": ("a finite number", _number),
+    "End": ('"first" or "last"', _one_of("first", "last")),
+    "Literal[False]": ("False", _one_of(False)),
+    "tuple[int, int]": ("two of them", lambda value: tuple(map(_whole, _sequence(value, 2)))),
+    "Sequence[int]": ("one for each prompt", lambda value: [*map(_whole, _sequence(value))]),
+    "Sequence[float]": ("a list of numbers", _numbers),
+    "Texts": ("a text or a list of texts", _texts),
+    "Numbers": ("real numbers", _numbers),
+    "Mask": ("bool, True where given", lambda value: _array(value, "b")),
+    "Iterable[int]": ("", lambda value: value),
+    "Images": ("", lambda value: value),
+    "VideoSource": ("", lambda value: value),
+}
+
+
+def _sequence(value: Any, length: int | None = None) -> Any:
+    if isinstance(value, str | bytes | dict | set) or (length and len(value) != length):
+        raise TypeError
+    return value
+
+
+def _read(name: str, value: Any, kinds: Sequence[str]) -> Any:
+    """A setting as it is kept. Raises ValueError unless it is of one of these kinds."""
+    for kind in kinds:
+        try:
+            return _KINDS[kind][1](value)
+        except Exception:  # of any kind, as the value is
+            continue
+    words = ", or ".join(filter(None, (_KINDS[kind][0] for kind in kinds)))
+    if getattr(value, "ndim", 0):
+        raise ValueError(f"{name} holds {getattr(value, 'dtype', None)}: give {words}")
+    raise ValueError(f"{name}={limits.shown(value, 80)} must be {words}")
 
 
 # What other libraries call a setting -> what it is here.

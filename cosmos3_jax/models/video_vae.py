@@ -19,6 +19,7 @@ from einops import rearrange
 from jax import lax
 from jax.typing import DTypeLike
 
+from cosmos3_jax import limits
 from cosmos3_jax.config import VideoVAEConfig
 from cosmos3_jax.models.layers import traced_once
 from cosmos3_jax.models.video_vae_modules import Convolve, Decoder, Encoder, Plan, convolve_on
@@ -55,9 +56,12 @@ def pixel_to_latent_shape(
     """The latent grid (t, h, w) of a video: t = (num_frames - 1) / 4 + 1, h = height / 16, w =
     width / 16.
 
-    Raises ValueError unless num_frames is 4k+1 and height and width are multiples of 16.
+    Raises ValueError unless num_frames is 4k+1 and height and width are multiples of 16, or beyond
+    `limits`.
     """
     time, space = config.scale_factor_temporal, config.scale_factor_spatial
+    for name, size in (("num_frames", num_frames), ("height", height), ("width", width)):
+        limits.check_most(name, size)
     if num_frames < 1 or (num_frames - 1) % time:
         below = max((num_frames - 1) // time * time + 1, 1)
         raise ValueError(

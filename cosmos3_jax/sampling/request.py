@@ -10,6 +10,7 @@ import numpy as np
 from flax import struct
 from jax import Array
 
+from cosmos3_jax import limits
 from cosmos3_jax.config import Config
 from cosmos3_jax.sampling import unipc
 from cosmos3_jax.sampling.unipc import AnyArray
@@ -63,7 +64,10 @@ class Request(struct.PyTreeNode, kw_only=True):
 
 def check_request(request: Request, config: Config) -> None:
     """Raise ValueError, naming the value and the way out, if the shapes of a request do not fit."""
-    batch = request.text_ids.shape[0]
+    batch, longest = request.text_ids.shape
+    limits.check_most("batch", batch)
+    limits.check_most("text_tokens", longest)
+    limits.check_most("num_inference_steps", request.num_inference_steps)
     expected = {
         "text_mask": request.text_ids.shape,
         "noise": (batch, config.transformer.latent_channel, *request.video_shape),

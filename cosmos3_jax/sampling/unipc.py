@@ -20,6 +20,8 @@ import numpy as np
 from flax import struct
 from jax import Array
 
+from cosmos3_jax import limits
+
 SCHEDULES = ("native", "diffusers", "karras")
 NUM_TRAIN_TIMESTEPS = 1000
 KARRAS_RHO = 7.0
@@ -62,11 +64,11 @@ def sigmas(
         schedule: `native` (linear flow from 0.999, the model's own framework), `diffusers` (linear
             flow from 1) or `karras` (the published scheduler file's; it ignores `flow_shift`).
         num_inference_steps: K, from 1 to 1000.
-        flow_shift: s in sigma = s u / (1 + (s - 1) u), positive.
+        flow_shift: s in sigma = s u / (1 + (s - 1) u), from 1 / 10000 to 10000.
         karras_range: lowest and highest noise-to-signal ratio of the `karras` schedule.
 
     Raises:
-        ValueError: on an unknown schedule, another K or a shift that is not positive.
+        ValueError: on an unknown schedule, another K or another shift.
     """
     steps = num_inference_steps
     if schedule not in SCHEDULES:
@@ -80,6 +82,12 @@ def sigmas(
         )
     if not 0 < flow_shift < np.inf:
         raise ValueError(f"flow_shift={flow_shift} must be positive and finite")
+    most = limits.FLOW_SHIFT
+    if not 1 / most <= flow_shift <= most:
+        raise ValueError(
+            f"flow_shift={flow_shift} is not within {1 / most:g} to {most:g}: the models take 3 to "
+            "10, and 1 shifts nothing"
+        )
     if schedule == "karras":
         ramp = np.linspace(0, 1, steps)
         low, high = (ratio ** (1 / KARRAS_RHO) for ratio in karras_range)
@@ -107,7 +115,8 @@ def tableau(levels: np.ndarray) -> Tableau:
     prediction.
 
     Raises:
-        ValueError: if the sigmas are not strictly decreasing, not in (0, 1), or do not end in 0.
+        ValueError: if the sigmas are not strictly decreasing, not in (0, 1), do not end in 0, or
+            are more than `limits.STEPS` + 1.
     """
     levels = np.asarray(levels, np.float64)
     _check_sigmas(levels)
@@ -171,6 +180,7 @@ def _check_sigmas(levels: np.ndarray) -> None:
         raise ValueError(
             f"sigmas of shape {levels.shape}: expected the K + 1 >= 2 noise levels of K steps"
         )
+    limits.check_most("steps", len(levels) - 1)
     if levels[-1] != 0:
         raise ValueError(f"sigmas must end in 0, the last is {levels[-1]}; append it")
     falling = np.diff(levels.astype(np.float32)) < 0
