@@ -183,6 +183,8 @@ def _named(path: Path) -> Iterator[None]:
         if error.errno is None or not (ours or error.errno in WRITE_ERRORS):
             raise
         reason = os.strerror(error.errno)
+        if error.strerror != reason:  # it is named already: a file of this folder
+            raise
         raise OSError(error.errno, f"{path} could not be written: {reason}") from error
 
 

@@ -1,5 +1,7 @@
 """Conversions that are killed, run into a full disk or replace another: nothing is lost."""
 
+import errno
+import fcntl
 import os
 import resource
 import shutil
@@ -7,6 +9,7 @@ import signal
 import subprocess
 import sys
 from contextlib import contextmanager
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -151,6 +154,50 @@ def test_a_changed_source_is_another_source(public_checkpoint, tmp_path):
         convert_checkpoint(source, tmp_path / "target")
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_second_conversion_into_one_folder_is_refused(
+    public_checkpoint, silent_checkpoint, converted, tmp_path, overwrite
+):
+    """By name and at once, whatever the first has done so far."""
+    target, refused = tmp_path / "target", []
+    if overwrite:
+        convert_checkpoint(silent_checkpoint, target)
+
+    def meanwhile(size):
+        for source in (public_checkpoint, silent_checkpoint):
+            with pytest.raises(BlockingIOError, match=f"another process is writing {target}"):
+                convert_checkpoint(source, target, overwrite=overwrite)
+            refused.append(source)
+
+    convert_checkpoint(
+        public_checkpoint, target, max_shard_bytes=SHARD_BYTES, overwrite=overwrite,
+        on_bytes=meanwhile,
+    )  # fmt: skip
+    assert len(refused) > 4
+    assert_same_folder(target, converted)
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_without_locks_none_of_two_that_meet_says_success_of_half(
+    public_checkpoint, converted, tmp_path, monkeypatch
+):
+    """One ends while the other is in the middle, whose folder it takes away: that one fails."""
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(errno.ENOLCK, "none")))
+    target, written = tmp_path / "target", []
+
+    def meanwhile(size):
+        written.append(size)
+        if len(written) == 4:
+            convert_checkpoint(public_checkpoint, target, max_shard_bytes=SHARD_BYTES)
+
+    with pytest.raises((OSError, CheckpointError)):
+        convert_checkpoint(
+            public_checkpoint, target, max_shard_bytes=SHARD_BYTES, overwrite=True,
+            on_bytes=meanwhile,
+        )  # fmt: skip
+    assert_same_folder(target, converted)
+
+
 class Killed(BaseException):
     """Stands for a kill: nothing catches it."""
 
@@ -195,16 +242,18 @@ def largest_file(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk(public_checkpoint, converted, tmp_path):
+@pytest.mark.parametrize("room", [0, 600, SHARD_BYTES // 2])
+def test_a_full_disk(public_checkpoint, converted, tmp_path, room):
     """The file is named, nothing half-written stays, and there being room again the run goes on."""
-    target = tmp_path / "target"
+    target = tmp_path / "new" / "target"
     with (
-        largest_file(SHARD_BYTES // 2),
-        pytest.raises(OSError, match=r"params-\S+ cannot be written"),
+        largest_file(room),
+        pytest.raises(OSError, match=r"target\.partial\S+ (cannot|could not) be written: .+"),
     ):
         convert_checkpoint(public_checkpoint, target, max_shard_bytes=SHARD_BYTES)
     assert not target.exists()
     assert not [path for path in tmp_path.rglob(".*")]
+    assert room or not (tmp_path / "new").exists()  # not even the plan
     convert_checkpoint(public_checkpoint, target, max_shard_bytes=SHARD_BYTES)
     assert_same_folder(target, converted)
 
