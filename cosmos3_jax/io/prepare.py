@@ -8,12 +8,15 @@ Axes: B batch, C channels; latents t frames, h rows, w columns; s sound latents;
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Unpack
 
 import numpy as np
+from jax.typing import ArrayLike
 
-from cosmos3_jax.config import Config, Recipe, Recipes
+from cosmos3_jax import limits
+from cosmos3_jax.config import Config, Recipe, Recipes, check_fps
 from cosmos3_jax.io.captions import unwrap
 from cosmos3_jax.io.conditioning import input_shape, resolve_given
 from cosmos3_jax.io.prompt import (
@@ -25,6 +28,7 @@ from cosmos3_jax.io.prompt import (
 )
 from cosmos3_jax.io.settings import Settings, SettingsDict, read_settings
 from cosmos3_jax.models import sound_vae, video_vae
+from cosmos3_jax.parallel import device
 from cosmos3_jax.recipes import (
     LARGEST,
     aspect_name,
@@ -40,6 +44,12 @@ from cosmos3_jax.sampling.request import Request, check_request, initial_noise
 
 log = logging.getLogger("cosmos3_jax")
 
+# What is denoised or given, and how its numbers are distributed.
+LATENTS = {
+    "noise": "standard normal",
+    "sound_noise": "standard normal",
+    "clean_latents": "of about unit variance, as encode_video makes it",
+}
 TEXT_BUCKET = 128  # prompts are padded to a multiple of it, so that few programs are compiled
 
 
@@ -68,9 +78,15 @@ class Prepared:
 
 
 def prepare(
-    config: Config, tokenizer: Tokenizer, prompt: str | Sequence[str], settings: Settings
+    config: Config,
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[str],
+    settings: Settings,
+    check: Callable[[Request], object] = lambda request: None,
 ) -> Prepared:
     """Check, read and tokenise everything that one generation needs.
+
+    Numbers and sizes are judged first, and nothing of the size of the video is made before.
 
     Args:
         config: the checkpoint's.
@@ -78,16 +94,18 @@ def prepare(
         prompt: text, or a structured caption as JSON, also in an upsampler's record (see
             `captions.unwrap`), whose negative prompt counts where none is given; a list is a batch.
         settings: see `Settings`; what is None comes from the recipe.
+        check: called with the request before its pixels are read and its noise is drawn, and
+            without them; it may raise.
 
     Raises:
-        ValueError: on any value that cannot work.
+        ValueError: on any value that cannot work, and on noise that does not fit the host's memory.
         TypeError: on a prompt that is not text.
         FileNotFoundError: on an image or a clip that is not there.
     """
     settings, mode, sources, notes = resolve_settings(config.recipes, settings)
     for note in notes:
         log.warning(note)  # which Python shows, where nobody has asked for another way
-    prompts = [prompt] if isinstance(prompt, str | dict) else list(prompt)
+    prompts = _prompts(prompt)
     unwrapped = [unwrap(one) for one in prompts]
     prompts, negatives = [one for one, _ in unwrapped], [negative for _, negative in unwrapped]
     if sources["negative_prompt"] != "given" and any(one is not None for one in negatives):
@@ -97,33 +115,21 @@ def prepare(
         sources["negative_prompt"] = "the prompt's record"
     num_frames, height, width = settings.num_frames, settings.height, settings.width
     fps, guidance_scale = settings.fps, settings.guidance_scale
-    if not (np.isscalar(guidance_scale) and np.isfinite(guidance_scale)):
-        raise ValueError(f"guidance_scale={guidance_scale} must be a finite number")
     video_shape = video_vae.pixel_to_latent_shape(config.video_vae, num_frames, height, width)
     sound_frames = _sound_frames(config, num_frames, fps) if settings.sound else 0
     sigmas = resolve_sigmas(config, settings)
     table = unipc.tableau(sigmas)
     texts = resolve_texts(prompts, settings)
     ids, negative_ids = zip(*(encode_prompts(tokenizer, one) for one in texts), strict=True)
+    limits.check_most("text_tokens", max(map(len, ids + negative_ids)))
     text_ids, text_mask = pad_token_ids(ids, TEXT_BUCKET)
     guided = guidance_scale != 1
     neg_text_ids, neg_text_mask = (
         pad_token_ids(negative_ids, TEXT_BUCKET) if guided else (None, None)
     )
     seeds = _seeds(settings.seed, len(prompts))
-    noise, sound_noise = settings.noise, settings.sound_noise
-    channels, sound_channels = config.transformer.latent_channel, config.transformer.sound_dim
-    if noise is None:
-        noise = _draw(seeds, (channels, *video_shape))
-    if sound_frames and sound_noise is None:
-        sound_noise = _draw(seeds, (sound_channels, sound_frames))
-    if sound_noise is not None and not sound_frames:
+    if settings.sound_noise is not None and not sound_frames:
         raise ValueError("sound_noise is given, but no sound is asked for: pass sound=True too")
-    given = resolve_given(
-        config, len(prompts), video_shape, fps, image=settings.image, video=settings.video,
-        condition_frames=settings.condition_frames, keep=settings.keep,
-        clean_latents=settings.clean_latents, frame_mask=settings.frame_mask,
-    )  # fmt: skip
     request = Request(
         text_ids=text_ids,
         text_mask=text_mask,
@@ -133,22 +139,78 @@ def prepare(
         fps=np.float32(fps),
         num_inference_steps=len(table.timestep),
         guidance_scale=np.float32(guidance_scale),
-        noise=np.asarray(noise, np.float32),
         sound_frames=sound_frames,
-        sound_noise=np.asarray(sound_noise, np.float32) if sound_frames else None,
         sampler=table,
-        **given,
     )
+    shapes = {"noise": (config.transformer.latent_channel, *video_shape)}
+    if sound_frames:
+        shapes["sound_noise"] = (config.transformer.sound_dim, sound_frames)
+    _check_room(len(prompts), shapes)
+    check(request)
+    given = resolve_given(
+        config, len(prompts), video_shape, fps, image=settings.image, video=settings.video,
+        condition_frames=settings.condition_frames, keep=settings.keep,
+        clean_latents=settings.clean_latents, frame_mask=settings.frame_mask,
+    )  # fmt: skip
+    for name, shape in shapes.items():
+        given[name] = _draw(seeds, shape) if (x := getattr(settings, name)) is None else _float32(x)
+    request = request.replace(**given)
     check_request(request, config)
     if not sound_frames and request.frame_mask is not None and request.frame_mask.all(axis=1).any():
         raise ValueError(
             f"all {video_shape[0]} latent frames are given, and nothing is left to make: ask for "
             "more num_frames, for fewer condition_frames, or for sound"
         )
-    for name in ("noise", "sound_noise"):
-        if getattr(request, name) is not None and not np.isfinite(getattr(request, name)).all():
-            raise ValueError(f"{name} holds NaN or infinity; it should be standard normal")
+    for name, expected in LATENTS.items():
+        if getattr(settings, name) is not None:
+            _check_latents(name, getattr(request, name), expected)
     return Prepared(request, settings, mode, sources, notes, texts, sigmas)
+
+
+def _prompts(prompt: str | Sequence[str]) -> list[str]:
+    """Of one prompt, or of a batch of them."""
+    if isinstance(prompt, Mapping | Set | bytes) or not hasattr(prompt, "__iter__"):
+        advice = "; give a caption by json.dumps" if isinstance(prompt, Mapping) else ""
+        raise TypeError(
+            f"the prompt is a {type(prompt).__name__}, not a string{advice}: "
+            f"{limits.shown(prompt, 80)}"
+        )
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    limits.check_most("batch", len(prompts))
+    for text in prompts:
+        _check_letters("prompt", text)
+    return prompts
+
+
+def _check_letters(name: str, text: object) -> None:
+    if isinstance(text, str):
+        limits.check_most(f"letters of the {name}", len(text), limits.LETTERS)
+
+
+def _check_room(batch: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ValueError if noise of these shapes is more than the host's memory."""
+    needed, memory = 4 * batch * sum(map(math.prod, shapes.values())), device.host_memory()
+    if memory is not None and needed > memory:
+        raise ValueError(
+            f"the noise alone needs {needed / 2**30:.0f} GiB, and this machine has "
+            f"{memory / 2**30:.0f}: take fewer num_frames, a smaller size or fewer prompts"
+        )
+
+
+def _float32(values: ArrayLike) -> np.ndarray:
+    with np.errstate(over="ignore"):  # what is infinite then is refused
+        return np.asarray(values, np.float32)
+
+
+def _check_latents(name: str, values: np.ndarray, expected: str) -> None:
+    low, high = values.min(initial=0), values.max(initial=0)
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise ValueError(f"{name} holds NaN or infinity; it should be {expected}")
+    if (largest := max(-low, high)) > limits.LATENT:
+        raise ValueError(
+            f"{name} holds {largest:g}, beyond the limit of {limits.LATENT:g}; it should be "
+            f"{expected}"
+        )
 
 
 def with_seed(prepared: Prepared, seed: int) -> Prepared:
@@ -175,7 +237,7 @@ def resolve_settings(
     """Settings without gaps, and `Prepared`'s mode, sources and notes.
 
     Raises:
-        ValueError: the size is said twice, or cannot be read.
+        ValueError: the size is said twice, or cannot be read; or a number is out of range.
     """
     mode = settings.mode
     recipe = recipes.of(mode)
@@ -189,6 +251,9 @@ def resolve_settings(
         settings = dataclasses.replace(settings, width=width, height=height)
         sources |= {"width": source, "height": source}
     settings = settings.filled(recipe)
+    check_fps(settings.fps)
+    if not math.isfinite(settings.guidance_scale):
+        raise ValueError(f"guidance_scale={settings.guidance_scale} must be a finite number")
     if recipes.recognised:
         check_recommended(settings.num_frames, settings.height, settings.width, settings.fps)
     return settings, mode, sources, notes
@@ -266,6 +331,8 @@ def resolve_texts(prompts: Sequence[str], settings: Settings) -> list[ResolvedPr
     negative = settings.negative_prompt
     one_for_all = negative is None or isinstance(negative, str)
     negatives = [negative] * len(prompts) if one_for_all else list(negative)
+    for text in [settings.system_prompt, *negatives]:
+        _check_letters("negative or system prompt", text)
     if len(negatives) != len(prompts):
         raise ValueError(
             f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one for all, "

@@ -4,6 +4,7 @@ A library leaves the settings of `use_whole_device` and `use_compilation_cache` 
 it; the command line makes them.
 """
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 import jax
 
 MEMORY_FRACTION = "0.92"  # of a GPU; JAX takes 0.75 unless told otherwise
+# Of a container, as it sees them: of the second and of the first version of control groups.
+GROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +44,19 @@ def memory_limit() -> int | None:
 def memory_peak() -> int | None:
     """The most bytes that this process has had in use on the default device, if it says."""
     return (default_device().memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def host_memory() -> int | None:
+    """Bytes of the host's memory, or what this process's control group may have of it; None where
+    the system does not say.
+    """
+    sizes = []
+    with contextlib.suppress(ValueError, OSError, AttributeError):
+        sizes.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for path in GROUP_LIMITS:
+        with contextlib.suppress(ValueError, OSError):  # no such file, or `max`
+            sizes.append(int(Path(path).read_text()))
+    return min(sizes, default=None)
 
 
 def use_whole_device() -> None:
