@@ -196,7 +196,7 @@ def _settings(options: argparse.Namespace) -> dict:
     names = (
         "num_frames", "size", "aspect", "height", "width", "fps", "num_inference_steps",
         "guidance_scale", "flow_shift", "schedule", "prompt_style", "prompt_metadata",
-        "system_prompt", "negative_prompt", "image", "video", "keep",
+        "system_prompt", "negative_prompt", "image", "video", "keep", "speed", "evaluations",
     )  # fmt: skip
     settings = {name: getattr(options, name) for name in names} | {"sound": bool(options.sound)}
     if options.negative_prompt_file:

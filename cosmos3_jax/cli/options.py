@@ -314,6 +314,11 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
         "--sigmas", metavar="S,S,...",
         help="K + 1 comma-separated noise levels ending in 0, instead of those",
     )  # fmt: skip
+    sampler.add_argument(
+        "--speed", choices=("exact", "fast"), default=Settings().speed,
+        help=help_of("speed") + " (default: %(default)s)",
+    )  # fmt: skip
+    sampler.add_argument("--evaluations", type=int, metavar="K", help=help_of("evaluations"))
     seeds = sampler.add_mutually_exclusive_group()
     seeds.add_argument("--seed", type=int, help=f"-1 draws one (default: {Settings().seed})")
     seeds.add_argument(

@@ -32,14 +32,14 @@ RUN = ("seconds", "peak_memory_bytes", "offload", "sources")
 SAME_NAMES = (
     "checkpoint", "prompt", "negative_prompt", "system_prompt", "prompt_style", "prompt_metadata",
     "num_frames", "height", "width", "fps", "num_inference_steps", "guidance_scale", "flow_shift",
-    "schedule", "seed", "keep", "dtype", "steps_per_program",
+    "schedule", "seed", "keep", "dtype", "steps_per_program", "speed",
 )  # fmt: skip
 
 # What was chosen for a video and does not hold for an image, and the other way round.
 OF_A_KIND = (
     "image", "video", "condition_frames", "keep", "num_frames", "sound_frames", "noise",
     "num_inference_steps", "guidance_scale", "flow_shift", "schedule", "sigmas", "negative_prompt",
-    "steps_per_program",
+    "steps_per_program", "schedule_steps",
 )  # fmt: skip
 
 
@@ -101,6 +101,10 @@ def make_record(
         else [],
         "keep": (options.keep or "first") if options.video else None,
         "num_inference_steps": request.num_inference_steps,
+        "speed": settings.speed,
+        "schedule_steps": settings.num_inference_steps
+        if settings.speed == "fast"
+        else request.num_inference_steps,
         "guidance_scale": float(request.guidance_scale),
         "flow_shift": settings.flow_shift,
         "schedule": settings.schedule,
@@ -180,17 +184,21 @@ def recorded_options(path: Path, named: Mapping[str, Any]) -> dict[str, Any]:
         record = {name: value for name, value in record.items() if name not in OF_A_KIND}
     found = {name: record[name] for name in SAME_NAMES if record.get(name) is not None}
     found["sound"] = bool(record.get("sound_frames"))
+    if record.get("speed") == "fast" and {"num_inference_steps", "schedule_steps"} <= record.keys():
+        found["evaluations"] = record["num_inference_steps"]
+        found["num_inference_steps"] = record["schedule_steps"]
     found["recorded_mesh"] = record.get("mesh")
     files = record.get("checkpoint_files", {}).get("files", {}).values()
     found["full_digest"] = any({"sha256", "sampled"} <= file.keys() for file in files)
+    levels = {"num_inference_steps", "flow_shift", "schedule", "speed", "evaluations"}
     instead = {
         "height": {"size", "aspect"}, "width": {"size", "aspect"},
         "prompt": {"text", "prompt_file"}, "negative_prompt": {"negative_prompt_file"},
-        "steps_per_program": {"num_inference_steps", "sigmas"}, "seed": {"seeds"},
+        "steps_per_program": {*levels, "sigmas"}, "evaluations": {"num_inference_steps", "speed"},
+        "seed": {"seeds"},
         "keep": {"image"},
     }  # fmt: skip
     found = {name: found[name] for name in found if not instead.get(name, set()) & named.keys()}
-    levels = {"num_inference_steps", "flow_shift", "schedule"}
     if "sigmas" in record and not levels & named.keys():
         found["sigmas"] = ",".join(map(repr, record["sigmas"]))
     if "image" not in named and "video" not in named:

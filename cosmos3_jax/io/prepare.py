@@ -250,13 +250,27 @@ def resolve_settings(
     if source is not None:
         settings = dataclasses.replace(settings, width=width, height=height)
         sources |= {"width": source, "height": source}
-    settings = settings.filled(recipe)
+    settings = _with_evaluations(settings.filled(recipe))
     check_fps(settings.fps)
     if not math.isfinite(settings.guidance_scale):
         raise ValueError(f"guidance_scale={settings.guidance_scale} must be a finite number")
     if recipes.recognised:
         check_recommended(settings.num_frames, settings.height, settings.width, settings.fps)
     return settings, mode, sources, notes
+
+
+def _with_evaluations(settings: Settings) -> Settings:
+    """`fast` as a number of evaluations: half of the steps, rounded up. Of fewer evaluations than
+    steps the speed is `fast`, however it is asked for. Noise levels that are given win; they may be
+    those of such evaluations, as a record has both.
+    """
+    steps, evaluations = settings.num_inference_steps, settings.evaluations
+    if settings.sigmas is not None and len(settings.sigmas) - 1 != evaluations:
+        return dataclasses.replace(settings, speed="exact", evaluations=None)
+    if evaluations is None and settings.speed == "fast":
+        evaluations = -(-steps // 2)
+    fast = evaluations is not None and evaluations < steps
+    return dataclasses.replace(settings, evaluations=evaluations, speed="fast" if fast else "exact")
 
 
 def _size(recipe: Recipe, settings: Settings, mode: str) -> tuple[int, int, str | None, list[str]]:
@@ -357,6 +371,7 @@ def resolve_sigmas(config: Config, settings: Settings) -> np.ndarray:
         settings.schedule,
         settings.num_inference_steps,
         settings.flow_shift,
+        evaluations=settings.evaluations,
         **({} if None in karras else {"karras_range": karras}),
     )
 

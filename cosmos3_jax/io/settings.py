@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # the command line's help needs these settings, and neither J
     Numbers: TypeAlias = ArrayLike  # real ones
     Mask: TypeAlias = ArrayLike  # of bool
 End = Literal["first", "last"]
+Speed = Literal["exact", "fast"]
 
 
 class SettingsDict(TypedDict, total=False):
@@ -50,6 +51,8 @@ class SettingsDict(TypedDict, total=False):
     flow_shift: float | None
     schedule: str | None
     sigmas: Sequence[float] | None
+    speed: Speed
+    evaluations: int | None
     seed: int | Sequence[int]
     noise: Numbers | None
     sound_noise: Numbers | None
@@ -122,6 +125,14 @@ class Settings:
     schedule: str | None = _setting(None, "of the noise levels, see `unipc.sigmas`")
     sigmas: Sequence[float] | None = _setting(
         None, "K + 1 noise levels falling to 0; they override steps, schedule and shift"
+    )
+    speed: Speed = _setting(
+        "exact",
+        "exact evaluates the model at every step; fast at about every other one, in half the time "
+        "and not to the same result, see docs/fast.md",
+    )
+    evaluations: int | None = _setting(
+        None, "of the model, fewer than steps: a finer choice than fast"
     )
     seed: int | Sequence[int] = _setting(
         42, "one seed (example b takes seed + b) or one for each prompt"
@@ -245,6 +256,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "int": ("a whole number", _whole),
     "float": ("a finite number", _number),
     "End": ('"first" or "last"', _one_of("first", "last")),
+    "Speed": ('"exact" or "fast"', _one_of("exact", "fast")),
     "Literal[False]": ("False", _one_of(False)),
     "tuple[int, int]": ("two of them", lambda value: tuple(map(_whole, _sequence(value, 2)))),
     "Sequence[int]": ("one for each prompt", lambda value: [*map(_whole, _sequence(value))]),

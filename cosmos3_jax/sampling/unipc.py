@@ -56,14 +56,20 @@ def sigmas(
     num_inference_steps: int,
     flow_shift: float = 10.0,
     *,
+    evaluations: int | None = None,
     karras_range: tuple[float, float] = (0.147, 200.0),
 ) -> np.ndarray:
     """The K + 1 noise levels of a schedule, float64, strictly decreasing to 0.
+
+    With fewer `evaluations` than steps K is their number, and the levels lie evenly in u between
+    the first and the last that the steps have: 18 of 35 take every other one. A schedule of 18
+    steps would end at a larger last level, and lose most by that (benchmarks/NOTES.md).
 
     Args:
         schedule: `native` (linear flow from 0.999, the model's own framework), `diffusers` (linear
             flow from 1) or `karras` (the published scheduler file's; it ignores `flow_shift`).
         num_inference_steps: K, from 1 to 1000.
+        evaluations: of the model, from 1 to `num_inference_steps`; None is as many. For `native`.
         flow_shift: s in sigma = s u / (1 + (s - 1) u), from 1 / 10000 to 10000.
         karras_range: lowest and highest noise-to-signal ratio of the `karras` schedule.
 
@@ -80,6 +86,8 @@ def sigmas(
             f"num_inference_steps={steps} is more than the {NUM_TRAIN_TIMESTEPS} timesteps that "
             "the model knows: take fewer"
         )
+    if evaluations is not None:
+        _check_evaluations(evaluations, steps, schedule)
     if not 0 < flow_shift < np.inf:
         raise ValueError(f"flow_shift={flow_shift} must be positive and finite")
     most = limits.FLOW_SHIFT
@@ -100,10 +108,24 @@ def sigmas(
             else (1, 1 / NUM_TRAIN_TIMESTEPS)
         )
         u = np.linspace(*ends, steps + 1)[:-1]
+        if evaluations is not None:
+            u = np.linspace(u[0], u[-1], evaluations)
         levels = flow_shift * u / (1 + (flow_shift - 1) * u)
         if abs(levels[0] - 1) < 1e-6:
             levels[0] -= 1e-6  # log(1 - sigma) must be finite
     return np.append(levels, 0.0)
+
+
+def _check_evaluations(evaluations: int, steps: int, schedule: str) -> None:
+    if schedule != "native":
+        raise ValueError(
+            f"fewer evaluations than steps are for the native schedule, not for {schedule}: leave "
+            "one of the two out"
+        )
+    if not isinstance(evaluations, int | np.integer) or not 1 <= evaluations <= steps:
+        raise ValueError(
+            f"evaluations={evaluations} must be a whole number from 1 to the {steps} steps"
+        )
 
 
 def tableau(levels: np.ndarray) -> Tableau:

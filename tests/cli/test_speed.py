@@ -1,0 +1,101 @@
+"""`--speed fast`: which noise levels it takes, what the record says, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+from command_line import BARE, TEXTS
+
+from cosmos3_jax import Cosmos3
+from cosmos3_jax.cli import main as cli
+from cosmos3_jax.config import Config, Recipes
+from cosmos3_jax.io.prepare import resolve_settings, resolve_sigmas
+from cosmos3_jax.io.settings import Settings
+from cosmos3_jax.recipes import MODES
+from cosmos3_jax.sampling import unipc
+
+
+def resolved(model: str = "Nano", **settings) -> tuple[Settings, np.ndarray]:
+    config = Config(recipes=Recipes(model))
+    found, *_ = resolve_settings(config.recipes, Settings(**settings))
+    return found, resolve_sigmas(config, found)
+
+
+def test_half_of_35_are_every_other_one():
+    exact = unipc.sigmas("native", 35, 10.0)
+    fast = unipc.sigmas("native", 35, 10.0, evaluations=18)
+    np.testing.assert_allclose(fast[:-1], exact[:-1:2], rtol=1e-12)
+    assert fast[-1] == 0
+
+
+@pytest.mark.parametrize("model", ["Nano", "Super"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("evaluations", [None, 12, 1])
+def test_every_recipe_has_the_rule(model, mode, evaluations):
+    """The ends in u are those of the exact schedule, and u is even between them."""
+    given = {
+        "text2image": {"num_frames": 1}, "image2video": {"image": np.zeros((96, 96, 3), np.uint8)},
+        "video2video": {"video": np.zeros((9, 96, 96, 3), np.uint8)},
+    }.get(mode, {})  # fmt: skip
+    exact, whole = resolved(model, **given)
+    fast, levels = resolved(model, **given, speed="fast", evaluations=evaluations)
+    count = evaluations or -(-exact.num_inference_steps // 2)
+    assert (fast.speed, fast.evaluations, len(levels)) == ("fast", count, count + 1)
+    shift = exact.flow_shift
+    u = levels[:-1] / (shift - (shift - 1) * levels[:-1])
+    ends = whole[[0, -2]] / (shift - (shift - 1) * whole[[0, -2]])
+    np.testing.assert_allclose(u, np.linspace(*ends, count), rtol=1e-9)
+
+
+def test_exact_is_the_default_and_as_many_evaluations_are_exact():
+    exact, levels = resolved()
+    assert (exact.speed, exact.evaluations, len(levels)) == ("exact", None, 36)
+    same, again = resolved(evaluations=35, speed="fast")
+    assert same.speed == "exact"
+    np.testing.assert_allclose(again, levels, rtol=1e-12)
+
+
+def test_given_levels_win():
+    settings, levels = resolved(sigmas=[1.0, 0.5, 0.0], speed="fast")
+    assert (settings.speed, settings.evaluations, [*levels]) == ("exact", None, [1.0, 0.5, 0.0])
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"speed": "fast", "schedule": "karras"}, "native schedule, not for karras"),
+        ({"evaluations": 18, "schedule": "diffusers"}, "native schedule, not for diffusers"),
+        ({"evaluations": 36}, "evaluations=36 must be a whole number from 1 to the 35 steps"),
+        ({"evaluations": 0}, "evaluations=0 must be"),
+        ({"speed": "turbo"}, 'speed=.turbo. must be "exact" or "fast"'),
+    ],
+)
+def test_what_cannot_be_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        resolved(**settings)
+
+
+def test_the_request_has_as_many_steps():
+    request = Cosmos3.open("random").prepare("A red ball.", speed="fast", num_inference_steps=7)
+    assert request.num_inference_steps == len(request.sampler.timestep) == 4
+
+
+def test_the_record_says_what_was_resolved_and_makes_it_again(tmp_path, own_cache):
+    out, again, other = (tmp_path / name for name in ("out.mp4", "again.mp4", "other.mp4"))
+    fast = [*BARE, *TEXTS, "--steps", "5", "--speed", "fast", "--out", str(out)]
+    assert cli.main(fast) == 0
+    record = json.loads(out.with_suffix(".json").read_text())
+    assert (record["speed"], record["num_inference_steps"], record["schedule_steps"]) == (
+        "fast", 3, 5,
+    )  # fmt: skip
+    assert len(record["sigmas"]) == 4
+    assert cli.main(["generate", "--from-record", str(out), "--out", str(again)]) == 0
+    assert again.read_bytes() == out.read_bytes()
+    exact = ["generate", "--from-record", str(out), "--speed", "exact", "--out", str(other)]
+    assert cli.main(exact) == 0
+    record = json.loads(other.with_suffix(".json").read_text())
+    assert (record["speed"], record["num_inference_steps"], len(record["sigmas"])) == (
+        "exact",
+        5,
+        6,
+    )
