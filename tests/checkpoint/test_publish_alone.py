@@ -75,33 +75,41 @@ def test_clean_up_brings_back_what_is_replaced(tmp_path, monkeypatch):
     assert (path / "a.txt").read_text() == "old"
 
 
-# A process that has begun a file, a folder, one to resume, and says so; then it waits, or ends.
+# A process that has begun a file, a folder and one to resume, in a thread that does not end, and
+# says so; then it waits, or ends.
 PROCESS = """
-import contextlib, os, signal, sys
+import contextlib, os, signal, sys, threading
 from pathlib import Path
 from cosmos3_jax.checkpoint import publish
 
-end, here = sys.argv[1], Path(sys.argv[2])
+then, here = sys.argv[1], Path(sys.argv[2])
 signal.signal(signal.SIGTERM, lambda *_: (publish.clean_up(), os._exit(143)))
 opened = contextlib.ExitStack()
-opened.enter_context(publish.file(here / "new" / "a.mp4")).write_bytes(b"half")
-for name, resume in ("a", False), ("b", True):
-    folder = opened.enter_context(publish.folder(here / name, resume=resume))
-    folder.mkdir()
-    opened.enter_context(publish.file(folder / "a.txt")).write_text("half")
+
+def work():
+    opened.enter_context(publish.file(here / "new" / "a.mp4")).write_bytes(b"half")
+    for name, resume in ("a", False), ("b", True):
+        folder = opened.enter_context(publish.folder(here / name, resume=resume))
+        folder.mkdir()
+        opened.enter_context(publish.file(folder / "a.txt")).write_text("half")
+    begun.set()
+    signal.sigwait([])
+
+begun = threading.Event()
+threading.Thread(target=work, daemon=True).start()
+begun.wait()
 if os.fork() == 0:  # a child cleans up after itself alone
     publish.clean_up()
     os._exit(0)
 os.wait()
 print("open", len(list(here.rglob(".cosmos3-*"))), flush=True)
-if end == "wait":
+if then == "wait":
     signal.pause()
-sys.exit() if end == "exit" else os._exit(0)
 """
 
 
-def started(folder: Path, end: str = "wait") -> subprocess.Popen:
-    command = [sys.executable, "-c", PROCESS, end, str(folder)]
+def started(folder: Path, then: str = "wait") -> subprocess.Popen:
+    command = [sys.executable, "-c", PROCESS, then, str(folder)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "open 4\n"
     return process
@@ -137,6 +145,17 @@ def test_a_folder_that_another_process_writes_is_refused_by_name(tmp_path):
             write(temporary)
         assert names(tmp_path / name) == ["a.txt"]
     assert not [*tmp_path.glob(".*.lock")]
+
+
+@pytest.mark.parametrize("kind", ["folder", "folder to resume"])
+def test_a_folder_that_is_there_is_refused_before_the_work(tmp_path, kind):
+    path = tmp_path / "a"
+    path.mkdir()
+    with PUBLISHING[kind](path) as temporary:  # an empty one is none
+        write(temporary)
+    with pytest.raises(FileExistsError, match="a exists; choose another"), PUBLISHING[kind](path):
+        pytest.fail("the work began")
+    assert names(tmp_path) == ["a", "a/a.txt"]
 
 
 def test_a_lock_is_that_of_the_file_that_is_there(tmp_path, monkeypatch):
