@@ -15,6 +15,7 @@ from typing import Any, Unpack
 from jax import Array
 from jax.sharding import Mesh
 
+from cosmos3_jax import limits
 from cosmos3_jax.checkpoint import lora_files
 from cosmos3_jax.checkpoint.find import find_checkpoint, open_folder
 from cosmos3_jax.config import Config, SoundVAEConfig
@@ -220,9 +221,17 @@ class Cosmos3:
         """
         return self.resolve(prompt, **settings).request
 
-    def resolve(self, prompt: str | Sequence[str], **settings: Unpack[SettingsDict]) -> Prepared:
-        """The request that `prepare` returns, and what it was made from."""
-        return prepare(self.config, self.tokenizer, prompt, read_settings(dict(settings)))
+    def resolve(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        check: Callable[[Request], object] = lambda request: None,
+        **settings: Unpack[SettingsDict],
+    ) -> Prepared:
+        """The request that `prepare` returns, and what it was made from; `check` as in
+        `io.prepare.prepare`.
+        """
+        return prepare(self.config, self.tokenizer, prompt, read_settings(dict(settings)), check)
 
     def generate(
         self,
@@ -262,11 +271,21 @@ class Cosmos3:
             OutOfDeviceMemory: (a ValueError) the device has too little memory. As a rule that is
                 known before anything is run.
         """
-        request = self.prepare(prompt, **settings)
-        return self.run(
-            request, output=output, return_trajectory=return_trajectory, progress=progress,
+        options = dict(
+            output=output, return_trajectory=return_trajectory,
             decode_chunk_size=decode_chunk_size, steps_per_program=steps_per_program,
         )  # fmt: skip
+        request = self._prepare_fitting(prompt, settings, options)
+        return self.run(request, progress=progress, **options)
+
+    def _prepare_fitting(self, prompt: Any, settings: SettingsDict, options: dict) -> Request:
+        """`prepare`, and before its noise is drawn the check that a generation with it fits."""
+
+        def check(request: Request) -> None:
+            job = self._generation(request, **options).job
+            memory.check_fits(self.config, device.memory_limit(), job)
+
+        return self.resolve(prompt, check=check, **settings).request
 
     def run(
         self,
@@ -331,15 +350,16 @@ class Cosmos3:
         Raises:
             ValueError, OutOfDeviceMemory: as `generate` would.
         """
-        request = self.prepare(prompt, **settings)
-        if text_tokens is not None:
-            ids, mask = pad_token_ids([[0] * text_tokens] * len(request.text_ids), TEXT_BUCKET)
-            request = request.replace(text_ids=ids, text_mask=mask)
-        generation = self._generation(
-            request, output=output, return_trajectory=return_trajectory,
+        options = dict(
+            output=output, return_trajectory=return_trajectory,
             decode_chunk_size=decode_chunk_size, steps_per_program=steps_per_program,
         )  # fmt: skip
-        generation.compile()
+        request = self._prepare_fitting(prompt, settings, options)
+        if text_tokens is not None:
+            limits.check_most("text_tokens", text_tokens)
+            ids, mask = pad_token_ids([[0] * text_tokens] * len(request.text_ids), TEXT_BUCKET)
+            request = request.replace(text_ids=ids, text_mask=mask)
+        self._generation(request, **options).compile()
 
     def steps(self, request: Request) -> Iterator[Step]:
         """Denoise a request, a step at a time: `for step in model.steps(request)`.

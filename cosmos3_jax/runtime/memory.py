@@ -7,6 +7,7 @@ and outputs of a stage are exact; what its program needs beside them was measure
 sizes measured. So a generation that does not fit is refused before any long work starts.
 """
 
+import bisect
 import functools
 import math
 from collections.abc import Generator, Mapping
@@ -20,6 +21,7 @@ from cosmos3_jax.checkpoint.rules import leaf_shapes
 from cosmos3_jax.config import Config, check_fps
 from cosmos3_jax.models import sound_vae, transformer, video_vae
 from cosmos3_jax.models.attention import check_logits, fused_obstacle, logit_bytes
+from cosmos3_jax.parallel import device
 from cosmos3_jax.parallel.mesh import Meshes
 from cosmos3_jax.parallel.sharding import ROWS, TOKENS
 from cosmos3_jax.runtime.job import Job
@@ -41,6 +43,10 @@ ENCODER_TENSORS = 8  # of the encoder's first stage; measured, 7.8 to 8.0, for o
 
 PUBLISHED_SIZES = ((720, 1280), (480, 832), (192, 320))
 LONG_PROMPT = 2048  # tokens; a longer one is named as what to shorten
+
+
+# Of what `generation_bytes` names, what there is whatever the device computes with.
+ARRAYS = ("condition", "latents", "trajectory", "pixels", "waveform", "clean pixels")
 
 
 class OutOfDeviceMemory(ValueError):
@@ -110,11 +116,11 @@ def generation_bytes(config: Config, job: Job) -> dict[str, int]:
     batch = -(-job.batch // mesh.get("data", 1))
     at_once, tokens = attention[0] // batch, batch * -(-attention[2] // by_tokens)
     branches = max(at_once, (1 + job.guidance) // mesh.get("cfg", 1))
-    weights = {part: _tree_bytes(tree, itemsize) for part, tree in _trees(config).items()}
+    sizes = _weight_bytes(config, itemsize)
+    weights = {part: sizes[part] for part in _trees(config)}
     gathered = 0
     if (fsdp := mesh.get("fsdp", 1)) > 1:
-        layers = _tree_bytes({"layers": _trees(config)["gen"]["layers"]}, itemsize)
-        gathered = GATHERED_LAYERS * layers // model.num_hidden_layers
+        gathered = GATHERED_LAYERS * sizes["media layers"] // model.num_hidden_layers
         weights |= {part: weights[part] // fsdp for part in ("und", "gen")}
 
     key_value = 2 * model.num_key_value_heads * model.head_dim
@@ -137,9 +143,7 @@ def generation_bytes(config: Config, job: Job) -> dict[str, int]:
 
     # A token at the end of the SwiGLU: residual, gate and up, their product.
     token = itemsize * (model.hidden_size + 3 * model.intermediate_size)
-    text_layers = {name: x for name, x in _trees(config)["und"].items() if name != "embed"}
-    layer = _tree_bytes(text_layers, itemsize)
-    decoder = _tree_bytes(_trees(config)["video_vae"]["decoder"], itemsize)
+    layer, decoder = sizes["text layers"], sizes["video decoder"]
     chunk = job.decode_chunk_size or video_vae.decode_chunk_size(*shape[1:], job.device)
     frames, chunk = min(vae.scale_factor_temporal, num_frames), min(chunk, shape[0])
     rows = vae.scale_factor_spatial * -(-height // vae.scale_factor_spatial // by_rows)
@@ -190,6 +194,18 @@ def generation_bytes(config: Config, job: Job) -> dict[str, int]:
 def ways(mesh: Mapping[str, int], axes: tuple[str, ...]) -> int:
     """Into how many parts these axes of a mesh divide an array."""
     return math.prod(mesh.get(name, 1) for name in axes)
+
+
+@functools.lru_cache
+def _weight_bytes(config: Config, itemsize: int) -> dict[str, int]:
+    """Bytes of the weights of each part, and of some of their branches."""
+    trees = _trees(config)
+    branches = trees | {
+        "media layers": {"layers": trees["gen"]["layers"]},
+        "text layers": {name: x for name, x in trees["und"].items() if name != "embed"},
+        "video decoder": trees["video_vae"]["decoder"],
+    }
+    return {name: _tree_bytes(tree, itemsize) for name, tree in branches.items()}
 
 
 def _tree_bytes(tree: dict, itemsize: int) -> int:
@@ -245,7 +261,8 @@ def check_fits(config: Config, limit_bytes: int | None, job: Job) -> None:
 
     Args:
         config: the checkpoint's.
-        limit_bytes: see `device.memory_limit`; None checks nothing.
+        limit_bytes: see `device.memory_limit`; None, as on a CPU, judges `ARRAYS` by the host's
+            memory, and nothing else.
         job: the generation.
 
     Raises:
@@ -256,7 +273,15 @@ def check_fits(config: Config, limit_bytes: int | None, job: Job) -> None:
     if needed["logits"]:
         head_dim = config.transformer.head_dim
         check_logits(needed["logits"], fused_obstacle(jnp.dtype(job.dtype), head_dim, job.device))
-    if limit_bytes is None or needed["peak"] <= limit_bytes:
+    if limit_bytes is None:
+        arrays, memory = sum(needed[name] for name in ARRAYS), device.host_memory()
+        if memory is not None and arrays > memory:
+            raise OutOfDeviceMemory(
+                f"{job} need {_gib(arrays)} for latents and pixels alone, and this machine has "
+                f"{_gib(memory)}. Take fewer num_frames, a smaller size or fewer prompts"
+            )
+        return
+    if needed["peak"] <= limit_bytes:
         return
     stage = max(STAGEPARTS, key=lambda name: needed.get(name, 0))
     weights = "one part of the weights at a time" if job.offload else "all weights on the device"
@@ -316,15 +341,17 @@ def what_fits(config: Config, limit_bytes: int, job: Job) -> str:
     phrase, changes = _both(*slight, *offloading)
     sizes = [size for size in PUBLISHED_SIZES if math.prod(size) < job.height * job.width]
     upright = job.height > job.width
-    smaller = (
-        [{"batch": n} for n in range(job.batch - 1, 0, -1)],
-        [{"num_frames": n} for n in range(job.num_frames - 4, 4 if job.sound else 0, -4)],
-        [{"height": b if upright else a, "width": a if upright else b} for a, b in sizes],
+    smaller = (  # ascending
+        [{"batch": n} for n in range(1, job.batch)],
+        [{"num_frames": n} for n in range(5 if job.sound else 1, job.num_frames, 4)],
+        [{"height": b if upright else a, "width": a if upright else b} for a, b in reversed(sizes)],
     )
-    fitting = (
-        next((size for size in kind if need(**changes | size) <= limit_bytes), None)
-        for kind in smaller
-    )
+
+    def largest(kind: list[dict]) -> dict | None:
+        count = bisect.bisect_right(kind, limit_bytes, key=lambda size: need(**changes | size))
+        return kind[count - 1] if count else None
+
+    fitting = map(largest, smaller)
     listed = ", or ".join(str(job.replace(**size)) for size in fitting if size is not None)
     if not listed:
         return "Nothing smaller fits either: use a device with more memory."
