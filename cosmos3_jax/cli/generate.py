@@ -9,6 +9,7 @@ import time
 from functools import partial
 
 import jax
+from jax.sharding import Mesh
 
 from cosmos3_jax.checkpoint import digests
 from cosmos3_jax.checkpoint.find import BUILT_IN, find_checkpoint
@@ -56,14 +57,16 @@ def run_generate(options: argparse.Namespace) -> int:
             revision=options.revision,
         )  # fmt: skip
         prompt = _prompt(options)
-        first = model.resolve(prompt, **settings, seed=takes[0].seed)
+        check = partial(_check_fits, options, model)
+        first = model.resolve(prompt, **settings, seed=takes[0].seed, check=check)
         prepared = [first, *(with_seed(first, take.seed) for take in takes[1:])]
         request = first.request
         check_kind(options, takes[0].out, first)
         block_steps = model.steps_per_program(request, options.steps_per_program)
     device.use_compilation_cache(not options.no_compilation_cache)
     job, meshes = _place(options, model, request)
-    memory.check_fits(model.config, device.memory_limit(), job)
+    _say_mesh(meshes.of(job.batch, job.guidance))
+    memory.check_fits(model.config, device.memory_limit(), job)  # with the pixels that are given
     log.info(_summary(options, prepared[0], job))
     files, negative = _files(options), settings["negative_prompt"]
     records = [
@@ -143,18 +146,26 @@ def _summary(options: argparse.Namespace, prepared: Prepared, job: Job) -> str:
 
 
 def _place(options: argparse.Namespace, model: Cosmos3, request: Request) -> tuple[Job, Meshes]:
-    """Choose the devices for a request and whether to offload, and say which they are."""
+    """Choose the devices for a request and whether to offload."""
     job = Job.of_request(model.config, request, dtype=options.dtype or device.default_dtype())
     wanted = {"auto": None, "yes": True, "no": False}[options.offload]
     meshes, offload = memory.choose_devices(
         model.config, device.memory_limit(), options.mesh or recorded_mesh(options), wanted, job
     )
     mesh = meshes.of(job.batch, job.guidance)
+    sizes = {} if mesh is None else dict(mesh.shape)
+    return job.replace(offload=offload, mesh=sizes), meshes
+
+
+def _check_fits(options: argparse.Namespace, model: Cosmos3, request: Request) -> None:
+    job, _ = _place(options, model, request)
+    memory.check_fits(model.config, device.memory_limit(), job)
+
+
+def _say_mesh(mesh: Mesh | None) -> None:
     if mesh is not None:
         used = mesh.size // mesh.shape.get(IDLE, 1)
         log.info("mesh %s: %d of %d devices", describe(mesh.shape), used, len(jax.devices()))
-    sizes = {} if mesh is None else dict(mesh.shape)
-    return job.replace(offload=offload, mesh=sizes), meshes
 
 
 def recorded_mesh(options: argparse.Namespace) -> str | None:
@@ -186,7 +197,7 @@ def _after(take: Take, overwrite: bool, clock: _Clock, stage: Stage, values: Val
     if stage.loop and take.latents_path:
         arrays = distributed.to_host(values["latents"])
         if distributed.is_writer():
-            take.latents_path = save_latents(take.latents_path, arrays, overwrite or take.resumed)
+            save_latents(take, arrays, overwrite or take.resumed)
 
 
 def _settings(options: argparse.Namespace) -> dict:
