@@ -153,12 +153,21 @@ def _dtype(text: str) -> str:
     return DTYPES.get(text, text)
 
 
+def _written(text: str) -> Path:
+    """A path to write; a shell leaves the ~ of `--out=~/car.mp4` as it is."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text}: this user has no home folder") from error
+
+
 def _file(text: str) -> Path:
     """Raises ArgumentTypeError on a folder."""
-    if text.endswith(("/", os.sep)) or os.path.isdir(text):
+    path = _written(text)
+    if text.endswith(("/", os.sep)) or path.is_dir():
         name = os.path.join(text, "output.mp4")
         raise argparse.ArgumentTypeError(f"{text} is a folder: name a file in it, such as {name}")
-    return Path(text)
+    return path
 
 
 def _parser(recorded: dict[str, Any]) -> argparse.ArgumentParser:
@@ -342,7 +351,7 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     output.add_argument("--overwrite", action="store_true", help="replace existing outputs")
     output.add_argument(
-        "--save-latents", type=Path, metavar="FILE.npz",
+        "--save-latents", type=_written, metavar="FILE.npz",
         help="write final `video` and `sound` latents",
     )  # fmt: skip
     output.add_argument(
@@ -407,7 +416,7 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
 
 def _add_convert(command: argparse.ArgumentParser) -> None:
     command.add_argument("source", help="folder or Hub id")
-    command.add_argument("target", type=Path, help="folder to write")
+    command.add_argument("target", type=_written, help="folder to write")
     command.add_argument("--revision", help="branch, tag or commit of a Hub id (default: main)")
     command.add_argument(
         "--dtype", type=_dtype, choices=("bfloat16", "float32"), default="bfloat16",
@@ -444,6 +453,11 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
         "--steps", type=int, metavar="K", help="denoising steps (default: the recipe's)"
     )
     command.add_argument(
+        "--speed", dest="speeds", default="exact", metavar="SPEED",
+        help="exact, fast or exact,fast: all steps, or half as many evaluations (default: "
+        "%(default)s)",
+    )  # fmt: skip
+    command.add_argument(
         "--repeats",
         type=int,
         default=3,
@@ -465,5 +479,7 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="latent frames at a time (default: by size)",
     )
-    command.add_argument("--out", type=Path, metavar="FILE.json", help="what was measured, as JSON")
+    command.add_argument(
+        "--out", type=_written, metavar="FILE.json", help="what was measured, as JSON"
+    )
     command.add_argument("--overwrite", action="store_true", help="replace an existing FILE.json")

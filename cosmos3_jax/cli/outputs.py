@@ -5,9 +5,11 @@ import dataclasses
 import logging
 import re
 import secrets
+import tempfile
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,7 @@ class Take:
     Attributes:
         state_path: where the sampler's state is kept between its steps.
         resumed: whether there is one: then an interrupted run may have left the latents, too.
+        failures: what could not be written where it should be, in words.
     """
 
     seed: int
@@ -49,6 +52,7 @@ class Take:
     state_path: Path
     resumed: bool = False
     times: dict[str, float] = dataclasses.field(default_factory=dict)
+    failures: list[str] = dataclasses.field(default_factory=list)
 
 
 def plan(options: argparse.Namespace) -> list[Take]:
@@ -156,31 +160,75 @@ def check_kind(options: argparse.Namespace, out: Path, prepared: Prepared) -> No
 
 
 def write(options: argparse.Namespace, take: Take, result: Mapping, record: Record) -> None:
-    """The file and its record, and the times on the terminal."""
+    """The file and its record, and the times on the terminal.
+
+    Raises OSError if one of them, or the latents before, could not be written where it should be;
+    it says where it is instead (see `_saved`).
+    """
     log.info("writing %s", take.out)
     comment = to_comment(record) if options.metadata else None
+    save = media.save_image if result["video"].shape[2] == 1 else media.save_video
     with timed(take.times, "encode"):
-        save = media.save_image if result["video"].shape[2] == 1 else media.save_video
-        out = save(result, take.out, overwrite=options.overwrite, comment=comment)
+        out = _saved(take, take.out, options.overwrite, partial(save, result, comment=comment))
     take.times["total"] = sum(take.times.values())
     record |= {
         "peak_memory_bytes": device.memory_peak(),
         "seconds": {stage: round(seconds, 3) for stage, seconds in take.times.items()},
     }
+    if out is None:
+        raise OSError("; ".join(take.failures))
     path = take.record_path if out == take.out else out.with_name(f"{out.name}.json")
-    path = media.write_text(path, to_text(record), overwrite=options.overwrite)
+    path = _saved(take, path, options.overwrite, partial(_write_text, to_text(record)))
     for stage, seconds in take.times.items():
         print(f"{stage:>10}  {seconds:8.2f} s")
-    written = [out, path] + ([take.latents_path] if take.latents_path else [])
-    print(f"wrote {', '.join(map(str, written))}")
+    print(f"wrote {', '.join(str(name) for name in (out, path, take.latents_path) if name)}")
+    if take.failures:
+        again = f"; {out} is whole, so that the same command needs --overwrite or another --out"
+        raise OSError("; ".join(take.failures) + again * (out == take.out))
 
 
-def save_latents(path: Path, arrays: Mapping[str, Any], overwrite: bool) -> Path:
-    """Write an npz file; returns its path, another one if that has been taken meanwhile."""
-    with media.writing(path, overwrite, (".npz",)) as target:
-        with target.temporary.open("wb") as file:
-            np.savez(file, **arrays)
-    return target.path
+def save_latents(take: Take, arrays: Mapping[str, Any], overwrite: bool) -> None:
+    """Write an npz file. Where it cannot be written, the video is made nevertheless: that is said
+    now, and raised by `write`. Sets `take.latents_path` to the path that was written, or to None.
+    """
+
+    def save(path: Path, overwrite: bool) -> Path:
+        with media.writing(path, overwrite, (".npz",)) as target:
+            with target.temporary.open("wb") as file:
+                np.savez(file, **arrays)
+        return target.path
+
+    if take.latents_path is not None:
+        take.latents_path = _saved(take, take.latents_path, overwrite, save)
+        for failure in take.failures:
+            log.warning("%s", failure)
+
+
+def _write_text(text: str, path: Path, overwrite: bool) -> Path:
+    return media.write_text(path, text, overwrite)
+
+
+def _saved(take: Take, path: Path, overwrite: bool, write: Callable[..., Path]) -> Path | None:
+    """The path that `write(path, overwrite=...)` returns.
+
+    If the disk or its folder does not take the file, what was made is saved among the temporary
+    files, under a free name, and `take.failures` gets the words; None if they do not take it
+    either.
+    """
+    try:
+        return write(path, overwrite=overwrite)
+    except FileNotFoundError:  # what is open has been removed: this process is about to end
+        raise
+    except OSError as error:
+        failure = f"{error.strerror or error}"
+    saved = None
+    try:
+        saved = write(Path(tempfile.gettempdir()) / path.name, overwrite=False)
+    except OSError as error:
+        take.failures.append(f"{failure}; nor elsewhere: {error.strerror or error}")
+    else:
+        take.failures.append(f"{failure}; instead it is in {saved}")
+    return saved
 
 
 @contextmanager
