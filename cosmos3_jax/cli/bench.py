@@ -33,9 +33,11 @@ def jobs(
     sound: bool = False,
     text_tokens: int = PROMPT_TOKENS,
     negative_tokens: int = PROMPT_TOKENS,
+    speeds: str = "exact",
     **settings,
 ) -> dict[str, Job]:
-    """The checked jobs that a command line asks for, by the names of their sizes.
+    """The checked jobs that a command line asks for, by the names of their sizes; `480p fast` is
+    one of fewer evaluations, as many steps.
 
     Smallest first: a device's peak memory never falls, so each size then shows its own.
 
@@ -44,10 +46,13 @@ def jobs(
         sizes: as `recipes.parse_size` takes them, with commas between them, instead of `height`
             and `width`.
         height, width, sound, text_tokens, negative_tokens, settings: fields of `Job`.
+        speeds: `exact`, `fast` or both with a comma between them.
 
     Raises:
-        ValueError: an unknown size, a size given twice over, or see `check_job`.
+        ValueError: an unknown size or speed, a size given twice over, or see `check_job`.
     """
+    if not set(speeds.split(",")) <= {"exact", "fast"}:
+        raise ValueError(f"speed {speeds!r} is unknown; choose exact, fast or exact,fast")
     recipe = config.recipe
     if sizes is None:
         height = recipe.height if height is None else height
@@ -60,11 +65,16 @@ def jobs(
         chosen = dict(map(_named_size, sizes.split(",")))
     made = {}
     for name, (height, width) in sorted(chosen.items(), key=lambda item: math.prod(item[1])):
-        made[name] = Job.of_recipe(
+        job = Job.of_recipe(
             config, height=height, width=width, sound=sound, text_tokens=text_tokens,
             negative_tokens=negative_tokens, **settings,
         )  # fmt: skip
-        check_job(config, made[name])
+        check_job(config, job)
+        for speed in speeds.split(","):
+            if speed == "fast":
+                made[f"{name} fast"] = job.replace(steps=unipc.fast_evaluations(job.steps))
+            else:
+                made[name] = job
     return made
 
 

@@ -158,7 +158,7 @@ def run_bench(options: argparse.Namespace) -> int:
         config = Config() if options.sound else Config().silent()
     names = (
         "sizes", "num_frames", "height", "width", "fps", "steps", "text_tokens", "negative_tokens",
-        "decode_chunk_size",
+        "decode_chunk_size", "speeds",
     )  # fmt: skip
     if options.repeats < 1:
         raise ValueError(f"repeats={options.repeats} must be at least 1")

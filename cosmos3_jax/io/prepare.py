@@ -260,15 +260,15 @@ def resolve_settings(
 
 
 def _with_evaluations(settings: Settings) -> Settings:
-    """`fast` as a number of evaluations: half of the steps, rounded up. Of fewer evaluations than
-    steps the speed is `fast`, however it is asked for. Noise levels that are given win; they may be
-    those of such evaluations, as a record has both.
+    """`fast` as a number of evaluations. Of fewer evaluations than steps the speed is `fast`,
+    however it is asked for. Noise levels that are given win; they may be those of such evaluations,
+    as a record has both.
     """
     steps, evaluations = settings.num_inference_steps, settings.evaluations
     if settings.sigmas is not None and len(settings.sigmas) - 1 != evaluations:
         return dataclasses.replace(settings, speed="exact", evaluations=None)
     if evaluations is None and settings.speed == "fast":
-        evaluations = -(-steps // 2)
+        evaluations = unipc.fast_evaluations(steps)
     fast = evaluations is not None and evaluations < steps
     return dataclasses.replace(settings, evaluations=evaluations, speed="fast" if fast else "exact")
 

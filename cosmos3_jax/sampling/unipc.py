@@ -116,6 +116,11 @@ def sigmas(
     return np.append(levels, 0.0)
 
 
+def fast_evaluations(num_inference_steps: int) -> int:
+    """How many evaluations `speed="fast"` takes of a schedule: half, rounded up."""
+    return -(-num_inference_steps // 2)
+
+
 def _check_evaluations(evaluations: int, steps: int, schedule: str) -> None:
     if schedule != "native":
         raise ValueError(

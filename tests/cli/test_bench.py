@@ -251,3 +251,11 @@ def test_sizes_as_elsewhere():
     made = bench.jobs(Config(), sizes="832x480,256p,704p,96x64")
     assert list(made) == ["64x96", "256p", "480p", "704x1280"]
     assert (made["64x96"].height, made["64x96"].width) == (64, 96)
+
+
+def test_a_fast_job_has_half_the_evaluations():
+    made = bench.jobs(Config(), sizes="480p,256p", speeds="exact,fast")
+    steps = {name: job.steps for name, job in made.items()}
+    assert steps == {"256p": 35, "256p fast": 18, "480p": 35, "480p fast": 18}
+    with pytest.raises(ValueError, match="speed 'quick' is unknown"):
+        bench.jobs(Config(), speeds="quick")
