@@ -1,33 +1,42 @@
 """Several processes on one machine or many, each with some of the devices of one mesh.
 
 Each runs the same command, and learns its number and the coordinator's address from the launcher's
-environment variables. JAX's coordination service, in process 0, connects them, and ends them all
-when one dies: the others would wait for its share for ever.
+environment variables. They meet at that address (see `meeting`), JAX's coordination service, in
+process 0, connects their devices, and all end when one does: they would wait for its share for
+ever.
 """
 
+import atexit
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import re
-import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
 import numpy as np
 
+from cosmos3_jax.parallel import meeting
+
 PORTS = range(61440, 65536)  # of the coordinator; a job's number chooses one
 # Seconds without a heartbeat after which a process counts as dead, unless
-# COSMOS3_JAX_HEARTBEAT_SECONDS is set.
+# COSMOS3_JAX_HEARTBEAT_SECONDS is set: of one that is stopped, or cut off. One that ends is seen at
+# once.
 HEARTBEAT_SECONDS = 60
 # A process that has finished waits for the writer, which may encode for long. If the writer dies,
 # its heartbeat stops.
 SHUTDOWN_SECONDS = 24 * 3600
 MEETING_SECONDS = 300
+# A process that fails says so, and the others, which may fail for the same reason, have so many
+# seconds to say why. Process 0 goes last, as JAX ends the others when its service does.
+GRACE_SECONDS = 1.0
+SLURM_INTERACTIVE_STEP = 0xFFFFFFFA  # slurm.h; the step of salloc's shell
 # Of what differs between processes: names in a message, and letters of a value.
 MOST_NAMED, MOST_SHOWN = 8, 60
 
@@ -38,6 +47,7 @@ class Processes:
     coordinator: host:port of process 0.
     count, index: how many processes there are, and which this is.
     local_count, local_index: the same of those on this machine, as far as it is known.
+    launched: whether a launcher says how many are on this machine.
     """
 
     coordinator: str
@@ -45,6 +55,7 @@ class Processes:
     index: int
     local_count: int = 1
     local_index: int = 0
+    launched: bool = dataclasses.field(default=False, compare=False)
 
 
 def find_processes(
@@ -71,14 +82,14 @@ def find_processes(
     coordinator = coordinator or env.get("JAX_COORDINATOR_ADDRESS")
     count = _integer(env, "JAX_NUM_PROCESSES") if count is None else count
     index = _integer(env, "JAX_PROCESS_ID") if index is None else index
-    local = (1, 0)
+    local: tuple = (1, 0)
     if count is None and index is None:
         # Of the step: a batch script has a SLURM_PROCID, too, and is alone.
-        if (_integer(env, "SLURM_STEP_NUM_TASKS") or 1) > 1:
+        if (_integer(env, "SLURM_STEP_NUM_TASKS") or 1) > 1 and not is_interactive_step(env):
             count, index = (_integer(env, f"SLURM_{x}") for x in ("STEP_NUM_TASKS", "PROCID"))
             tasks = tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE", "1"))
             node = min(_integer(env, "SLURM_NODEID") or 0, len(tasks) - 1)
-            local = (tasks[node], _integer(env, "SLURM_LOCALID") or 0)
+            local = (tasks[node], _integer(env, "SLURM_LOCALID") or 0, True)
             nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
             port = _port(_integer(env, "SLURM_JOB_ID") or 0)
             coordinator = coordinator or f"{first_host(nodes)}:{port}"
@@ -87,6 +98,7 @@ def find_processes(
             local = (
                 _integer(env, "OMPI_COMM_WORLD_LOCAL_SIZE") or 0,
                 _integer(env, "OMPI_COMM_WORLD_LOCAL_RANK") or 0,
+                True,
             )
             coordinator = coordinator or _open_mpi_coordinator(env, local[0] == count)
     if coordinator is None and index is None and count in (None, 1):
@@ -150,62 +162,132 @@ def local_devices(
     return list(range(share * processes.local_index, share * (processes.local_index + 1)))
 
 
+def is_interactive_step(environment: Mapping[str, str], terminal: bool | None = None) -> bool:
+    """Whether this is a command typed in the shell of an interactive step of SLURM's.
+
+    Such a step may have many tasks, but the shell runs in one, and so does what is typed there.
+    `salloc` numbers its shell's step `SLURM_INTERACTIVE_STEP` (slurm.h). `srun --pty` gives task 0
+    a terminal and its own `SLURM_PTY_PORT` (srun's env.c and srun_pty.c), and closes the other
+    tasks' input, which ends their shells (srun(1), --pty). An `srun` inside inherits the variable,
+    but no terminal. What `srun --pty` itself started, its `SLURM_TASK_PID`, is no shell.
+
+    Args:
+        environment: the environment variables.
+        terminal: whether this process has a controlling terminal; None looks.
+    """
+    if _integer(environment, "SLURM_STEP_ID") == SLURM_INTERACTIVE_STEP:
+        return True
+    if "SLURM_PTY_PORT" not in environment or environment.get("SLURM_PROCID", "0") != "0":
+        return False
+    if environment.get("SLURM_TASK_PID") == str(os.getpid()):
+        return False
+    return _has_terminal() if terminal is None else terminal
+
+
+def _has_terminal() -> bool:
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+        return True
+    except OSError:
+        return False
+
+
 def start(processes: Processes | None) -> None:
     """Meet the other processes; before JAX starts its backend.
+
+    Process 0 listens at the coordinator's address, and at no other; with
+    `JAX_COORDINATOR_BIND_ADDRESS`, which is for a machine behind a NAT, at that one. While they
+    wait for each other they say so.
 
     Raises:
         ValueError: if they cannot meet at the coordinator's address.
     """
+    global _peers
     if processes is None:
         return
-    print(
-        f"process {processes.index} of {processes.count}: to meet at {processes.coordinator}",
-        file=sys.stderr, flush=True,
-    )  # fmt: skip
-    host, _, port = processes.coordinator.rpartition(":")
+    name = f"process {processes.index} of {processes.count}"
+    _say(f"{name}: to meet at {processes.coordinator}")
+    waiting = meeting.Waiting(MEETING_SECONDS, lambda text: _say(f"{name}: {text}"))
+    own = processes.coordinator
     if processes.index == 0:
-        _check_port(int(port))
+        own = _address_to_listen_at(processes, os.environ)
+        listeners = meeting.bind(*_host_and_port(own))
+        peers = meeting.receive(listeners, processes.count, waiting, processes.coordinator)
     else:
-        _wait_for(host.strip("[]"), int(port))
+        where = _host_and_port(processes.coordinator)
+        peers = meeting.visit(*where, processes.count, processes.index, waiting)
+    peers.watch(_end_as_another_did)
+    # It would take SIGTERM from this process, and speak up when process 0 ends.
+    if hasattr(jax.config, "jax_enable_preemption_service"):
+        jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
-        processes.coordinator,
+        own.replace("0.0.0.0:", "127.0.0.1:").replace("[::]:", "[::1]:"),
         processes.count,
         processes.index,
         local_devices(processes, os.environ, _count_gpus()),
         cluster_detection_method="deactivate",
+        coordinator_bind_address=own,
         heartbeat_timeout_seconds=_integer(os.environ, "COSMOS3_JAX_HEARTBEAT_SECONDS")
         or HEARTBEAT_SECONDS,
         initialization_timeout=MEETING_SECONDS,
         shutdown_timeout_seconds=SHUTDOWN_SECONDS,
     )
+    _peers = peers
+    atexit.register(peers.tell, meeting.DONE)  # called before JAX waits for the others
 
 
-def _check_port(port: int) -> None:
-    """JAX's service would end the process where another program has the port."""
-    with socket.socket() as trial:
-        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            trial.bind(("", port))
-        except OSError as error:
-            raise ValueError(
-                f"port {port} of this machine cannot be used ({error.strerror}): give all "
-                "processes --coordinator HOST:PORT with another"
-            ) from error
+_peers: meeting.Peers | None = None
+_before_leaving: list[Callable[[], None]] = []
+_leaving = False
 
 
-def _wait_for(host: str, port: int) -> None:
-    """Until process 0 listens. JAX's own waiting cannot be interrupted, and ends in an abort."""
-    deadline = time.monotonic() + MEETING_SECONDS
-    while True:
-        try:
-            return socket.create_connection((host, port), timeout=5).close()
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise ValueError(
-                    f"nobody listens at {host}:{port} after {MEETING_SECONDS} s ({error}): start "
-                    "process 0 there, or give all processes its --coordinator HOST:PORT"
-                ) from error
-        time.sleep(0.5)
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def _address_to_listen_at(processes: Processes, environment: Mapping[str, str]) -> str:
+    """The coordinator's, unless the environment has one or other machines cannot reach it."""
+    address = environment.get("JAX_COORDINATOR_BIND_ADDRESS") or processes.coordinator
+    if not re.fullmatch(r".+:\d{1,5}", address):
+        raise ValueError(f"JAX_COORDINATOR_BIND_ADDRESS={address!r} must be HOST:PORT")
+    host, port = _host_and_port(address)
+    found = {str(each[0]) for _, each in meeting.addresses(host, port)}
+    if host in found or not all(_is_loopback(each) for each in found):
+        return address
+    # Some systems give a machine's own name an address of its own: 127.0.1.1.
+    if processes.launched and processes.local_count < processes.count:
+        _say(
+            f"process 0: {host} is {', '.join(sorted(found))} on this machine, which others cannot "
+            "reach: it listens at all of its addresses. To have it listen at one, give all "
+            "processes --coordinator HOST:PORT with that"
+        )
+        return f"0.0.0.0:{port}"
+    if host != "localhost":
+        _say(
+            f"process 0: {host} is {', '.join(sorted(found))} on this machine: only processes on "
+            "it can come. For others give all processes --coordinator HOST:PORT with an address "
+            "that they can reach"
+        )
+    return address
+
+
+def _is_loopback(address: str) -> bool:
+    return address.startswith("127.") or address == "::1"
+
+
+def _end_as_another_did(index: int, failed: bool) -> None:
+    """Called by the thread that watches the others."""
+    if failed:
+        time.sleep(GRACE_SECONDS)
+    if not _leaving:
+        what = "failed" if failed else "has ended"
+        _say(f"cosmos3-jax: error: process {index} {what}: this one cannot go on without it")
+        leave(1)
 
 
 def _count_gpus() -> int | None:
@@ -294,10 +376,33 @@ def to_host(arrays: Any) -> Any:
     return jax.tree.map(fetch, arrays)
 
 
+def call_before_leaving(function: Callable[[], None]) -> None:
+    """Have `leave` call it; it may be called in any thread."""
+    if function not in _before_leaving:
+        _before_leaving.append(function)
+
+
 def leave(status: int) -> NoReturn:
-    """End this process at once. An ordinary end waits for the others, which wait for this one."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    """End this process at once. An ordinary end waits for the others, which wait for this one.
+
+    The others are told. Of a signal's status, 129 and more, they need not look for the reason.
+    """
+    global _leaving
+    _leaving = True
+    for function in _before_leaving:
+        function()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or none
+            stream.flush()
+    if _peers is not None:
+        if status < 128:
+            _peers.tell(meeting.FAILED)
+            seconds = 2 * GRACE_SECONDS
+        else:
+            _peers.close()
+            seconds = 0.3
+        if 0 not in _peers.connections:  # this is process 0
+            _peers.wait_until_gone(seconds)
     os._exit(status)
 
 

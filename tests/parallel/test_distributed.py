@@ -1,13 +1,17 @@
 """Several processes: how they find each other, that they make one video, and what a death does."""
 
+import contextlib
+import os
+import queue
 import signal
 import socket
+import threading
 import time
 
 import pytest
 from several_processes import check_two_make_the_video_of_one, run_two
 
-from cosmos3_jax.parallel import distributed
+from cosmos3_jax.parallel import distributed, meeting
 from cosmos3_jax.parallel.distributed import (
     Processes,
     find_processes,
@@ -123,6 +127,114 @@ def test_an_address_where_processes_cannot_meet_is_said(monkeypatch):
         distributed.start(Processes(address, 2, 1))
 
 
+@pytest.mark.parametrize(
+    ("host", "here"),
+    [("127.0.0.1", {"127.0.0.1"}), ("localhost", {"127.0.0.1", "::1"}), ("0.0.0.0", {"0.0.0.0"})],
+)
+def test_the_coordinator_listens_where_it_is_told(host, here):
+    """And not on every interface, where anybody could come."""
+    listeners = meeting.bind(host, 0)
+    assert {each.getsockname()[0] for each in listeners} <= here
+    for each in listeners:
+        each.close()
+
+
+def test_an_address_of_another_machine_is_refused():
+    """One of those that are kept for documentation (RFC 5737)."""
+    with pytest.raises(ValueError, match="192.0.2.77 cannot be used.*JAX_COORDINATOR_BIND_ADDRESS"):
+        distributed.start(Processes("192.0.2.77:61000", 2, 0))
+    with pytest.raises(ValueError, match="does not know the host nohost.invalid"):
+        distributed.start(Processes("nohost.invalid:61000", 2, 1))
+
+
+INTERACTIVE = SRUN | {"SLURM_PROCID": "0", "SLURM_PTY_PORT": "34889", "SLURM_TASK_PID": "1"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "terminal", "interactive"),
+    [
+        (SRUN | {"SLURM_STEP_ID": "4294967290"}, False, True),  # salloc's shell
+        (INTERACTIVE, True, True),  # of srun --pty bash
+        (INTERACTIVE, False, False),  # srun, in such a shell
+        (INTERACTIVE | {"SLURM_TASK_PID": str(os.getpid())}, True, False),  # srun --pty itself
+        (INTERACTIVE | {"SLURM_PROCID": "1"}, True, False),
+        (SRUN | {"SLURM_STEP_ID": "0"}, True, False),
+        ({}, True, False),
+    ],
+)
+def test_a_shell_of_slurms_is_alone(environment, terminal, interactive):
+    """It waited for tasks that were never to come."""
+    assert distributed.is_interactive_step(environment, terminal) is interactive
+    if environment.get("SLURM_STEP_ID") == "4294967290":
+        assert find_processes(environment) is None
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def meet(count: int, told: dict[int, int], seconds: float = 20) -> tuple[dict, list[str]]:
+    """Let processes meet in threads; `told` has the number of processes that each was told. What
+    each got, its peers or its error, and what was said.
+    """
+    port, said, got = free_port(), [], {}
+    waiting, longer = (meeting.Waiting(x * seconds, said.append) for x in (1, 1.5))
+
+    def come(index: int) -> None:
+        try:
+            if index == 0:
+                listeners = meeting.bind("127.0.0.1", port)
+                got[0] = meeting.receive(listeners, count, longer, "here")
+            else:
+                got[index] = meeting.visit("127.0.0.1", port, told[index], index, waiting)
+        except ValueError as error:
+            got[index] = error
+
+    threads = [threading.Thread(target=come, args=(index,)) for index in (0, *told)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return got, said
+
+
+def test_who_has_not_come_is_named(monkeypatch):
+    monkeypatch.setattr(meeting, "SAID_AFTER", 0)
+    got, said = meet(4, {2: 4, 3: 5}, seconds=1)
+    assert "processes 1, 3 of 4 did not come to here after 1.5 s: start them" in str(got[0])
+    assert "process 0 at" in str(got[2]) and "waits for others after 1 s" in str(got[2])
+    assert "one of 5 processes, process 0 one of 4" in str(got[3])
+    assert any("did not come to here after 0 of 1.5 s" in text for text in said)
+
+
+def test_others_learn_that_one_has_ended():
+    """Of one that says that it is done they do not."""
+    got, _ = meet(3, {1: 3, 2: 3})
+    ended = queue.Queue()
+    for index, peers in got.items():
+        peers.watch(lambda *what, index=index: ended.put((index, *what)))
+    got[1].tell(meeting.DONE)
+    got[1].close()
+    got[2].tell(meeting.FAILED)
+    assert ended.get(timeout=10) == (0, 2, True)
+    got[0].close()
+    assert ended.get(timeout=10) == (2, 0, False)
+    got[0].wait_until_gone(10)
+    assert ended.empty()
+
+
+def test_another_program_at_the_port_does_no_harm():
+    with contextlib.ExitStack() as stack:
+        [listener] = meeting.bind("127.0.0.1", 0)
+        address = listener.getsockname()
+        stranger = stack.enter_context(socket.create_connection(address))
+        stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        with pytest.raises(ValueError, match="process 1 of 2 did not come"):
+            meeting.receive([listener], 2, meeting.Waiting(0.5, print), "here")
+
+
 def test_two_processes_make_the_video_of_one(run_command):
     """Of weights that no device has whole, and tokens that are on both sides."""
     check_two_make_the_video_of_one(run_command, "cfg=2,seq=2,fsdp=2", devices=(4, 4, 1))
@@ -147,6 +259,8 @@ def test_who_waits_for_a_dead_process_fails(run_command, victim):
         assert time.monotonic() < deadline, two[0].log() + two[1].log()
         time.sleep(0.1)
     two[victim].process.send_signal(signal.SIGKILL)
-    assert other.wait(60) != 0
-    assert "another task died" in other.log() or "one of them ended" in other.log(), other.log()
+    assert other.wait(60) == 1, other.log()
+    ended = f"cosmos3-jax: error: process {victim} has ended: this one cannot go on without it"
+    assert other.log().splitlines()[-1] == ended, other.log()
+    assert "Check failure stack trace" not in other.log(), other.log()
     assert not (other.folder / "out.mp4").exists()
