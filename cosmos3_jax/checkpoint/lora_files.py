@@ -18,8 +18,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
+from cosmos3_jax import guard
 from cosmos3_jax.checkpoint.files import FLOAT_DTYPES, write_shard
 from cosmos3_jax.checkpoint.lora import Family, Lora, check_changes, families
 from cosmos3_jax.checkpoint.lora_spellings import (
@@ -102,24 +103,26 @@ def load(path: str | Path, config: TransformerConfig) -> Lora:
         ValueError: the adapter changes nothing, or is not finite.
     """
     path = _find(Path(path))
-    try:
-        tensors, said = _read(path)
-        pairs = _pairs(tensors, said, config)
-        adapters = {
-            name: _stack(family, pairs)
-            for name, family in families(config).items()
-            if pairs.keys() & set(family.modules)
-        }
-        check_changes(Lora(adapters))
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    with guard.parsing(path, "a LoRA", CheckpointError):
+        guard.check_plain(path, CheckpointError)
+        try:
+            tensors, said = _read(path)
+            pairs = _pairs(tensors, said, config)
+            adapters = {
+                name: _stack(family, pairs)
+                for name, family in families(config).items()
+                if pairs.keys() & set(family.modules)
+            }
+            check_changes(Lora(adapters))
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
     return Lora(jax.tree.map(jnp.asarray, adapters))
 
 
 def _find(path: Path) -> Path:
-    if path.is_file():
+    if path.exists() and not path.is_dir():
         return path
     if path.suffix == ".safetensors" or not path.is_dir():
         raise CheckpointError(
@@ -165,18 +168,14 @@ def _stack(family: Family, pairs: dict[str, tuple[np.ndarray, np.ndarray]]) -> d
 def _read(path: Path) -> tuple[dict[str, np.ndarray], list[Settings]]:
     """The tensors in float32, and what is said of their scale."""
     tensors, stored = {}, {}
-    try:
-        with safe_open(path, framework="np") as file:
+    way_out = "download it again, or, if it is a pickled .bin or .pt, save it as safetensors"
+    with guard.parsing("this", "a whole safetensors file", CheckpointError, way_out):
+        with safe_open(path, framework="np", backend="pread") as file:
             for key in file.keys():
                 stored[key] = kind = file.get_slice(key).get_dtype()
                 if kind in FLOAT_DTYPES or (kind in ("I32", "I64") and key.endswith(".alpha")):
                     tensors[key] = np.asarray(file.get_tensor(key), np.float32)
             metadata = (file.metadata() or {}).get(METADATA)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"this is no whole safetensors file ({error}); download it again, or, if it is a "
-            "pickled .bin or .pt, save it as safetensors"
-        ) from error
     odd = [f"{key}: {kind}" for key, kind in stored.items() if key not in tensors]
     raise_problems(
         f"matrices are read from {', '.join(FLOAT_DTYPES)} alone", {"stored otherwise": odd}
@@ -184,9 +183,8 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], list[Settings]]:
     said = [] if metadata is None else [Settings.parse(METADATA, metadata)]
     if path.name == PEFT_NAME or any(key.startswith(PEFT_PREFIX) for key in tensors):
         beside = path.with_name(PEFT_CONFIG)
-        if beside.is_file():
-            text = beside.read_bytes()
-            said.append(Settings.parse(PEFT_CONFIG, text))
+        if beside.exists():
+            said.append(Settings.parse(PEFT_CONFIG, guard.read(beside, error=CheckpointError)))
         elif not any(said) and not any(key.endswith(".alpha") for key in tensors):
             raise CheckpointError(
                 f"PEFT's {PEFT_CONFIG}, whose lora_alpha is the scale, is not beside it; copy it "
@@ -256,6 +254,8 @@ def _misfit(halves: dict[str, np.ndarray], inputs: int, outputs: int) -> tuple[s
         return "half a pair", f"only {', '.join(_PUBLIC[half] for half in halves)}"
     a, b = halves["A"], halves["B"]
     fits = a.ndim == b.ndim == 2 and len(a) == b.shape[1] > 0
+    if fits and len(a) > max(inputs, outputs):  # and other layers would be filled up to it
+        return "rank beyond the module's sizes", f"{len(a)} of {inputs} x {outputs}"
     if not fits or (a.shape[1], len(b)) != (inputs, outputs):
         words = f"A {a.shape} and B {b.shape}, expected (R, {inputs}) and ({outputs}, R), R > 0"
         return "wrong shape", words

@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from cosmos3_jax import guard
 from cosmos3_jax.checkpoint.layouts import transformer_layout
 from cosmos3_jax.checkpoint.lora import families
 from cosmos3_jax.checkpoint.rules import CheckpointError
@@ -56,6 +57,7 @@ OTHER_FIELDS = {
 }  # fmt: skip
 # Ways to begin that change the weights too.
 OTHER_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+MOST_PATTERNS = 4096  # more than there are modules
 WAY_OUT = (
     "only W + scale B A is read; merge the adapter into the weights with the program that trained "
     "it and load these, or train a plain LoRA"
@@ -149,10 +151,8 @@ class Settings:
 
         Raises CheckpointError naming the field, if it is no adapter that can be read.
         """
-        try:
+        with guard.parsing(where, "valid JSON", CheckpointError):
             fields = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{where} is not valid JSON: {error}") from error
         if not isinstance(fields, dict):
             raise CheckpointError(f"{where} is {_short(fields)}, not a JSON object of settings")
         if all("." in name for name in fields):  # a pipeline's, `transformer.r`
@@ -260,16 +260,31 @@ def _pattern(where: str, value: Any, check) -> dict[str, Any]:
         return {}
     if not isinstance(value, dict):
         raise CheckpointError(f"{where} is {_short(value)}, not an object of patterns")
+    if len(value) > MOST_PATTERNS:
+        raise CheckpointError(
+            f"{where} has {len(value)} patterns, and {MOST_PATTERNS} is the limit"
+        )
     for pattern in value:
-        try:
-            _compiled(pattern)
-        except (re.error, OverflowError, RecursionError) as error:
+        if not _is_quick(pattern):
             raise CheckpointError(
-                f"{where}: {_short(pattern)} is no regular expression ({error})"
-            ) from error
-    return {pattern: check(f"{where}: {pattern}", x) for pattern, x in value.items()}
+                f"{where}: {_short(pattern)} could be searched for without end: give names of "
+                "modules, with at most 3 of * + ? { and 16 of |, and none of * + { behind )"
+            )
+        with guard.parsing(f"{where}: {_short(pattern)}", "a regular expression", CheckpointError):
+            _compiled(pattern)
+    return {pattern: check(f"{where}: {guard.line(pattern)}", x) for pattern, x in value.items()}
 
 
+def _is_quick(pattern: str) -> bool:
+    """Whether a search in a module's name ends soon. Repeats of groups and many repeats of letters
+    can take exponentially long.
+    """
+    repeats = len(re.findall(r"[*+?{]", pattern.replace("(?", "(")))
+    of_groups = re.search(r"\)[*+{]", pattern)
+    return len(pattern) <= 1000 and repeats <= 3 and pattern.count("|") <= 16 and not of_groups
+
+
+@functools.lru_cache(maxsize=2 * MOST_PATTERNS)
 def _compiled(pattern: str) -> re.Pattern:
     return re.compile(rf"(.*\.)?({pattern})$")  # as PEFT looks it up
 
@@ -279,5 +294,8 @@ def _look_up(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value)
+    try:
+        text = guard.line(json.dumps(value))
+    except RecursionError:
+        text = f"a deep {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:60]}..."
