@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from cosmos3_jax import guard
 from cosmos3_jax.config import read_json
 
 # What an upsampler thinks aloud before it writes; the generator was not trained on it.
@@ -274,7 +275,7 @@ def _unfence(text: str, name: str) -> tuple[str, bool]:
         )
     tag = opening[1]
     if tag and tag.lower() != "json":
-        raise ValueError(f"{name} is fenced as {tag!r}; a caption is fenced as json")
+        raise ValueError(f"{name} is fenced as {tag!r:.40}; a caption is fenced as json")
     return inner.removesuffix("```").strip(), tag is not None
 
 
@@ -282,8 +283,9 @@ def _of_record(record: dict[str, Any], name: str) -> tuple[str, str | None]:
     unknown = record.keys() - {"prompt", "negative_prompt", *_REMARKS, *_SETTINGS}
     if unknown:
         raise ValueError(
-            f"{name} is a record with {', '.join(sorted(unknown))} beside its prompt, which are "
-            "not read from there: give settings as options, and leave prompt and negative_prompt"
+            f"{name} is a record with {guard.line(', '.join(sorted(unknown)))} beside its prompt, "
+            "which are not read from there: give settings as options, and leave prompt and "
+            "negative_prompt"
         )
     unread = [key for key in _SETTINGS if key in record]
     if unread:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from cosmos3_jax import guard, limits
 from cosmos3_jax.config import read_json
 from cosmos3_jax.io.captions import contradictions, parse_caption, unwrap
 from cosmos3_jax.models.tokenizer import Tokenizer
@@ -182,7 +183,7 @@ def _warn_of_contradictions(
         truth = "an image has none" if made is None else json.dumps(made)
         fate = "is replaced by" if made is not None else "is left out:"
         fate = fate if name in written else "stays, though not true:"
-        fields.append(f"{name} {json.dumps(said)} {fate} {truth}")
+        fields.append(f"{name} {guard.line(json.dumps(said))} {fate} {truth}")
     warnings.warn(f"the caption contradicts what is made: {'; '.join(fields)}", stacklevel=3)
 
 
@@ -217,31 +218,28 @@ def read_prompt(path: str | Path) -> str:
     """The text of a prompt file, unchanged: no stripping, no newline conversion.
 
     It may be plain, a caption, or an upsampler's record (see `captions.unwrap`, which `prepare`
-    applies). Raises FileNotFoundError, or ValueError if the file is not UTF-8, starts with a byte
-    order mark, is empty, holds several prompts, or is named `.json` or `.jsonl` and holds no JSON
-    object: each would silently become another prompt.
+    applies); and a pipe, such as `/dev/stdin`. Raises FileNotFoundError, or ValueError if the file
+    is not UTF-8, starts with a byte order mark, is empty, has more than `limits.LETTERS`, holds
+    several prompts, or is named `.json` or `.jsonl` and holds no JSON object: each would silently
+    become another prompt.
     """
-    path = Path(path)
+    path, name = Path(path), f"prompt file {path}"
+    content = guard.read(path, 4 * limits.LETTERS, pipes=True)  # bytes of the longest letters
     try:
-        text = path.read_bytes().decode("utf-8")  # not read_text, which converts newlines
+        text = content.decode("utf-8")  # newlines are not converted
     except UnicodeDecodeError as error:
-        raise ValueError(f"prompt file {path} is not UTF-8 ({error}); save it as UTF-8") from error
+        raise ValueError(f"{name} is not UTF-8 ({error}); save it as UTF-8") from error
     if text.startswith("\ufeff"):
-        raise ValueError(
-            f"prompt file {path} starts with a byte order mark; save it as UTF-8 without one"
-        )
+        raise ValueError(f"{name} starts with a byte order mark; save it as UTF-8 without one")
     if not text.strip():
-        raise ValueError(
-            f'prompt file {path} is empty; for an empty prompt pass "" instead of a file'
-        )
+        raise ValueError(f'{name} is empty; for an empty prompt pass "" instead of a file')
+    limits.check_most(f"letters of {name}", len(text), limits.LETTERS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # `prepare` gives them
-        prompt, _ = unwrap(text, f"prompt file {path}")
+        prompt, _ = unwrap(text, name)
     named_json = path.suffix.lower() in (".json", ".jsonl")
     if named_json and prompt == text and parse_caption(text) is None:
-        raise ValueError(
-            f"prompt file {path} holds no JSON object; a plain prompt belongs in a .txt file"
-        )
+        raise ValueError(f"{name} holds no JSON object; a plain prompt belongs in a .txt file")
     return text
 
 
