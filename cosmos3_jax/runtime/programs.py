@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from cosmos3_jax.config import Config
 from cosmos3_jax.parallel import sharding
 from cosmos3_jax.parallel.mesh import ambient, reachable
+from cosmos3_jax.runtime.bounded import BoundedJit
 from cosmos3_jax.runtime.weights import Weights
 from cosmos3_jax.runtime.words import STAGES
 from cosmos3_jax.sampling.stages import Stage, Values
@@ -34,10 +35,10 @@ log = logging.getLogger("cosmos3_jax")
 @functools.cache
 def program(
     function: Callable, donated: int | None = None, static: tuple[str, ...] = ()
-) -> jax.stages.Wrapped:
+) -> BoundedJit:
     """A jitted function of (parameters, *inputs) whose `config` and other options are static."""
     donate = () if donated is None else (donated + 1,)
-    return jax.jit(function, static_argnames=("config", *static), donate_argnums=donate)
+    return BoundedJit(function, static_argnames=("config", *static), donate_argnums=donate)
 
 
 def block_length(steps: int, asked: int | None = None, trajectory: bool = False) -> int:
@@ -136,7 +137,7 @@ class Run:
                 values = values | change
                 inputs = stage.inputs(values)
                 new = number == 0 and log.isEnabledFor(logging.INFO)
-                if new and _is_new(run, params, inputs, self.config, static):
+                if new and run.is_new(params, *inputs, config=self.config, **static):
                     log.info("compiling the program for %s", STAGES.get(stage.name, stage.name))
                 result = run(params, *inputs, config=self.config, **static)
                 if number == 0 and self.begun is not None:
@@ -144,18 +145,6 @@ class Run:
                 values = values | result
                 yield result
             jax.block_until_ready(result)  # before its weights leave
-
-
-_known: set[int] = set()
-
-
-def _is_new(run: Any, params: dict, inputs: tuple, config: Config, static: dict) -> bool:
-    """Whether a program is asked for the first time with arrays of these shapes and dtypes."""
-    arrays = jax.tree.map(lambda x: (np.shape(x), str(x.dtype)), (params, inputs))
-    key = hash((id(run), str(arrays), str(config), str(static)))
-    known = key in _known
-    _known.add(key)
-    return not known
 
 
 def run_alone(
@@ -185,7 +174,6 @@ class Compile:
         made: Values = {}
         for change in distinct_calls(stage, values, self.block_steps):
             inputs = stage.inputs(values | change | made)
-            _is_new(run, self.structs[stage.part], inputs, self.config, static)
             made = compile_for(run, self.structs[stage.part], *inputs, config=self.config, **static)
         return made
 
@@ -204,7 +192,7 @@ def shapes_of(values: Values) -> str:
     return str(jax.tree.map(np.shape, values))
 
 
-def compile_for(program: Any, *arguments, **options) -> Any:
+def compile_for(program: BoundedJit, *arguments, **options) -> Any:
     """Compile a jitted function for arguments of these shapes; what it would return.
 
     A later call finds it ready.
@@ -226,7 +214,7 @@ def structs_of(values: Values) -> Values:
     )
 
 
-@jax.jit
+@BoundedJit
 def stack(trees: list) -> Any:
     """Trees of arrays -> one, stacked on a leading axis."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
