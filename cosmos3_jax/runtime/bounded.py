@@ -5,6 +5,7 @@ of the checkpoint `tiny` on a CPU. A server whose users choose sizes would grow 
 """
 
 import functools
+import logging
 import os
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
@@ -14,16 +15,20 @@ import numpy as np
 
 VARIABLE = "COSMOS3_JAX_PROGRAMS"
 
+log = logging.getLogger("cosmos3_jax")
+
 
 def read_bound(environment: Mapping[str, str], default: int = 64) -> int:
     """How many programs a process keeps. A generation of one size has three to five.
 
-    Raises ValueError unless the variable is a whole number from 1 on, or is not there.
+    A variable that is no whole number from 1 on is not followed, and that is said: no result
+    depends on it.
     """
     text = environment.get(VARIABLE, str(default))
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"the environment has {VARIABLE}={text!r}; give a whole number from 1 on")
-    return int(text)
+    if text.isdecimal() and int(text) >= 1:
+        return int(text)
+    log.warning("%s=%r is no whole number from 1 on; %d programs are kept", VARIABLE, text, default)
+    return default
 
 
 class BoundedJit:
