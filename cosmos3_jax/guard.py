@@ -28,8 +28,8 @@ def parsing(
 
     Parsers raise more than their documents say: RecursionError, MemoryError, errors of the codecs
     below them, and, of those written in Rust, panics, which are no `Exception`. Two kinds pass,
-    because they name the file themselves: errors of the system that have a number (no such file,
-    no permission), and a ValueError that begins with the name.
+    because they name the file themselves: errors of the system with the name in them (no such
+    file, no permission), and a ValueError that begins with the name.
 
     Args:
         name: of the file or text, as the user knows it.
@@ -45,7 +45,7 @@ def parsing(
     except NOT_CAUGHT:
         raise
     except BaseException as raised:
-        if isinstance(raised, OSError) and raised.errno is not None:
+        if isinstance(raised, OSError) and raised.filename is not None:
             raise
         if isinstance(raised, ValueError) and str(raised).startswith((f"{name} ", f"{name}: ")):
             raise
