@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from cosmos3_jax import guard
 from cosmos3_jax.checkpoint import publish
 from cosmos3_jax.checkpoint.lora_spellings import PEFT_CONFIG
 
@@ -25,6 +26,7 @@ Digests = dict[str, dict[str, Any]]
 
 def of_file(path: Path) -> str:
     """The sha256 of a whole file, in hexadecimal digits."""
+    guard.check_plain(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -123,11 +125,12 @@ class _Kept:
     """Whole digests from earlier times, each for a file that has not been written since."""
 
     def __init__(self):
-        cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        self.path = Path(cache).expanduser() / "cosmos3_jax" / "digests.json"
+        cache = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+        self.path = Path(cache) / "cosmos3_jax" / "digests.json"
         try:
-            kept = json.loads(self.path.read_text("utf-8"))
-        except (OSError, ValueError, RecursionError):
+            with guard.parsing(self.path, "a file of digests"):
+                kept = json.loads(guard.read(self.path))
+        except (OSError, ValueError):
             kept = None
         self.digests: dict[str, Any] = kept if isinstance(kept, dict) else {}
 
@@ -140,6 +143,8 @@ class _Kept:
         return self.digests[key]
 
     def save(self) -> None:
+        if not self.path.is_absolute():  # there is no home
+            return
         try:
             with publish.file(self.path) as temporary:
                 temporary.write_text(json.dumps(self.digests, indent=1), "utf-8")
