@@ -21,6 +21,7 @@ from cosmos3_jax.config import Config
 from cosmos3_jax.parallel import sharding
 from cosmos3_jax.parallel.mesh import ambient, reachable
 from cosmos3_jax.runtime.bounded import BoundedJit
+from cosmos3_jax.runtime.sampler_state import StateFile
 from cosmos3_jax.runtime.weights import Weights
 from cosmos3_jax.runtime.words import STAGES
 from cosmos3_jax.sampling.stages import Stage, Values
@@ -60,20 +61,25 @@ def block_length(steps: int, asked: int | None = None, trajectory: bool = False)
     return length
 
 
-def calls(stage: Stage, values: Values, block_steps: int | None) -> Iterator[Values]:
+def calls(stage: Stage, values: Values, block_steps: int | None, done: int = 0) -> Iterator[Values]:
     """What changes in the values from call to call: once nothing, or the steps of each block.
 
-    The steps are numpy arrays, or `jax.ShapeDtypeStruct`s as they come.
+    The steps are numpy arrays, or `jax.ShapeDtypeStruct`s as they come. The first `done` are left
+    out.
     """
     if not stage.loop:
         yield {}
         return
-    steps = values["steps"]
-    count = steps.solver.timestep.shape[0]
-    length = block_length(count, block_steps)
-    for first in range(0, count, length):
-        rows = slice(first, min(first + length, count))
+    steps, total = values["steps"], count_steps(values)
+    length = block_length(total, block_steps)
+    for first in range(done, total, length):
+        rows = slice(first, min(first + length, total))
         yield {"steps": jax.tree.map(functools.partial(_rows, rows=rows), steps)}
+
+
+def count_steps(values: Values) -> int:
+    """How many denoising steps there are."""
+    return values["steps"].solver.timestep.shape[0]
 
 
 def _rows(x: Any, rows: slice) -> Any:
@@ -93,17 +99,20 @@ class Run:
         block_steps: int | None = None,
         listen: Callable[[Values], None] | None = None,
         after: Callable[[Stage, Values], None] | None = None,
-        begun: Callable[[Stage], None] | None = None,
+        begun: Callable[[Stage, int], None] | None = None,
+        states: StateFile | None = None,
     ):
         """
         Args:
             block_steps: steps of each call of the loop; None is their `block_length`.
             listen: called with the values that each block of the loop made, when they are ready.
             after: called with all values when a stage has ended.
-            begun: called when a stage is compiled and its first call is on its way.
+            begun: called when a stage is compiled and its first call is on its way, with the
+                number of steps that were done before.
+            states: where the loop's state is kept, and taken from.
         """
         self.weights, self.config, self.block_steps = weights, config, block_steps
-        self.listen, self.after, self.begun = listen, after, begun
+        self.listen, self.after, self.begun, self.states = listen, after, begun, states
 
     def __call__(self, stage: Stage, values: Values) -> Values:
         log.info("%s", STAGES.get(stage.name, stage.name))
@@ -132,17 +141,26 @@ class Run:
         static = stage.static(values)
         run = program(stage.function, stage.donated, tuple(static))
         result: Values = {}
+        states = self.states if stage.loop else None
+        first = 0
+        if states is not None:
+            first, state = states.restore(values["state"])
+            values = values | {"state": state}
+        done = first
         with self.weights.borrow(stage.part) as params:
-            for number, change in enumerate(calls(stage, values, self.block_steps)):
-                values = values | change
-                inputs = stage.inputs(values)
+            for number, change in enumerate(calls(stage, values, self.block_steps, first)):
+                inputs = stage.inputs(values | change)
                 new = number == 0 and log.isEnabledFor(logging.INFO)
                 if new and run.is_new(params, *inputs, config=self.config, **static):
                     log.info("compiling the program for %s", STAGES.get(stage.name, stage.name))
                 result = run(params, *inputs, config=self.config, **static)
                 if number == 0 and self.begun is not None:
-                    self.begun(stage)
+                    self.begun(stage, first)
                 values = values | result
+                if states is not None:
+                    block, total = count_steps(change), count_steps(values)
+                    done += block
+                    states.keep(done, total, block, result["state"])
                 yield result
             jax.block_until_ready(result)  # before its weights leave
 
