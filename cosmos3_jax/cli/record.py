@@ -15,6 +15,7 @@ import numpy as np
 import PIL
 
 import cosmos3_jax
+from cosmos3_jax import guard
 from cosmos3_jax.checkpoint import digests
 from cosmos3_jax.checkpoint.find import BUILT_IN, is_on_hub
 from cosmos3_jax.cli.record_check import parse_record
@@ -163,7 +164,7 @@ def read_record(path: Path) -> Record:
     if path.suffix.lower() in (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES):
         text, where = read_comment(path) or "", "inside of it"
     else:
-        text, where = path.read_text("utf-8", errors="replace"), "in it"
+        text, where = guard.read(path).decode("utf-8", errors="replace"), "in it"
     return parse_record(text, f"--from-record {path}", where)
 
 

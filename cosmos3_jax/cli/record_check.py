@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import PurePath
 from typing import Any
 
+from cosmos3_jax import limits
+
 MOST = 2**53  # whole numbers that JSON, NumPy and JAX all know exactly
 
 
@@ -21,7 +23,7 @@ def parse_record(text: str, name: str, where: str = "in it") -> dict[str, Any]:
     """
     try:
         record = json.loads(text)
-    except (ValueError, RecursionError):
+    except Exception:  # what is nested too deeply is more than a ValueError
         record = None
     if not isinstance(record, dict) or not {"prompt", "seed", "sigmas"} <= record.keys():
         raise ValueError(
@@ -30,7 +32,7 @@ def parse_record(text: str, name: str, where: str = "in it") -> dict[str, Any]:
         )
     for field, (accepts, words) in _FIELDS.items():
         if field in record and not accepts(record[field]):
-            value = f"{record[field]!r:.60}"
+            value = limits.shown(record[field], 60)
             raise ValueError(f"{name}: the record {where} is damaged: {field}={value}, not {words}")
     return record
 

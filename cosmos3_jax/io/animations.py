@@ -5,17 +5,13 @@ Times are in seconds.
 
 import dataclasses
 import os
-import struct
 from fractions import Fraction
 
 from PIL import Image
 
+from cosmos3_jax import guard
+
 FORMATS = ("GIF", "WEBP", "AVIF")
-# Of damaged files, and of images whose `info` is not what Pillow expects.
-PILLOW_ERRORS = (
-    OSError, SyntaxError, ValueError, TypeError, EOFError, struct.error,
-    Image.DecompressionBombError,
-)  # fmt: skip
 _UNSAID = 100  # milliseconds that a frame is shown which does not say it, as browsers have it
 _TICKS = {"GIF": 0.01}  # of the clock; others count milliseconds
 
@@ -35,7 +31,7 @@ def is_animation(path: str | os.PathLike[str]) -> bool:
     try:
         with Image.open(path) as image:
             return image.format in FORMATS
-    except PILLOW_ERRORS:
+    except Exception:  # of a dozen kinds; whoever reads it says what is wrong
         return False
 
 
@@ -48,7 +44,7 @@ def timeline(
     ValueError for a damaged file.
     """
     frames, milliseconds = [], 0
-    try:
+    with guard.parsing(path, "an animation that can be read"):
         with Image.open(path) as image:
             tick = _TICKS.get(str(image.format), 0.001)
             for index in range(getattr(image, "n_frames", 1)):
@@ -57,9 +53,7 @@ def timeline(
                 duration = round(image.info.get("duration") or _UNSAID)
                 frames.append(AnimationFrame(index, milliseconds / 1000, duration))
                 milliseconds += duration
-    except PILLOW_ERRORS as error:
-        raise ValueError(f"{path} is not an animation that can be read ({error})") from error
-    seconds = milliseconds / 1000
-    if fps and abs(seconds - len(frames) / fps) <= tick:
-        return frames, fps, tick
-    return frames, len(frames) / seconds, tick
+        seconds = milliseconds / 1000
+        if fps and abs(seconds - len(frames) / fps) <= tick:
+            return frames, fps, tick
+        return frames, len(frames) / seconds, tick

@@ -21,6 +21,7 @@ from av.stream import Disposition
 from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image
 
+from cosmos3_jax import guard
 from cosmos3_jax.io import color
 from cosmos3_jax.io.animations import AnimationFrame
 
@@ -45,6 +46,7 @@ def check_file(path: PathLike) -> None:
         raise FileNotFoundError(f"{path} does not exist")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give a file")
+    guard.check_plain(path)
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty")
 
@@ -59,16 +61,20 @@ def opened(path: PathLike) -> Iterator[av.container.InputContainer]:
     """
     check_file(path)
     no_protocol = {"protocol_whitelist": "none"}
-    try:
-        with open(path, "rb") as file, av.open(file, container_options=no_protocol) as container:
-            streams = container.streams
-            if container.format.name == "tty" or not (
-                streams.video or streams.audio
-            ):  # ffmpeg films plain text
-                raise ValueError(_no_media(path))
-            yield container
-    except av.FFmpegError as error:
-        raise ValueError(_no_media(path, f", or is damaged ({error.strerror})")) from error
+    with guard.parsing(path, "a media file that can be read", way_out="try another"):
+        try:
+            with (
+                open(path, "rb") as file,
+                av.open(file, container_options=no_protocol) as container,
+            ):
+                streams = container.streams
+                if container.format.name == "tty" or not (
+                    streams.video or streams.audio
+                ):  # ffmpeg films plain text
+                    raise ValueError(_no_media(path))
+                yield container
+        except av.FFmpegError as error:
+            raise ValueError(_no_media(path, f", or is damaged ({error.strerror})")) from error
 
 
 def brands(path: PathLike) -> set[bytes]:

@@ -151,7 +151,7 @@ def _png_chunk(image: Image.Image, wanted: bytes) -> bytes | None:
         while len(head := file.read(8)) == 8:
             length, name = struct.unpack(">I4s", head)
             if name == wanted:
-                return file.read(length)
+                return file.read(min(length, _HEAD))
             if name == b"IDAT":
                 return None
             file.seek(length + 4, os.SEEK_CUR)

@@ -27,6 +27,7 @@ from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from cosmos3_jax import guard
 from cosmos3_jax.io.clips import opened
 from cosmos3_jax.io.media_read import to_uint8
 
@@ -265,7 +266,8 @@ def read_comment(path: Path) -> str | None:
     if path.suffix.lower() in CONTAINERS:
         with opened(path) as container:
             return container.metadata.get("comment", container.metadata.get("COMMENT"))
-    try:
+    guard.check_plain(path)
+    with guard.parsing(path, "an image that can be read"):
         with Image.open(path) as image:
             image.load()
             text = image.info.get(COMMENT_KEY, image.info.get("comment"))
@@ -273,10 +275,6 @@ def read_comment(path: Path) -> str | None:
                 text = image.getexif().get(IMAGE_DESCRIPTION)
                 if isinstance(text, str):
                     text = text.encode("latin-1", "replace")  # as which Pillow reads the bytes
-    except FileNotFoundError:
-        raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is not an image that can be read ({error})") from error
     if isinstance(text, bytes):
         return text.decode(errors="replace")
     return text if text is None else str(text)

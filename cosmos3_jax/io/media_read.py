@@ -20,6 +20,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from cosmos3_jax import guard
 from cosmos3_jax.io import animations, clips, pictures
 from cosmos3_jax.io.clips import End, PathLike
 
@@ -119,18 +120,19 @@ def _opened(source: PathLike | Image.Image) -> Iterator[tuple[Image.Image, PathL
     else:
         path = name = source
         clips.check_file(path)
-    try:
-        with contextlib.ExitStack() as stack:
-            image = stack.enter_context(Image.open(path)) if path is not None else source
-            yield image, name
     # Pillow raises SyntaxError for some broken png files, and an error of its own for sizes that
     # would fill the memory, be they real or damage.
-    except animations.PILLOW_ERRORS as error:
-        if path is not None and isinstance(error, UnidentifiedImageError):
-            clips.refuse_heic(path)
-            if b"avif" not in clips.brands(path) and clips.is_video(path):
-                raise ValueError(f"{path} is a video: use video= (--video)") from error
-        raise ValueError(f"{name} is not an image that can be read ({error})") from error
+    with guard.parsing(name, "an image that can be read"):
+        try:
+            with contextlib.ExitStack() as stack:
+                image = stack.enter_context(Image.open(path)) if path is not None else source
+                yield image, name
+        except UnidentifiedImageError as error:
+            if path is not None:
+                clips.refuse_heic(path)
+                if b"avif" not in clips.brands(path) and clips.is_video(path):
+                    raise ValueError(f"{path} is a video: use video= (--video)") from error
+            raise
 
 
 def _shape(image: Image.Image) -> tuple[int, int]:
