@@ -158,6 +158,25 @@ def lora(report, request):
     assert positive([found[name] for name in named])
 
 
+def quality(report, request):
+    """Without the row of the other precision: bfloat16 takes a CPU long to compile."""
+    folder, sheet = (request.getfixturevalue(name) for name in ("checkpoint", "tmp_path"))
+    found = report(
+        "quality", "--checkpoint", str(folder), "--b", "num_inference_steps=3", "--count", "2",
+        "--seeds", "1", "--batch", "2", "--skip", "precision", "--sheet", str(sheet / "sheet.png"),
+    )  # fmt: skip
+    titles = ["b against a", "a, another seed", "a against 3 steps", "b against 3 steps"]
+    assert list(found["rows"]) == titles and (sheet / "sheet.png").stat().st_size
+    errors = {title: row["measures"]["latents"]["mean"] for title, row in found["rows"].items()}
+    assert errors[titles[3]] == 0 < errors[titles[0]] < errors[titles[1]]
+    for row in found["rows"].values():
+        assert row["measures"].keys() == row["clips"].keys() and "spectral" in row["clips"]
+        assert all(len(values) == 2 for values in row["clips"].values())
+    velocities = found["rows"][titles[0]]["velocity_errors"]
+    assert velocities == {"video": [0, 0], "sound": [0, 0]}  # one model, and its own trajectory
+    assert found["a"]["num_inference_steps"] == 2 and len(found["prompts"]) == 2
+
+
 def random_checkpoint(report, request):
     folder = request.getfixturevalue("checkpoint")
     config = load.load_config(folder)
@@ -199,11 +218,32 @@ def scaling(report, request):
         assert len([size for size in paper.values() if size]) == kinds
 
 
+def step_contest(report, request):
+    """Of a file that is there, with a row less, that row alone is made again."""
+    folder, out = (request.getfixturevalue(name) for name in ("checkpoint", "tmp_path"))
+    found = report("step_contest", "--checkpoint", str(folder))
+    rules = ["native", "uniform", "searched", "order1"]
+    group = "dry/t2v/3"
+    assert list(found["rows"]) == [
+        *(f"{group}/{rule}" for rule in rules), "dry/t2v/another seed", "dry/t2v/exact",
+    ]  # fmt: skip
+    rows, concluded = found["rows"], found["conclusions"][group]["rules"]
+    assert rows["dry/t2v/exact"]["measures"]["latents"]["mean"] == 0
+    assert positive([rows[f"{group}/{rule}"]["measures"] for rule in rules])
+    assert concluded.keys() == set(rules) and concluded["uniform"]["mean_of_natives"] < 1
+    assert [len(one["3"]) for one in found["searched"].values()] == [3]
+    seconds = rows.pop(f"{group}/uniform")["seconds_to_make"], rows[f"{group}/native"]
+    (out / "step_contest.json").write_text(json.dumps(found))
+    again = report("step_contest", "--checkpoint", str(folder))["rows"]
+    assert again[f"{group}/uniform"]["seconds_to_make"] != seconds[0]
+    assert again[f"{group}/native"] == seconds[1]
+
+
 RUNS = {
     run.__name__: run
     for run in (
         blocks, compare_diffusers, gpu_numerics, image_to_video, kernels, loading, lora,
-        random_checkpoint, scaling,
+        quality, random_checkpoint, scaling, step_contest,
     )
 }  # fmt: skip
 
@@ -220,6 +260,8 @@ def test_any_other_file_belongs_to_a_script(name):
     def imported(text: str) -> set[str]:
         nodes = list(ast.walk(ast.parse(text)))
         plain = [alias.name for x in nodes if isinstance(x, ast.Import) for alias in x.names]
-        return {*plain, *(x.module for x in nodes if isinstance(x, ast.ImportFrom))}
+        named = [x for x in nodes if isinstance(x, ast.ImportFrom)]
+        inside = [alias.name for x in named if x.module == "benchmarks" for alias in x.names]
+        return {*plain, *inside, *((x.module or "").split(".")[-1] for x in named)}
 
     assert any(name in imported(FILES[script]) for script in SCRIPTS)

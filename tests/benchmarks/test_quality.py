@@ -1,0 +1,254 @@
+"""The measures of `quality.py` and the rules of `step_contest.py`, where the answer is known.
+
+That both run is in `test_benchmarks.py`.
+"""
+
+import itertools
+import math
+
+import dry
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import quality, quality_clips, step_contest, step_rules
+from benchmarks import quality_measures as measures
+from benchmarks.quality_measures import Clip
+from cosmos3_jax import Cosmos3
+from cosmos3_jax.cli import bench
+from cosmos3_jax.runtime.job import Job
+from cosmos3_jax.runtime.random_inputs import random_params
+from cosmos3_jax.sampling import unipc
+from examples.tiny import grammar, judge
+from examples.tiny.hearing import Heard
+from examples.tiny.sight import Seen, Sight
+
+GRIDS = {"grid35": step_contest.GRID35, "own": step_contest.OWN}
+
+
+def pictures(*levels: int) -> np.ndarray:
+    """A frame of 16 x 16 of each grey."""
+    return np.stack([np.full((16, 16, 3), level, np.uint8) for level in levels])
+
+
+def test_relative_l2_is_of_each_clip():
+    a, b = np.array([[[3.0, 4.0]], [[2.0, 0.0]]]), np.array([[[3.0, 9.0]], [[2.0, 0.0]]])
+    np.testing.assert_allclose(measures.relative_l2(a, b), [1, 0])
+
+
+def test_psnr():
+    a, b = pictures(100, 100), pictures(105, 95)
+    assert measures.psnr(a, b) == pytest.approx(20 * math.log10(255 / 5), abs=1e-4)
+    assert measures.psnr(a, a) == measures.MOST_PSNR
+
+
+def test_ssim_of_flat_pictures_compares_their_means():
+    a, b = 100.0, 180.0
+    c = (0.01 * 255) ** 2
+    found = measures.ssim(pictures(100), pictures(180))
+    assert found == pytest.approx((2 * a * b + c) / (a * a + b * b + c), rel=1e-4)
+
+
+def test_ssim_of_one_window_is_its_formula():
+    x, y = np.random.default_rng(0).integers(0, 256, (2, 1, 11, 11, 1)).repeat(3, -1)
+    line = np.exp(-np.square(np.arange(-5, 6)) / (2 * 1.5**2))
+    weights = np.outer(line, line) / line.sum() ** 2
+
+    def covariance(p, q):
+        return np.sum(weights * (p - np.sum(weights * p)) * (q - np.sum(weights * q)))
+
+    p, q = (image[0, ..., 0].astype(np.float64) for image in (x, y))
+    means = np.sum(weights * p), np.sum(weights * q)
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    alike = (2 * means[0] * means[1] + c1) * (2 * covariance(p, q) + c2)
+    expected = alike / (
+        (means[0] ** 2 + means[1] ** 2 + c1) * (covariance(p, p) + covariance(q, q) + c2)
+    )
+    assert measures.ssim(x, y) == pytest.approx(expected, rel=1e-4)
+    assert measures.ssim(x, x) == pytest.approx(1)
+    with pytest.raises(ValueError, match="smaller than the window"):
+        measures.ssim(x[:, :9], y[:, :9])
+
+
+def test_flicker_is_the_largest_change_from_a_frame_to_the_next():
+    assert measures.flicker(pictures(0, 10, 40, 35)) == pytest.approx(30 / 255)
+    assert measures.flicker(pictures(0)) == 0
+    found = measures.compare(Clip(pictures(0, 20, 20)), Clip(pictures(0, 0, 30)))
+    assert found["flicker"] == pytest.approx(1.5) and "spectral" not in found
+
+
+def test_spectral_distance_of_a_sound_at_half_its_level():
+    sound = np.random.default_rng(0).standard_normal((2, 9600)).astype(np.float32)
+    assert measures.spectral_distance(sound, sound) == 0
+    found = measures.spectral_distance(sound, 0.5 * sound)
+    assert found == pytest.approx(0.5 + math.log(2), rel=1e-4)
+    tone = np.sin(2 * np.pi * np.arange(9600) * np.array([[440.0], [880.0]]) / 48_000)
+    assert measures.spectral_distance(tone, tone[::-1]) > 1  # which channel it is in counts
+
+
+def test_summary_has_the_interval_of_the_mean_and_the_worst():
+    found = measures.summary([1.0, 2.0, 6.0])
+    half = 1.96 * math.sqrt(7 / 3)
+    assert found == pytest.approx({
+        "mean": 3, "low": 3 - half, "high": 3 + half, "median": 2, "worst": 6,
+    })  # fmt: skip
+    assert measures.summary([1.0, 2.0], min)["worst"] == 1
+    assert measures.summary([2.0])["low"] == 2
+
+
+def test_paired_difference():
+    """Of 21 children, one only before, seven only after (Fagerland et al., 2014, table 6)."""
+    found = measures.paired_difference(7, 1, 21)
+    assert found == pytest.approx((-6 / 21, -0.508, -0.013), abs=5e-4)
+    _, low, high = measures.paired_difference(0, 0, 200)
+    assert low == pytest.approx(-high) and -0.03 < low < 0  # a loss of 3 points is excluded
+    assert measures.paired_difference(0, 0, 15)[1] < -0.1  # and of so few clips it is not
+
+
+def test_the_judge_is_compared_clip_by_clip():
+    a = [{"x": True}, {"x": True}, {"x": False}, {"x": None}]
+    b = [{"x": True}, {"x": False}, {"x": False}, {"x": True}]
+    (row,) = measures.judged(a, b)
+    assert (row["clips"], row["only_a"], row["only_b"]) == (3, 1, 0)
+    assert (row["a"], row["b"]) == pytest.approx((2 / 3, 1 / 3))
+    assert row["difference"] == pytest.approx(-1 / 3)
+
+
+def test_marks_are_the_judges_of_each_attribute(monkeypatch):
+    (scene, _), *_ = grammar.held_out_sentences(1)
+    blank = Clip(np.zeros((49, 96, 96, 3), np.uint8), np.zeros((2, 9600), np.float32))
+    found = measures.marks(scene, blank)
+    assert found["colour"] is False and found["pitch"] is False and scene.pitch
+    assert found["nothing touches or sounds"] is None
+
+    shape = Seen(*(getattr(scene, name) for name in Seen._fields[:5]), [], np.zeros((49, 2)))
+    sight = Sight([shape], [], scene.background, scene.pattern)
+    verdict = judge.Verdict(sight, Heard([], scene.pitch, None))
+    monkeypatch.setattr(judge, "judge", lambda *_: verdict)
+    seen = measures.marks(scene, blank)
+    assert {name for name, mark in seen.items() if mark} == {
+        "colour", "shape", "colour and shape", "size", "direction", "speed", "background",
+        "pattern", "pitch",
+    }  # fmt: skip
+
+
+def test_a_file_has_null_for_what_is_no_number():
+    assert measures.plain({"a": [math.nan, 1 / 3, np.float32(2)], "b": "x"}) == {
+        "a": [None, 0.333333, 2.0], "b": "x",
+    }  # fmt: skip
+
+
+def test_settings_of_the_command_line():
+    given = ["num_inference_steps=18", "sigmas=[0.9,0.5,0]", "schedule=karras"]
+    assert quality.read_settings(given) == {
+        "num_inference_steps": 18, "sigmas": [0.9, 0.5, 0], "schedule": "karras",
+    }  # fmt: skip
+    assert quality.read_settings(["exact"]) == {}
+    with pytest.raises(ValueError, match="write exact, or KEY=VALUE"):
+        quality.read_settings(["fast"])
+
+
+def test_velocities_along_a_trajectory_are_the_packages():
+    """The harness steps as the package does; a model along its own trajectory has no error."""
+    job = Job(num_frames=5, height=16, width=24, steps=3, text_tokens=9, negative_tokens=7)
+    request = bench.random_request(dry.SILENT, job)
+    model = Cosmos3(dry.SILENT, random_params(dry.SILENT, "float32"), None)
+    points = quality_clips.trajectory(model, request)
+    assert [float(point.timestep) for point in points] == list(
+        unipc.tableau(unipc.sigmas("native", 3)).timestep
+    )
+    assert max(quality_clips.velocity_errors(model, request, points)["video"]) < 1e-6
+    expected, _ = model.denoise(request, progress=False)
+    for computed in (None, (0, 1, 2)):
+        found = step_rules.sample(model, request, computed)
+        np.testing.assert_allclose(found["video"], expected["video"], atol=1e-4)
+    reused = step_rules.sample(model, request, (0, 1))["video"]
+    assert np.abs(reused - expected["video"]).max() > 1e-3
+    model.params = jax.tree.map(lambda x: 1.01 * x, model.params)
+    assert min(quality_clips.velocity_errors(model, request, points)["video"]) > 1e-3
+
+
+# The rules
+# --------------------------------------------------------------------------------------------------
+
+
+def test_every_other_row_is_uniform_between_the_ends():
+    grid = step_contest.GRID35
+    assert step_rules.even_rows(grid, 18) == tuple(range(0, 35, 2))
+    expected = step_rules.at_rows(grid, range(0, 35, 2))
+    np.testing.assert_allclose(step_rules.uniform(grid, 18), expected, rtol=1e-12)
+    assert expected[-2] == pytest.approx(0.227, abs=1e-3)
+    assert step_rules.native(grid, 18)[-2] == pytest.approx(0.370, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("count", [18, 12])
+def test_lists_of_all_rules_can_be_stepped_on(name, count):
+    grid = GRIDS[name]
+    for rule, make in step_rules.RULES.items():
+        sigmas = make(grid, count)
+        if rule == "seacache" and (name, count) != ("grid35", 18):
+            assert sigmas is None
+            continue
+        assert len(unipc.tableau(sigmas).timestep) == count
+        assert sigmas[0] == pytest.approx(grid.sigmas()[0])
+        if rule != "native":
+            assert sigmas[-2] == pytest.approx(grid.sigmas()[-2])
+
+
+def test_a_velocity_is_extrapolated_along_a_line():
+    known = [(2, {"video": jnp.array([1.0])}), (4, {"video": jnp.array([2.0])})]
+    assert step_rules.extrapolate(known, 7)["video"] == 3.5
+    assert step_rules.extrapolate(known[:1], 3)["video"] == 1.0
+
+
+def test_the_search_finds_the_best_of_all_lists(monkeypatch):
+    """Of two evaluations there are as many lists as rows after the first: all are tried here. Of as
+    many evaluations as rows, the grid itself is found.
+    """
+    grid = step_rules.Grid(7, 3.0)
+    noise = {"video": jnp.linspace(-2, 2, 8)[None]}
+
+    def begin(model, sigmas):
+        rows = list(unipc.rows(unipc.tableau(sigmas)))
+        return quality_clips.Start([], unipc.initial_state(noise), rows, np.ones((1, 1)))
+
+    def velocity(model, start, latents, k, timestep):
+        sigma = timestep / 1000
+        return jax.tree.map(lambda x: (x - jnp.tanh(3 * x)) / sigma, latents)
+
+    monkeypatch.setattr(quality_clips, "begin", begin)
+    monkeypatch.setattr(quality_clips, "velocity", velocity)
+    monkeypatch.setattr(step_rules.denoise, "channels_first", lambda latents: latents)
+    found = step_rules.search(None, grid.sigmas(), grid, grid.steps)
+    assert found[grid.steps] == tuple(range(grid.steps)) and found[1] == (0,)
+    exact = step_rules.sample(None, grid.sigmas())["video"]
+
+    def error(rows):
+        made = step_rules.sample(None, step_rules.at_rows(grid, rows))["video"]
+        return float(jnp.sum(jnp.square(made - exact)))
+
+    for count, tolerance in ((2, 1.0), (3, 1.5)):
+        lists = [(0, *more) for more in itertools.combinations(range(1, grid.steps), count - 1)]
+        errors = {rows: error(rows) for rows in lists}
+        assert errors[found[count]] <= tolerance * min(errors.values())
+        assert max(errors.values()) > 2 * errors[found[count]]
+
+
+def test_the_simplest_rule_that_is_as_good_is_kept():
+    def row(errors):
+        plain = {"mean": 1.0}
+        return {
+            "clips": {"latents": errors}, "measures": {"flicker": plain}, "to_converged": plain,
+        }  # fmt: skip
+
+    rows = {
+        "a/t2v/18/native": row([4.0, 4.2, 4.1]), "a/t2v/18/uniform": row([1.0, 1.3, 1.1]),
+        "a/t2v/18/searched": row([1.1, 1.1, 1.1]), "a/t2v/18/order1": row([0.9, 1.4, 1.0]),
+        "a/t2v/exact": row([0.0, 0.0, 0.0]),
+    }  # fmt: skip
+    (group,) = (found := step_contest.conclude(rows))
+    assert group == "a/t2v/18" and found[group]["simplest_as_good"] == "uniform"
+    assert found[group]["rules"]["uniform"]["mean_of_natives"] == pytest.approx(3.4 / 12.3)
+    assert found[group]["rules"]["native"]["worse_than_best"]["low"] > 0
