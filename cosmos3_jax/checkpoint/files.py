@@ -193,7 +193,8 @@ def _is_name(name: str) -> bool:
     """Whether it names a file in whatever folder it is looked for. What that links to is not
     asked: a cache of the Hub has links only.
     """
-    return name not in ("", ".", "..") and not set(name) & set("/\\\0") and name.isprintable()
+    named = name not in ("", ".", "..") and len(name) <= 255
+    return named and name.isprintable() and not set(name) & set("/\\")
 
 
 def plan_shards(
