@@ -184,7 +184,7 @@ def load_config(folder: Path, load_sound: bool | None = None) -> Config:
         video_vae=VideoVAEConfig.from_file(folder / "vae" / "config.json"),
         sound_vae=SoundVAEConfig.from_file(sound_config) if sound else None,
         scheduler=SchedulerConfig.from_file(scheduler)
-        if scheduler.is_file()
+        if scheduler.exists()
         else SchedulerConfig(),
         recipes=_read_recipes(folder / RECIPE_FILE, transformer_config),
     )
@@ -192,8 +192,8 @@ def load_config(folder: Path, load_sound: bool | None = None) -> Config:
 
 def _read_recipes(path: Path, transformer: TransformerConfig) -> Recipes:
     sizes = (transformer.num_hidden_layers, transformer.hidden_size)
+    file = read_json(path) if path.exists() else {}
     try:
-        file = read_json(path) if path.is_file() else {}
         return Recipes(MODELS.get(sizes, "Nano"), file, recognised=sizes in MODELS)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
