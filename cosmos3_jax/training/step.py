@@ -70,6 +70,9 @@ class TrainOptions:
         remat: keep one activation a layer, and compute the others twice.
         dtype: what both passes compute in.
         ema_decay: of the average, lower at first: min(decay, (1 + step) / (10 + step)).
+        skip_nonfinite: leave parameters, optimizer state and average as they are where the loss or
+            a gradient is NaN or infinite; only `step` goes on, to other randomness. Else such a
+            step ruins the state, as the metric `finite` says.
     """
 
     levels: NoiseLevels = NoiseLevels()
@@ -79,6 +82,7 @@ class TrainOptions:
     remat: bool = True
     dtype: str = "bfloat16"
     ema_decay: float = 0.9999
+    skip_nonfinite: bool = False
 
 
 def init_state(
@@ -143,8 +147,9 @@ def train_step(
             by `split_params`; for a LoRA, `lora.attach`.
 
     Returns:
-        The next state, and float32 metrics: `loss`, its `video` and `sound` parts, and `grad_norm`,
-        before whatever the optimizer does to it.
+        The next state, and float32 metrics: `loss`, its `video` and `sound` parts, `grad_norm`,
+        before whatever the optimizer does to it, and `finite`: 1, or 0 if the loss or a gradient is
+        NaN or infinite. See `check_finite`.
 
     Raises:
         ValueError: the batch does not fit the model, or cannot be split as asked, or over the mesh;
@@ -175,9 +180,28 @@ def train_step(
     if ema is not None:
         decay = jnp.minimum(options.ema_decay, (1 + state.step) / (10 + state.step))
         ema = jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), ema, params)
-    metrics = {"loss": value, **metrics, "grad_norm": optax.tree.norm(gradients)}
-    state = TrainState(state.step + 1, params, opt_state, ema, state.key)
-    return divide_state(state), metrics
+    norm = optax.tree.norm(gradients)
+    finite = jnp.isfinite(value) & jnp.isfinite(norm)
+    metrics = {"loss": value, **metrics, "grad_norm": norm, "finite": finite.astype(jnp.float32)}
+    learned = params, opt_state, ema
+    if options.skip_nonfinite:
+        # Known before the optimizer runs, so that what is donated is still updated in place.
+        # `optax.apply_if_finite` has counters of its own in the saved state, leaves out the
+        # average, and gives in after a number of steps.
+        before = state.params, state.opt_state, state.ema
+        learned = jax.tree.map(lambda new, old: jnp.where(finite, new, old), learned, before)
+    return divide_state(TrainState(state.step + 1, *learned, state.key)), metrics
+
+
+def check_finite(metrics: dict[str, Array], step: int | Array) -> None:
+    """Raise FloatingPointError, with the metrics, unless a step's loss and gradients are finite.
+
+    It waits for the step: a loop that asks every so many steps keeps its speed. What is saved
+    meanwhile `Checkpoints.save` looks at.
+    """
+    if not metrics["finite"]:
+        values = ", ".join(f"{name} {float(value):g}" for name, value in metrics.items())
+        raise FloatingPointError(f"step {int(step)} is not finite: {values}")
 
 
 def _check_dtypes(frozen: dict, dtype: str, config: TransformerConfig) -> None:

@@ -21,7 +21,7 @@ from training_run import CONFIG, OPTIMIZER, compiled_step, make_batch, run, star
 from cosmos3_jax.models import attention
 from cosmos3_jax.training.checkpoints import Checkpoints
 from cosmos3_jax.training.params import cast_params, join_params, split_params
-from cosmos3_jax.training.step import TrainOptions, TrainState, train_step
+from cosmos3_jax.training.step import TrainOptions, TrainState, check_finite, train_step
 
 # Relative L2 distance of a step's metrics and gradient from those of another program.
 STEP = 1e-5
@@ -94,6 +94,30 @@ def test_the_average(record_property):
     check(record_property, AVERAGE, average, *masters)
     assert farthest(state.ema, average(*masters)) <= AVERAGE
     assert state.step == 2 and np.abs(jax.tree.leaves(masters[2])[0]).any()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_step_that_is_not_finite(value):
+    """It ruins the state, and says so; or it is skipped, and the next one counts as if alone."""
+    batch, (state, frozen) = make_batch(), start()
+    video = batch.video.copy()
+    video[1, 0, 0, 0, 0] = value
+    ruined, metrics = compiled_step()(state, frozen, batch.replace(video=video))
+    assert metrics["finite"] == 0 and np.isnan(jax.tree.leaves(ruined.params)[0]).any()
+    with pytest.raises(FloatingPointError, match="step 1 is not finite: .*loss nan"):
+        check_finite(metrics, ruined.step)
+
+    skip = compiled_step(skip_nonfinite=True)
+    skipped, metrics = skip(state, frozen, batch.replace(video=video))
+    assert metrics["finite"] == 0 and skipped.step == 1
+    same = (skipped.params, skipped.opt_state, skipped.ema)
+    jax.tree.map(np.testing.assert_array_equal, same, (state.params, state.opt_state, state.ema))
+    after, metrics = skip(skipped, frozen, batch)
+    alone, expected = compiled_step()(state.replace(step=skipped.step), frozen, batch)
+    assert metrics["finite"] == expected["finite"] == 1
+    check_finite(metrics, after.step)
+    assert relative_l2(gradient(after), gradient(alone)) <= STEP
+    assert np.any(gradient(after)) and after.step == 2
 
 
 def test_taking_a_tree_apart():
