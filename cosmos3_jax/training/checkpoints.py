@@ -1,20 +1,29 @@
 """The training state on disk, by orbax: written whole or not at all, the last few kept.
 
+No state is saved that has a number which is NaN or infinite. Each has a record of its leaves, with
+checksums: what orbax reads without a word though it was damaged is noticed.
+
 A run that resumes continues to the same numbers, if its batches are a function of the step: the
 randomness of a step is (see `step.TrainState`).
 """
 
+import contextlib
+import itertools
+import logging
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from jax.tree_util import keystr
+from jax.experimental import multihost_utils
 
 from cosmos3_jax.checkpoint.rules import raise_problems
+from cosmos3_jax.guard import reason
+from cosmos3_jax.training import records
 from cosmos3_jax.training.step import TrainState
+
+log = logging.getLogger("cosmos3_jax")
 
 
 class Checkpoints:
@@ -57,20 +66,38 @@ class Checkpoints:
         Saving a step that is there already does nothing.
 
         Raises:
-            ValueError: the folder has a later step: the run was restored from an older one.
+            ValueError: a number of the state is NaN or infinite; nothing is written, and no older
+                state goes. Or the folder has a later step: the run was restored from an older one.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
             return
+        storable = _storable(state)
+        record = records.record_of(storable)
+        if bad := [path for path, leaf in record.items() if not leaf["finite"]]:
+            raise ValueError(self._refusal(step, bad))
         # Orbax keeps nothing older than what it has, and says so by its result alone.
-        if not self._manager.save(step, args=ocp.args.StandardSave(_storable(state))):
+        arguments = ocp.args.StandardSave(storable)
+        if not self._manager.save(step, args=arguments, custom_metadata=records.sealed(record)):
             raise ValueError(
                 f"{self._manager.directory} already has step {self.last}, so that step {step} "
                 "would not be kept; save into another folder, or delete the later states"
             )
 
+    def _refusal(self, step: int, bad: list[str]) -> str:
+        others = f" and {len(bad) - 1} other leaves have" if len(bad) > 1 else " has"
+        last = "there is none" if self.last is None else f"it is of step {self.last}"
+        return (
+            f"the state of step {step} is not saved: {bad[0]}{others} numbers that are NaN or "
+            f"infinite; go on from the last good state ({last} in {self._manager.directory}), with "
+            "other settings or TrainOptions(skip_nonfinite=True)"
+        )
+
     def restore(self, like: TrainState, step: int | None = None) -> TrainState:
         """The newest state, or that of a step, where `like` lies, whatever it was saved from.
+
+        Where the newest is damaged, a warning says so, its folder gets a name that ends in
+        `.damaged`, and the one before is taken.
 
         Args:
             like: a state of the same tree, shapes and dtypes: `init_state` makes one, and
@@ -79,21 +106,77 @@ class Checkpoints:
         Raises:
             FileNotFoundError: there is none.
             ValueError: it does not fit `like`: another model, optimizer, dtype or choice of
-                parameters.
+                parameters. Or the state of the step that was asked for is damaged, or every one is.
         """
         self._manager.wait_until_finished()
-        step = self.last if step is None else step
-        if step not in self._manager.all_steps():
+        folder, steps = self._manager.directory, sorted(self._manager.all_steps(), reverse=True)
+        if not steps or step not in (None, *steps):
             found = self._manager.all_steps() or "nothing"
-            raise FileNotFoundError(
-                f"{self._manager.directory} has no state of step {step}, it has {found}"
-            )
+            raise FileNotFoundError(f"{folder} has no state of step {step}, it has {found}")
         template = jax.tree.map(ocp.utils.to_shape_dtype_struct, _storable(like))
-        _check(f"the state of step {step}", self._manager.item_metadata(step), template)
-        found = self._manager.restore(step, args=ocp.args.StandardRestore(template))
-        impls = []
-        jax.eval_shape(lambda key: impls.append(jax.random.key_impl(key)), like.key)
-        return found.replace(key=jax.random.wrap_key_data(found.key, impl=impls[0]))
+        damage: dict[int, str] = {}
+        for candidate in steps if step is None else [step]:
+            try:
+                found = self._read(candidate, template)
+            except _Damaged as damaged:
+                damage[candidate] = str(damaged)
+                continue
+            for worse, why in damage.items():
+                kept = self._set_aside(worse)
+                log.warning(
+                    "the state of step %d in %s is damaged, and is now %s: %s; going on from that "
+                    "of step %d", worse, folder, kept.name, why, candidate,
+                )  # fmt: skip
+            return _with_key(found, like)
+        problems = (f"the state of step {bad} is damaged: {why}" for bad, why in damage.items())
+        raise ValueError(f"{folder}: {'; '.join(problems)}")
+
+    def _read(self, step: int, template: TrainState) -> TrainState:
+        """A state, or ValueError if it is of another run, or `_Damaged`."""
+        with _damage():
+            record = records.opened(self._manager.metadata(step).custom_metadata or {})
+            if record is None:  # saved by an earlier version, or without the metadata of the step
+                stored = records.leaves_of(self._manager.item_metadata(step))
+                record = {path: {"kind": records.describe(leaf)} for path, leaf in stored.items()}
+            if not record:
+                raise _Damaged("it lists no arrays")
+        _check(f"the state of step {step}", record, template)
+        with _damage():
+            found = self._manager.restore(step, args=ocp.args.StandardRestore(template))
+            for path, leaf in records.record_of(found).items():
+                if record[path].get("sum", leaf["sum"]) != leaf["sum"]:
+                    raise _Damaged(f"{path} is not what was saved")
+        return found
+
+    def _set_aside(self, step: int) -> Path:
+        """Rename a state's folder: orbax would save no step beside it that is not later."""
+        folder = Path(self._manager.directory) / str(step)
+        names = (f"{step}.damaged{n or ''}" for n in itertools.count())
+        free = next(path for name in names if not (path := folder.with_name(name)).exists())
+        if jax.process_index() == 0:
+            folder.rename(free)
+        multihost_utils.sync_global_devices(f"{free} is set aside")
+        self._manager.reload()
+        return free
+
+
+class _Damaged(Exception):
+    """A state cannot be read, or is not what was saved."""
+
+
+@contextlib.contextmanager
+def _damage() -> Iterator[None]:
+    """What is raised while a state is read means that it is damaged, but for what may be otherwise
+    the next time: no permission, no memory.
+    """
+    try:
+        yield
+    except (_Damaged, PermissionError, MemoryError):
+        raise
+    except Exception as raised:
+        if any(word in str(raised) for word in ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED")):
+            raise
+        raise _Damaged(reason(raised)) from raised
 
 
 def _storable(state: TrainState) -> TrainState:
@@ -104,30 +187,23 @@ def _storable(state: TrainState) -> TrainState:
     return state.replace(key=numbers.update(sharding=state.key.sharding))
 
 
-def _check(title: str, stored, wanted) -> None:
-    """Raise ValueError, with all that differ, unless two trees have the same leaves."""
-    stored, wanted = _leaves(stored), _leaves(wanted)
+def _with_key(stored: TrainState, like: TrainState) -> TrainState:
+    """With the key again that `_storable` made numbers of, of the kind that `like` has."""
+    impls = []
+    jax.eval_shape(lambda key: impls.append(jax.random.key_impl(key)), like.key)
+    return stored.replace(key=jax.random.wrap_key_data(stored.key, impl=impls[0]))
+
+
+def _check(title: str, stored: records.Record, template: TrainState) -> None:
+    """Raise ValueError, with all that differ, unless a record is that of the template's leaves."""
+    wanted = {path: records.describe(leaf) for path, leaf in records.leaves_of(template).items()}
     problems = {
         "only on disk": sorted(set(stored) - set(wanted)),
         "only in the run": sorted(set(wanted) - set(stored)),
         "another shape or dtype": [
-            f"{path}: {_describe(stored[path])} on disk, {_describe(leaf)} in the run"
-            for path, leaf in wanted.items()
-            if path in stored and _describe(stored[path]) != _describe(leaf)
+            f"{path}: {stored[path]['kind']} on disk, {kind} in the run"
+            for path, kind in wanted.items()
+            if path in stored and stored[path]["kind"] != kind
         ],
     }
     raise_problems(f"{title} is not one of this run", problems)
-
-
-def _describe(leaf) -> str:
-    # Orbax would cast to the run's dtype without a word.
-    return f"{jnp.dtype(leaf.dtype).name} {tuple(leaf.shape)}"
-
-
-def _leaves(tree) -> dict[str, Any]:
-    """Path -> what has a shape and a dtype.
-
-    Orbax has numbers where a tuple is, and names where a dataclass is.
-    """
-    leaves = jax.tree.leaves_with_path(tree)
-    return {keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
