@@ -1,4 +1,5 @@
-"""How fast a checkpoint reaches the device, part by part, and beside what the machine can do.
+"""How fast a checkpoint reaches the device, part by part, and beside what the machine can do; and
+what it costs to look whether its numbers are finite.
 
 python benchmarks/loading.py FOLDER --out FILE.json [--dry]
 
@@ -9,12 +10,15 @@ timed is our own work and the link to the device, not the disk. (A cold disk is 
 
 import argparse
 import json
+import statistics
 import time
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
 
+from cosmos3_jax.checkpoint import files
 from cosmos3_jax.checkpoint.find import open_folder
 from cosmos3_jax.parallel import device
 from cosmos3_jax.runtime.measure import GIB, environment
@@ -23,6 +27,7 @@ from cosmos3_jax.runtime.weights import Weights
 LINK_BYTES = GIB
 DRY_LINK_BYTES = 2**20
 READ_BYTES = 2**24
+LOOKS = 3  # loads of all parts with and without a look at the numbers, in turn
 
 
 def read_all(folder: Path) -> dict[str, float]:
@@ -66,9 +71,17 @@ def main(arguments: list[str] | None = None) -> None:
             found[part] = rate(size, time.perf_counter() - start)
         del tree
     alone = device.memory_peak()
-    start = time.perf_counter()
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights.all()))
-    found["all"] = rate(size, time.perf_counter() - start)
+    seconds: dict[str, list[float]] = {"all": [], "all, not looked at": []}
+    for _ in range(LOOKS):
+        for name, looks in (("all", files.is_finite), ("all, not looked at", lambda values: True)):
+            weights = Weights.of_checkpoint(options.folder, config, "bfloat16", offload=True)
+            start = time.perf_counter()
+            with mock.patch.object(files, "is_finite", looks):
+                leaves = jax.tree.leaves(weights.all())
+            seconds[name].append(time.perf_counter() - start)
+            size = sum(leaf.nbytes for leaf in leaves)
+            del weights, leaves
+    found |= {name: rate(size, statistics.median(all_of)) for name, all_of in seconds.items()}
     peaks = {"one part at a time": alone, "all": device.memory_peak()}
     record = environment() | {
         "rates": found,
@@ -77,7 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
     options.out.write_text(json.dumps(record, indent=2) + "\n")
     for name, values in found.items():
         print(
-            f"{name:12} {values['gib']:7.2f} GiB {values['seconds']:7.2f} s "
+            f"{name:18} {values['gib']:7.2f} GiB {values['seconds']:7.2f} s "
             f"{values['gib_per_second']:7.2f} GiB/s"
         )
     print(record["peak_gib"])

@@ -1,5 +1,6 @@
 """Sharded safetensors files: read one tensor at a time, written whole or not at all."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -18,6 +19,7 @@ from safetensors.numpy import save_file
 from cosmos3_jax import guard
 from cosmos3_jax.checkpoint import publish
 from cosmos3_jax.checkpoint.digests import Sums
+from cosmos3_jax.checkpoint.finite import is_finite
 from cosmos3_jax.checkpoint.rules import CheckpointError, canonical_key, raise_problems
 
 PUBLIC_STEM, CONVERTED_STEM = "diffusion_pytorch_model", "params"
@@ -93,7 +95,8 @@ class TensorFiles:
 
     def read(self, key: str, index: Sequence[slice] | None = None) -> np.ndarray:
         """One tensor in its stored dtype, or a part of it with a start and a stop on each axis:
-        nothing else is read. Raises CheckpointError if the file no longer gives it.
+        nothing else is read. Raises CheckpointError if the file no longer gives it, or if it holds
+        NaN or infinity.
 
         Threads may read at the same time, and the interpreter is free meanwhile. Safetensors' own
         reader is not used: it holds the interpreter, and reads at half the rate.
@@ -115,7 +118,13 @@ class TensorFiles:
                     done += count
         except OSError as error:
             raise CheckpointError(f"{stored.file.name}: {key} cannot be read ({error})") from error
-        return values.view(dtype).reshape(shape)
+        values = values.view(dtype).reshape(shape)
+        if not is_finite(values):
+            raise CheckpointError(
+                f"{stored.file.name}: {key} holds NaN or infinity; download the checkpoint again, "
+                "or take an earlier state of the training"
+            )
+        return values
 
 
 def _runs(shape: Sequence[int], index: Sequence[slice]) -> Iterator[tuple[int, int]]:
@@ -227,22 +236,24 @@ def is_shard_of(path: Path, keys: Iterable[str]) -> bool:
 
 
 def write_shard(
-    path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+    path: Path,
+    tensors: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    room: Path | None = None,
 ) -> None:
-    """Write one safetensors file.
+    """Write one safetensors file; in `room`, if it is given (see `publish.room`), until it is whole.
 
     Raises OSError, leaving nothing behind, if the disk does not take it.
     """
     contiguous = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
     try:
-        # In a folder of its own: safetensors writes to a temporary name that only it knows.
-        with publish.parents(path), publish.temporary(path.with_suffix("")) as folder:
-            folder.mkdir()
-            written = folder / path.name
+        with publish.room(path.parent) if room is None else contextlib.nullcontext(room) as made:
             # Loaders of the public layout insist on a format, and know this one.
-            save_file(contiguous, written, {"format": "pt", **(metadata or {})})
-            written.chmod(0o644)  # safetensors makes files that only their owner can read
-            publish.replace(written, path)
+            save_file(contiguous, made / path.name, {"format": "pt", **(metadata or {})})
+            # Safetensors makes files that only their owner can read.
+            (made / path.name).chmod(0o644)
+            publish.replace(made / path.name, path)
     except (SafetensorError, OSError) as error:
         raise OSError(f"{path} cannot be written: {error}") from error
 
@@ -295,14 +306,15 @@ def write_tensors(
         OSError: the disk does not take a file.
     """
     shards = plan_shards(stem, sizes, max_bytes)
-    for name, keys in shards.items():
-        path = folder / name
-        if sums is None or not _is_kept(path, keys, sums):
-            write_shard(path, {key: read(key) for key in keys})
-            if sums is not None:
-                sums.add(path)
-        if on_bytes is not None:
-            on_bytes(sum(sizes[key] for key in keys))
+    with publish.room(folder) as room:
+        for name, keys in shards.items():
+            path = folder / name
+            if sums is None or not _is_kept(path, keys, sums):
+                write_shard(path, {key: read(key) for key in keys}, room=room)
+                if sums is not None:
+                    sums.add(path)
+            if on_bytes is not None:
+                on_bytes(sum(sizes[key] for key in keys))
     index = write_index(folder, stem, shards, sizes)
     TensorFiles(folder, stem)  # what was written opens, and is all there
     return [folder / name for name in shards] + [index] * (index is not None)

@@ -24,6 +24,7 @@ from cosmos3_jax.checkpoint.files import (
     TensorFiles,
     has_tensors,
 )
+from cosmos3_jax.checkpoint.finite import is_finite
 from cosmos3_jax.checkpoint.layouts import layouts
 from cosmos3_jax.checkpoint.place import Piece, compile_placing, place_pieces
 from cosmos3_jax.checkpoint.rules import (
@@ -116,13 +117,35 @@ class Component:
     def read(self, piece: Piece, index: tuple[slice, ...] | None = None) -> np.ndarray:
         """The values of a piece, or of a part of it with a start and a stop on each axis. Weight
         norm is folded, and what is to be added is, before they are rounded to its dtype.
+
+        Raises CheckpointError on values that are not finite, as they are stored or after this.
         """
-        added = None if self.addition is None else self.addition(*layer_of(piece))
-        if added is None:
-            return self._stored(piece, index)
-        wide = dataclasses.replace(piece, dtype=np.dtype(np.float32))
-        added = added if index is None else added[index]
-        return (self._stored(wide, index) + added).astype(piece.dtype)
+        with np.errstate(all="ignore"):  # what becomes infinite or NaN is refused
+            added = None if self.addition is None else self.addition(*layer_of(piece))
+            if added is None:
+                values = self._stored(piece, index)
+            else:
+                wide = dataclasses.replace(piece, dtype=np.dtype(np.float32))
+                added = added if index is None else added[index]
+                values = (self._stored(wide, index) + added).astype(piece.dtype)
+        if (added is not None or self._may_overflow(piece)) and not is_finite(values):
+            keys = ", ".join(key for rule, _ in piece.parts for key in rule.keys)
+            lora = "" if added is None else " with the LoRA merged"
+            way_out = "download the checkpoint again" if added is None else "give a smaller factor"
+            raise CheckpointError(
+                f"{self.files.folder}: {keys}{lora} is not finite in {piece.dtype.name}: "
+                f"{way_out}, or, if the numbers are that large, use float32"
+            )
+        return values
+
+    def _may_overflow(self, piece: Piece) -> bool:
+        """Whether finite tensors may fill a piece with numbers that are not."""
+        largest = jnp.finfo(piece.dtype).max
+        return any(
+            rule.weight_norm or jnp.finfo(FLOAT_DTYPES[self.files.dtypes[key]]).max > largest
+            for rule, _ in piece.parts
+            for key in rule.keys
+        )
 
     def _stored(self, piece: Piece, index: tuple[slice, ...] | None) -> np.ndarray:
         if index is not None and piece.shape != tuple(x.stop - x.start for x in index):
@@ -232,7 +255,8 @@ def load_params(
             only what devices of this process get is read. None is the default device.
 
     Raises:
-        CheckpointError: a file no longer gives what it held when it was opened.
+        CheckpointError: a file no longer gives what it held when it was opened, or a tensor is not
+            finite.
         ValueError: of all that is added to a component, the dtype's rounding leaves nothing.
     """
     leaves = {}

@@ -179,8 +179,8 @@ def check(
             if key in expected:
                 problems["duplicate"].append(key)
             expected[key] = shape
-            filled[rule.leaf] += int(np.prod(shape)) if key == rule.keys[0] else 0
-    size = {path: int(np.prod(shape)) for path, shape in leaves.items()}
+            filled[rule.leaf] += math.prod(shape) if key == rule.keys[0] else 0
+    size = {path: math.prod(shape) for path, shape in leaves.items()}
     problems["leaf not filled exactly once"] = [p for p in leaves if filled[p] != size[p]]
     problems["missing"] = [key for key in expected if key not in shapes]
     problems["unexpected"] = [
