@@ -167,10 +167,8 @@ class Sums:
 
     def add(self, path: Path) -> None:
         """Note the content of a file. Raises OSError if the disk does not take it."""
-        self._sums[self._name(path)] = of_file(path)
-        with publish.file(self.path) as temporary:
-            lines = [f"{digest}  {name}\n" for name, digest in self._sums.items()]
-            temporary.write_text("".join(lines), "utf-8")
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(f"\n{of_file(path)}  {self._name(path)}")  # the last line may be half a one
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self.folder).as_posix()

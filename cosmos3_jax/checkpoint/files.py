@@ -242,7 +242,7 @@ def write_shard(
     *,
     room: Path | None = None,
 ) -> None:
-    """Write one safetensors file; in `room`, if it is given (see `publish.room`), until it is whole.
+    """Write one safetensors file, in `room` until it is whole (see `publish.room`).
 
     Raises OSError, leaving nothing behind, if the disk does not take it.
     """

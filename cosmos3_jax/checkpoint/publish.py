@@ -76,6 +76,17 @@ def temporary(path: Path) -> Iterator[Path]:
         yield name
 
 
+@contextlib.contextmanager
+def room(folder: Path) -> Iterator[Path]:
+    """Yields an empty hidden folder in `folder`, for writers with temporary names of their own.
+
+    `replace` takes out what they have finished. What is left goes when the block ends.
+    """
+    with parents(folder / "room"), temporary(folder / "room") as name:
+        name.mkdir()
+        yield name
+
+
 def remove(path: Path) -> None:
     """Remove a file or a folder with all that it holds, if it is there."""
     if path.is_dir() and not path.is_symlink():
