@@ -104,13 +104,17 @@ def read(
         OSError: it cannot be read, or is a folder.
         error: it is a pipe, a socket or a device, or has more bytes.
     """
-    with parsing(path, "the name of a file", error):
+    with parsing(path, "a file that can be read", error):
         # What has no writer is opened without waiting for one.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (0 if pipes else os.O_NONBLOCK))
-    with open(descriptor, "rb") as file:
-        if not pipes:
-            _check_mode(path, os.fstat(descriptor).st_mode, error)
-        content = file.read(most + 1)
+        try:
+            mode = os.fstat(descriptor).st_mode
+            if not pipes or stat.S_ISDIR(mode):
+                _check_mode(path, mode, error)
+            with open(descriptor, "rb", closefd=False) as file:
+                content = file.read(most + 1)
+        finally:
+            os.close(descriptor)
     if len(content) > most:
         size = os.stat(path).st_size
         raise error(

@@ -49,12 +49,16 @@ def test_links_of_a_cache_are_followed(broken, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["transformer/config.json", f"transformer/{INDEX}", f"transformer/{SHARD}"]
-)
+    "name",
+    [
+        "transformer/config.json", "scheduler/scheduler_config.json", "cosmos3_recipe.json",
+        f"transformer/{INDEX}", f"transformer/{SHARD}",
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("kind", ["pipe", "socket", "folder", "link to a pipe", "link to itself"])
 def test_what_is_no_file_is_not_opened(broken, tmp_path, monkeypatch, name, kind):
     path = broken / name
-    path.unlink()
+    path.unlink(missing_ok=True)
     if kind == "pipe":
         os.mkfifo(path)
     elif kind == "socket":
@@ -67,7 +71,9 @@ def test_what_is_no_file_is_not_opened(broken, tmp_path, monkeypatch, name, kind
         path.symlink_to(tmp_path / "pipe")
     else:
         path.symlink_to(path)
-    with pytest.raises((CheckpointError, OSError)) as raised:
+    if kind == "link to itself" and not name.startswith("transformer"):
+        return  # it is not there, and need not be
+    with pytest.raises((ValueError, OSError)) as raised:
         find.open_folder(broken)
         open_checkpoint(broken)
     assert str(broken) in one_line(raised)
