@@ -5,6 +5,7 @@ judged first.
 """
 
 import contextlib
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -126,7 +127,7 @@ def read(
 
 def _check_mode(path: str | os.PathLike[str], mode: int, error: type[Exception]) -> None:
     if stat.S_ISDIR(mode):
-        raise IsADirectoryError(21, "it is a folder; give a file", os.fspath(path))
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
     if kind := _KINDS.get(stat.S_IFMT(mode)):
         raise error(f"{path} is {kind}, and no file that can be read; give a file")
 
