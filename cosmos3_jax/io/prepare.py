@@ -192,8 +192,8 @@ def _check_room(batch: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
     needed, memory = 4 * batch * sum(map(math.prod, shapes.values())), device.host_memory()
     if memory is not None and needed > memory:
         raise ValueError(
-            f"the noise alone needs {needed / 2**30:.0f} GiB, and this machine has "
-            f"{memory / 2**30:.0f}: take fewer num_frames, a smaller size or fewer prompts"
+            f"the noise alone needs {needed / 2**30:.2f} GiB, and this machine has "
+            f"{memory / 2**30:.2f}: take fewer num_frames, a smaller size or fewer prompts"
         )
 
 
