@@ -56,7 +56,10 @@ PROMPTS = (
 )
 SEEDS, OTHER_SEEDS = (1000, 2000), 500_000  # the other clip's seed is so much larger
 CONVERGED = 105
-DRY = {"num_frames": 5, "height": 32, "width": 48}
+DRY = {
+    "num_frames": 5, "height": 32, "width": 48,
+    "negative_prompt": "", "system_prompt": "", "prompt_metadata": False,  # thousands of bytes
+}  # fmt: skip
 ROWS = ("seeds", "converged", "precision")
 STEPS = ("num_inference_steps", "sigmas", "speed", "evaluations")  # what says where steps are
 FRAMES_SHOWN, TILE = 6, 160  # of each clip on the sheet, and the pixels of their width
