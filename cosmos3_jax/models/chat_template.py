@@ -20,7 +20,7 @@ from jinja2.visitor import NodeTransformer
 
 MOST_SOURCE = 2**16  # letters of a template; published ones have up to 30,000
 MOST_WORK = 2**24  # turns of loops, and letters and entries of all that is made
-MOST_SECONDS = 5.0
+MOST_SECONDS = 3.0
 _BUDGET = "the budget"  # in a template's context: no name that a template can write
 _FILTERS = (
     "abs", "capitalize", "count", "d", "default", "dictsort", "first", "float", "int", "items",

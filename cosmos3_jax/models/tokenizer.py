@@ -20,7 +20,7 @@ from cosmos3_jax.models.chat_template import ChatTemplate
 END_OF_TURN = "<|im_end|>"
 START_OF_GENERATION = "<|vision_start|>"
 MOST_BYTES = 64 * 2**20  # of a tokenizer.json; Qwen's has 11 MiB
-MOST_SECONDS = 8.0  # in which a text of any length allowed becomes tokens; Qwen's takes one
+MOST_SECONDS = 5.0  # in which a text of any length allowed becomes tokens; Qwen's takes one
 MOST_GROWTH = 16  # how many times longer a normalizer may make a text
 # Normalizers that make of a letter a few at most.
 _SHORT = {
