@@ -117,8 +117,9 @@ def parents(path: Path) -> Iterator[None]:
     missing = [folder for folder in path.parents if not folder.exists()]
 
     def remove() -> None:
-        for folder in missing:  # the deepest first; an error ends it, as the others hold this one
-            folder.rmdir()
+        for folder in missing:  # the deepest first; one that holds something ends it
+            with contextlib.suppress(FileNotFoundError):
+                folder.rmdir()
 
     with _undone(remove):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,12 +3,10 @@
 import errno
 import fcntl
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
 from unittest.mock import Mock
 
 import numpy as np
@@ -21,6 +19,7 @@ from checkpoint_files import (
     read_tensors,
     replace_file,
 )
+from disks import full_disk
 from safetensors import SafetensorError
 
 from cosmos3_jax.checkpoint import files, load
@@ -236,23 +235,12 @@ def test_overwriting_never_loses_the_old(
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
-@contextmanager
-def largest_file(size: int):
-    """The kernel refuses to let files of this process grow further, as a full disk would."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize("room", [0, 600, SHARD_BYTES // 2])
 def test_a_full_disk(public_checkpoint, converted, tmp_path, room):
     """The file is named, nothing half-written stays, and there being room again the run goes on."""
     target = tmp_path / "new" / "target"
     with (
-        largest_file(room),
+        full_disk(room),
         pytest.raises(OSError, match=r"target\.partial\S+ (cannot|could not) be written: .+"),
     ):
         convert_checkpoint(public_checkpoint, target, max_shard_bytes=SHARD_BYTES)

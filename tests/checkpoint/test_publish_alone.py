@@ -5,14 +5,12 @@ import errno
 import fcntl
 import itertools
 import os
-import resource
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from disks import full_disk
 
 from cosmos3_jax.checkpoint import publish
 
@@ -233,17 +231,6 @@ def test_files_of_a_folder_that_nobody_wrote(tmp_path):
 # ------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def full_disk(room: int) -> Iterator[None]:
-    """The kernel refuses to let a file of this process grow beyond `room` bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize("old", [False, True])
 @pytest.mark.parametrize("room", [0, 1, 4095, 4096, 9999])
 @pytest.mark.parametrize("kind", PUBLISHING)
@@ -278,6 +265,21 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
             publish.check_parent(path)
     publish.check_parent(tmp_path / "new" / "deeper" / "a")
     assert names(tmp_path) == ["file"]
+
+
+def test_folders_that_were_made_halfway_go_again(tmp_path, monkeypatch):
+    mkdir = Path.mkdir
+
+    def halfway(path, **_):
+        mkdir(path.parent)
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", halfway)
+    path = tmp_path / "new" / "deeper" / "a"
+    with pytest.raises(OSError, match=f"{path} could not be written: Disk quota"):
+        with publish.file(path):
+            pytest.fail("there is no folder")
+    assert names(tmp_path) == []
 
 
 def test_a_file_system_without_links(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import wave
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from disks import full_disk
 from media_cases import RATE, smooth_video, tones
 
 from cosmos3_jax.io import media
@@ -68,6 +69,24 @@ def test_a_failure_leaves_no_trace(tmp_path, name, monkeypatch):
         WRITERS[name](path, overwrite=True)
     assert path.read_bytes() == b"precious"
     assert everything_in(tmp_path) == [name]
+
+
+MOVING = {
+    name: lambda path: media.save_video(smooth_video(3), path, comment="x" * 2000)
+    for name in ("a.mov", "a.webm", "a.gif", "a.webp")
+}
+
+
+@pytest.mark.parametrize("name", [*WRITERS, *MOVING])
+def test_a_disk_that_fills_at_any_byte(tmp_path, name):
+    """Each writer notices, whatever its library makes of it; none leaves a short file."""
+    write = (WRITERS | MOVING)[name]
+    path = write(tmp_path / "whole" / name)
+    size = path.stat().st_size
+    for room in sorted({0, 1, size // 3, size - 1}):
+        with full_disk(room), pytest.raises(OSError, match=f"{name} could not be written: File"):
+            write(tmp_path / "full" / name)
+    assert everything_in(tmp_path) == ["whole", f"whole/{name}"]
 
 
 def test_a_failure_while_encoding_leaves_no_trace(tmp_path):
