@@ -1,7 +1,8 @@
 """Which evaluations to keep of a grid of steps: a contest of rules on `tiny`, by `quality.py`.
 
 python -m benchmarks.step_contest --out FILE.json [--sentences 200] [--beside 50] [--batch 50]
-    [--cases grid35/t2v,...] [--search 16] [--workers N] [--dtype float32] [--dry]
+    [--cases grid35/t2v,...] [--rules native,...] [--search 16] [--workers N] [--dtype float32]
+    [--dry]
 
 A rule makes the sigmas of K evaluations from the exact grid and K, and UniPC steps on them; or it
 steps on the whole grid and extrapolates the velocity where it is not computed. Every rule starts
@@ -186,15 +187,18 @@ class Contest:
         made: dict[str, tuple[bool, Callable[[Inputs], Clips]]] = {}
         for count in case.evaluations:
             lists = {rule: function(grid, count) for rule, function in RULES.items()}
-            lists["searched"] = at_rows(grid, self.searched(grid, case.evaluations)[count])
+            if "searched" in self.options.rules:
+                lists["searched"] = at_rows(grid, self.searched(grid, case.evaluations)[count])
             for rule, chosen in lists.items():
-                if chosen is not None:
+                if chosen is not None and rule in self.options.rules:
                     make = partial(self.make, case, sigmas=chosen)
                     made[f"{count}/{rule}"] = False, make
             rows = {"order1": even_rows(grid, count)}
             if lists["seacache"] is not None:
                 rows["order1 seacache"] = SEACACHE
             for rule, computed in rows.items():
+                if rule not in self.options.rules:
+                    continue
                 make = partial(self.make, case, sigmas=sigmas, computed=computed)
                 made[f"{count}/{rule}"] = False, make
         made["another seed"] = True, reseeded
@@ -236,7 +240,9 @@ def conclude(rows: dict[str, dict]) -> dict[str, dict]:
         entries, as_good = {}, []
         for rule, row in rules.items():
             worse = measures.summary(errors[rule] - errors[best])
-            judged = [x for x in row["measures"].get("judge", []) if x["clips"]]
+            # Attributes that few sentences speak of have an interval that says nothing.
+            judged = row["measures"].get("judge", [])
+            judged = [x for x in judged if x["clips"] > row["sentences"] / 2]
             worst = min(judged, key=lambda x: x["low"], default=None)
             entries[rule] = {
                 "mean": float(errors[rule].mean()), "median": float(np.median(errors[rule])),
@@ -280,6 +286,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--search", type=int, default=16, help="sentences of training")
     parser.add_argument("--cases", default=",".join(CASES))
+    parser.add_argument("--rules", default=",".join(SIMPLEST))
     parser.add_argument("--workers", type=int, default=max(0, (os.cpu_count() or 1) - 2))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--dry", action="store_true", help="tiny sizes")
@@ -288,6 +295,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.dry:
         options.sentences = options.beside = options.batch = options.search = 2
         options.workers = 0
+    options.rules = options.rules.split(",")
     options.beside = min(options.beside, options.sentences)
     record = begin_record(options)
     contest = Contest(options, record)
