@@ -122,7 +122,8 @@ def test_marks_are_the_judges_of_each_attribute(monkeypatch):
     assert found["colour"] is False and found["pitch"] is False and scene.pitch
     assert found["nothing touches or sounds"] is None
 
-    shape = Seen(*(getattr(scene, name) for name in Seen._fields[:5]), [], np.zeros((49, 2)))
+    words = scene.colour, scene.shape, scene.size, scene.direction, scene.speed
+    shape = Seen(*words, [], np.zeros((49, 2)))
     sight = Sight([shape], [], scene.background, scene.pattern)
     verdict = judge.Verdict(sight, Heard([], scene.pitch, None))
     monkeypatch.setattr(judge, "judge", lambda *_: verdict)
