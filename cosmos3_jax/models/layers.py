@@ -69,6 +69,14 @@ def _dot_general(x: Array, kernel: Array, *args, **kwargs) -> Array:
     return jax.lax.dot_general(x, sharding.whole(kernel), *args, **kwargs)
 
 
+def over_last(vector: Array, x: Array) -> Array:
+    """A vector [C] as [1, .., C], of as many axes as x [.., C]: to multiply or add along the last.
+
+    NumPy's promotion of ranks does it too, and can be forbidden (`jax_numpy_rank_promotion`).
+    """
+    return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) in float32, rounded to `dtype`, times a learned scale (Zhang & Sennrich, 2019)."""
 
@@ -80,7 +88,7 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
-        return x.astype(self.dtype) * scale.astype(self.dtype)
+        return x.astype(self.dtype) * over_last(scale.astype(self.dtype), x)
 
 
 class SwiGLU(nn.Module):
@@ -111,7 +119,7 @@ class TimestepEmbedding(nn.Module):
             -np.log(10_000) * np.arange(self.frequencies, dtype=np.float32) / self.frequencies
         )
         scaled = timestep.astype(jnp.float32) * np.float32(self.config.timestep_scale)
-        angles = scaled[:, None] * np.exp(exponent.astype(np.float32))
+        angles = scaled[:, None] * np.exp(exponent.astype(np.float32))[None]
         x = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
         x = nn.silu(dense(self.config.hidden_size, jnp.float32, "linear_1", bias=True)(x))
         return dense(self.config.hidden_size, jnp.float32, "linear_2", bias=True)(x)

@@ -70,7 +70,7 @@ def video_positions(
         latent_fps = jnp.broadcast_to(fps[:, None] / temporal_compression, time.shape)
         time = time / jax.lax.optimization_barrier(latent_fps)
         time = jnp.maximum(time * (config.base_fps / temporal_compression), 0)
-    time = time + (_media_offset(config, text_length) + offsets)
+    time = time + (_media_offset(config, text_length) + offsets[None])
     shape = (len(text_length), *grid)
     axes = (time[:, :, None, None], rows[:, None], columns)
     return jnp.stack([jnp.broadcast_to(axis, shape) for axis in axes], axis=1).reshape(
@@ -85,7 +85,7 @@ def sound_positions(config: TransformerConfig, frames: int, text_length: Array) 
     time = np.arange(frames, dtype=np.float32)
     if config.enable_fps_modulation:
         time = time / np.float32(config.sound_latent_fps) * np.float32(config.base_fps)
-    time = time + _media_offset(config, text_length)
+    time = time[None] + _media_offset(config, text_length)
     return jnp.stack([time, jnp.zeros_like(time), jnp.zeros_like(time)], axis=1)
 
 
@@ -116,7 +116,7 @@ def rope_table(config: TransformerConfig, positions: Array | np.ndarray) -> Rope
     """cos and sin of the rotation angles, float32 [B, S, J], from positions [B, 3, S] or [3, S]."""
     positions = jnp.asarray(positions).reshape(-1, 3, positions.shape[-1])
     per_slot = jnp.take(positions, axis_of_slot(config), axis=1)  # [B, J, S]
-    angles = jnp.swapaxes(per_slot, 1, 2) * inverse_frequencies(config)
+    angles = jnp.swapaxes(per_slot, 1, 2) * inverse_frequencies(config)[None, None]
     return jnp.cos(angles), jnp.sin(angles)
 
 

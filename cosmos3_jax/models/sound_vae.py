@@ -22,7 +22,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from cosmos3_jax.config import SoundVAEConfig, check_fps
-from cosmos3_jax.models.layers import precision, traced_once
+from cosmos3_jax.models.layers import over_last, precision, traced_once
 from cosmos3_jax.parallel import sharding
 
 
@@ -275,7 +275,8 @@ class Snake(nn.Module):
         alpha = self.param("alpha", nn.initializers.zeros_init(), x.shape[-1:]).astype(jnp.float32)
         beta = self.param("beta", nn.initializers.zeros_init(), x.shape[-1:]).astype(jnp.float32)
         x = x.astype(jnp.float32)
-        return (x + jnp.sin(jnp.exp(alpha) * x) ** 2 / (jnp.exp(beta) + 1e-9)).astype(self.dtype)
+        a, b = over_last(jnp.exp(alpha), x), over_last(jnp.exp(beta), x)
+        return (x + jnp.sin(a * x) ** 2 / (b + 1e-9)).astype(self.dtype)
 
 
 class ConvTranspose(nn.Module):
@@ -308,7 +309,7 @@ class ConvTranspose(nn.Module):
             dimension_numbers=("NWC", "WIO", "NWC"),
             precision=precision(self.dtype),
         )
-        return y + bias.astype(self.dtype)
+        return y + over_last(bias.astype(self.dtype), y)
 
 
 def short_time_spectrum(waveform: jax.Array, size: int, hop: int) -> jax.Array:
@@ -344,7 +345,7 @@ class DilatedConv(nn.Module):
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (7, width, width))
         bias = self.param("bias", nn.initializers.zeros_init(), (width,))
         y = dilated_convolution(x.astype(self.dtype), kernel.astype(self.dtype), self.dilation)
-        return y + bias.astype(self.dtype)
+        return y + over_last(bias.astype(self.dtype), y)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))

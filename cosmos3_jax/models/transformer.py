@@ -21,7 +21,14 @@ from jax.typing import ArrayLike
 from cosmos3_jax.config import TransformerConfig
 from cosmos3_jax.models import rope
 from cosmos3_jax.models.attention import attention, keeps_attention
-from cosmos3_jax.models.layers import RMSNorm, SwiGLU, TimestepEmbedding, dense, traced_once
+from cosmos3_jax.models.layers import (
+    RMSNorm,
+    SwiGLU,
+    TimestepEmbedding,
+    dense,
+    over_last,
+    traced_once,
+)
 from cosmos3_jax.models.patches import patch_grid, patchify, unpatchify
 from cosmos3_jax.parallel import sharding
 from cosmos3_jax.parallel.sharding import BRANCHES, HEADS, PROMPTS, TOKENS, constrain
@@ -254,7 +261,7 @@ class MediaTower(nn.Module):
             embedding = self.param(
                 f"{name}_modality_embed", nn.initializers.zeros, (config.hidden_size,)
             )
-            tokens = tokens + embedding.astype(dtype)
+            tokens = tokens + over_last(embedding.astype(dtype), tokens)
         if given is not None:
             noisy = jnp.repeat(~given, in_frame, axis=1)[..., None]
             time = jnp.where(noisy, time, 0)

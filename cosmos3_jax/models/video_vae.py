@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 
 from cosmos3_jax import limits
 from cosmos3_jax.config import VideoVAEConfig
-from cosmos3_jax.models.layers import traced_once
+from cosmos3_jax.models.layers import over_last, traced_once
 from cosmos3_jax.models.video_vae_modules import Convolve, Decoder, Encoder, Plan, convolve_on
 from cosmos3_jax.parallel import sharding
 from cosmos3_jax.parallel.device import AnyDevice, default_device
@@ -41,13 +41,13 @@ def normalize_latents(config: VideoVAEConfig, latents: jax.Array) -> jax.Array:
     reads.
     """
     mean, inverse_std = _latent_statistics(config, latents.dtype)
-    return (latents - mean) * inverse_std
+    return (latents - over_last(mean, latents)) * over_last(inverse_std, latents)
 
 
 def denormalize_latents(config: VideoVAEConfig, latents: jax.Array) -> jax.Array:
     """The inverse of `normalize_latents`, for the decoder. Cast to the compute dtype first."""
     mean, inverse_std = _latent_statistics(config, latents.dtype)
-    return latents / inverse_std + mean
+    return latents / over_last(inverse_std, latents) + over_last(mean, latents)
 
 
 def pixel_to_latent_shape(

@@ -25,7 +25,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from cosmos3_jax.config import VideoVAEConfig
-from cosmos3_jax.models.layers import precision
+from cosmos3_jax.models.layers import over_last, precision
 from cosmos3_jax.parallel.device import AnyDevice
 from cosmos3_jax.parallel.rows import Rows, are_divided, blocks_of_rows, divide_rows, over_blocks
 
@@ -93,7 +93,7 @@ class Conv2d(nn.Module):
         frames = rearrange(x, "B T H W C -> (B T) H W C")
         y = plan.convolve(frames, kernel, (self.padding, self.padding), self.stride)
         y = rearrange(y, "(B T) H W C -> B T H W C", B=len(x))
-        return divide_rows((y + bias).astype(plan.dtype))
+        return divide_rows((y + over_last(bias, y)).astype(plan.dtype))
 
 
 class CausalConv(nn.Module):
@@ -138,7 +138,7 @@ class CausalConv(nn.Module):
             return rearrange(y, "(B T) H W C -> B T H W C", B=len(x))
 
         y = over_blocks(convolve, x, kernel) if apart else convolve(x, kernel)
-        return divide_rows((y + bias).astype(plan.dtype))
+        return divide_rows((y + over_last(bias, y)).astype(plan.dtype))
 
 
 def _window(past: jax.Array, x: jax.Array, start: int, length: int) -> jax.Array:
@@ -164,7 +164,7 @@ class RMSNorm(nn.Module):
         x = x.astype(jnp.float32)
         # The bound of 1e-12 on |x| is put on its square: the root then has a gradient at x = 0.
         square = jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24)
-        return x * lax.rsqrt(square) * (channels**0.5 * scale)
+        return x * lax.rsqrt(square) * over_last(channels**0.5 * scale, x)
 
 
 class ResBlock(nn.Module):

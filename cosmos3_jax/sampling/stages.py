@@ -93,7 +93,10 @@ def encode_given(params: dict, clean_video: Array, frame_mask: Array, *, config:
     reach, frames = latents.shape[2], frame_mask.shape[1]
     clean = jnp.pad(latents, [(0, 0), (0, 0), (0, frames - reach), (0, 0), (0, 0)])
     return {
-        "given": {"clean_latents": clean, "frame_mask": frame_mask & (jnp.arange(frames) < reach)}
+        "given": {
+            "clean_latents": clean,
+            "frame_mask": frame_mask & (jnp.arange(frames)[None] < reach),
+        }
     }
 
 
