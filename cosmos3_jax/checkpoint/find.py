@@ -1,15 +1,23 @@
 """Where a checkpoint is, and what it says before its weights are read: configuration, tokenizer."""
 
+import logging
+import os
 import re
+import socket
+import threading
+import urllib.parse
+import urllib.request
 from importlib import resources
 from pathlib import Path
 
 from cosmos3_jax.checkpoint import load, random_checkpoint
 from cosmos3_jax.checkpoint.rules import CheckpointError
 from cosmos3_jax.config import Config
+from cosmos3_jax.guard import reason
 from cosmos3_jax.models.tokenizer import Tokenizer
 
 TINY = "tiny"
+CONNECTION_SECONDS = 3  # to the Hub
 BUILT_IN = (TINY, random_checkpoint.NAME)
 HUB_FILES = [
     "model_index.json",
@@ -19,6 +27,9 @@ HUB_FILES = [
     *(f"{part}/*.json" for part in ("transformer", "vae", "sound_tokenizer")),
 ]
 HUB_WEIGHTS = [f"{part}/*.safetensors" for part in ("transformer", "vae", "sound_tokenizer")]
+
+
+log = logging.getLogger("cosmos3_jax")
 
 
 def find_checkpoint(
@@ -37,7 +48,7 @@ def find_checkpoint(
         OSError: the cache cannot be written.
     """
     name = str(path_or_hub_id)
-    path = Path(path_or_hub_id).expanduser()
+    path = Path(os.path.expanduser(path_or_hub_id))  # which leaves a ~ that has no home
     on_hub = is_on_hub(name)
     if revision is not None and not on_hub:
         raise CheckpointError(
@@ -58,22 +69,62 @@ def find_checkpoint(
             f"there is no folder {name}; a checkpoint is a folder, a Hub id of the form owner/name "
             f"or one that is built in, {' or '.join(BUILT_IN)}"
         )
-    from huggingface_hub import snapshot_download
+    return _download(name, HUB_FILES + HUB_WEIGHTS * weights, revision)
 
+
+def _download(name: str, wanted: list[str], revision: str | None) -> Path:
+    """The folder of a Hub download, or what the cache has of it where the Hub is out of reach."""
+    from huggingface_hub import constants, snapshot_download
+
+    unreachable = None if constants.HF_HUB_OFFLINE else unreachable_because(constants.ENDPOINT)
     try:
-        wanted = HUB_FILES + HUB_WEIGHTS * weights
-        return Path(snapshot_download(name, allow_patterns=wanted, revision=revision))
+        folder = snapshot_download(
+            name, allow_patterns=wanted, revision=revision, local_files_only=bool(unreachable)
+        )
     except Exception as error:  # of a dozen kinds, from a name not found to a licence not accepted
         at = "" if revision is None else f" at revision {revision}"
         raise CheckpointError(
-            f"{name} is no local folder, and downloading it{at} from the Hub failed: {error}"
+            f"{name} is no local folder, and downloading it{at} from the Hub failed: "
+            f"{unreachable or reason(error)}"
         ) from error
+    if unreachable:
+        log.info("%s: from the cache, as %s", name, unreachable)
+    return Path(folder)
+
+
+def unreachable_because(endpoint: str) -> str | None:
+    """Why nothing answers at an URL's host, or at the proxy that leads there; None if all is well.
+
+    The Hub's client tries again and again: 38 s, or two minutes where packets are dropped.
+    """
+    url = urllib.parse.urlsplit(endpoint)
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get(url.scheme) or proxies.get("all")
+    if proxy and url.hostname and not urllib.request.proxy_bypass(url.hostname):
+        url = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    failed: list[str] = []
+
+    def connect() -> None:
+        try:
+            port = url.port or {"http": 80, "https": 443}.get(url.scheme, 1080)
+            socket.create_connection((url.hostname, port), timeout=CONNECTION_SECONDS).close()
+            failed.append("")
+        except (OSError, ValueError) as error:
+            failed.append(reason(error))
+
+    # In a thread, as looking up a name has no limit of its own.
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(CONNECTION_SECONDS)
+    why = failed[0] if failed else f"no answer within {CONNECTION_SECONDS} s"
+    where = url.netloc.rpartition("@")[2]  # without a password
+    return f"{where} cannot be reached ({why})" if why else None
 
 
 def is_on_hub(name: str) -> bool:
     """Whether a checkpoint's name is a Hub id, and no folder here."""
     found = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)
-    return found is not None and not Path(name).expanduser().is_dir()
+    return found is not None and not os.path.isdir(os.path.expanduser(name))
 
 
 def _tiny_checkpoint() -> Path:

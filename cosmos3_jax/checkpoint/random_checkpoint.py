@@ -8,7 +8,6 @@ learn something is `tiny`, see `find`.
 
 import dataclasses
 import json
-import os
 import re
 import zlib
 from pathlib import Path
@@ -24,6 +23,7 @@ from cosmos3_jax.checkpoint.rules import Rule, split_weight_norm
 from cosmos3_jax.checkpoint.tiny_tokenizer import write_tokenizer
 from cosmos3_jax.config import Config, SoundVAEConfig, TransformerConfig, VideoVAEConfig
 from cosmos3_jax.models.tokenizer import Tokenizer
+from cosmos3_jax.parallel.device import user_cache
 
 NAME = "random"
 VERSION = 1  # raise it when what is written changes: a cached folder of another version is not read
@@ -72,9 +72,9 @@ def cached() -> Path:
     The cache is `$XDG_CACHE_HOME/cosmos3_jax`, by default `~/.cache/cosmos3_jax`.
 
     Raises:
-        OSError: the cache cannot be written.
+        OSError: the cache cannot be written, or nothing says where it is.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cosmos3_jax"
+    cache = user_cache()
     folder = cache / f"{NAME}-v{VERSION}"
     if folder.is_dir():
         return folder

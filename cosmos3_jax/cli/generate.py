@@ -15,7 +15,7 @@ from cosmos3_jax.checkpoint import digests
 from cosmos3_jax.checkpoint.find import BUILT_IN, find_checkpoint
 from cosmos3_jax.cli import told
 from cosmos3_jax.cli.options import DEFAULT_PROMPT, numbers
-from cosmos3_jax.cli.outputs import Take, check_kind, plan, save_latents, timed, write
+from cosmos3_jax.cli.outputs import Take, check_kind, latents_kept, plan, save_latents, timed, write
 from cosmos3_jax.cli.record import (
     Record,
     differences,
@@ -98,13 +98,14 @@ def run_generate(options: argparse.Namespace) -> int:
         take.times = dict(times) if number == 0 else {}
         if len(takes) > 1:
             log.info("%d of %d: seed %d", number + 1, len(takes), take.seed)
-        result = model.run(
-            one.request,
-            steps_per_program=block_steps,
-            progress=bars,
-            after=partial(_after, take, options.overwrite, _Clock(take.times)),
-            states=states[number],
-        )
+        with latents_kept(take):
+            result = model.run(
+                one.request,
+                steps_per_program=block_steps,
+                progress=bars,
+                after=partial(_after, take, options.overwrite, _Clock(take.times)),
+                states=states[number],
+            )
         with timed(take.times, "to_cpu"):
             result = distributed.to_host(result)
         if distributed.is_writer():
@@ -194,6 +195,8 @@ class _Clock:
 def _after(take: Take, overwrite: bool, clock: _Clock, stage: Stage, values: Values) -> None:
     """When a stage has ended: note its time, and keep the latents before they are decoded."""
     clock("decode" if "decode" in stage.name else "denoise")
+    if stage.loop:
+        take.denoised = values["latents"]
     if stage.loop and take.latents_path:
         arrays = distributed.to_host(values["latents"])
         if distributed.is_writer():

@@ -28,6 +28,7 @@ from cosmos3_jax.io.encode import (
 from cosmos3_jax.io.prepare import Prepared
 from cosmos3_jax.io.settings import Settings
 from cosmos3_jax.parallel import device, distributed
+from cosmos3_jax.runtime.memory import OutOfDeviceMemory
 
 ONLY_IMAGES = tuple(suffix for suffix in IMAGE_SUFFIXES if suffix not in ANIMATIONS)
 MOST_FILES = 10_000  # of one command
@@ -43,6 +44,7 @@ class Take:
         state_path: where the sampler's state is kept between its steps.
         resumed: whether there is one: then an interrupted run may have left the latents, too.
         failures: what could not be written where it should be, in words.
+        denoised: the latents, once they are made.
     """
 
     seed: int
@@ -53,6 +55,7 @@ class Take:
     resumed: bool = False
     times: dict[str, float] = dataclasses.field(default_factory=dict)
     failures: list[str] = dataclasses.field(default_factory=list)
+    denoised: Mapping[str, Any] | None = None
 
 
 def plan(options: argparse.Namespace) -> list[Take]:
@@ -185,6 +188,31 @@ def write(options: argparse.Namespace, take: Take, result: Mapping, record: Reco
     if take.failures:
         again = f"; {out} is whole, so that the same command needs --overwrite or another --out"
         raise OSError("; ".join(take.failures) + again * (out == take.out))
+
+
+@contextmanager
+def latents_kept(take: Take) -> Generator[None, None, None]:
+    """If the device's memory ends while latents are decoded, they are written beside the output.
+
+    Raises OutOfDeviceMemory, with a line on where they are.
+    """
+    try:
+        yield
+    except OutOfDeviceMemory as error:
+        # In several processes all would have to ask for them.
+        if take.denoised is None or distributed.are_several():
+            raise
+        if take.latents_path is None:
+            take.latents_path = take.out.with_suffix(".latents.npz")
+            save_latents(take, {k: np.asarray(v) for k, v in take.denoised.items()}, False)
+        if take.latents_path is None:
+            raise
+        raise OutOfDeviceMemory(
+            f"{error} The denoised latents are kept in {take.latents_path}: Cosmos3.decode, in "
+            "Python, makes the video of them"
+        ) from error
+    finally:
+        take.denoised = None  # of many files, each would keep some of the device
 
 
 def save_latents(take: Take, arrays: Mapping[str, Any], overwrite: bool) -> None:

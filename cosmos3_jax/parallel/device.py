@@ -8,9 +8,12 @@ import contextlib
 import dataclasses
 import os
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import jax
+
+from cosmos3_jax import guard
 
 MEMORY_FRACTION = "0.92"  # of a GPU; JAX takes 0.75 unless told otherwise
 # Of a container, as it sees them: of the second and of the first version of control groups.
@@ -34,6 +37,25 @@ def default_device() -> jax.Device:
     if chosen is None:
         return jax.local_devices()[0]
     return jax.local_devices(backend=chosen)[0] if isinstance(chosen, str) else chosen
+
+
+def backend_obstacle() -> str | None:
+    """What keeps JAX from its devices, in a line for whoever set it up; None if nothing does.
+
+    JAX's own error may be empty, as where `JAX_PLATFORMS` names a platform that has no plugin.
+    """
+    try:
+        jax.local_devices()
+        return None
+    except Exception as error:
+        installed = ["cpu", *(each.name for each in metadata.entry_points(group="jax_plugins"))]
+        chosen = jax.config.jax_platforms
+        asked = f" with JAX_PLATFORMS={chosen}" if chosen else ""
+        way_out = "unset it, or choose one of these" if chosen else "see JAX's installation guide"
+        return (
+            f"JAX cannot start{asked}: {guard.reason(error)}. Installed are {', '.join(installed)}:"
+            f" {way_out}"
+        )
 
 
 def memory_limit() -> int | None:
@@ -69,11 +91,23 @@ def use_whole_device() -> None:
 
 
 def cache_folder() -> str:
-    """`$JAX_COMPILATION_CACHE_DIR`, else `cosmos3_jax/xla` in `$XDG_CACHE_HOME` or `~/.cache`."""
-    chosen = jax.config.jax_compilation_cache_dir
-    if chosen:
-        return chosen
-    return str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cosmos3_jax/xla")
+    """`$JAX_COMPILATION_CACHE_DIR`, else `cosmos3_jax/xla` in `user_cache()`.
+
+    Raises OSError if nothing says where that is.
+    """
+    return jax.config.jax_compilation_cache_dir or str(user_cache() / "xla")
+
+
+def user_cache() -> Path:
+    """`cosmos3_jax` in `$XDG_CACHE_HOME` or `~/.cache`, which need not be there.
+
+    Raises OSError where a user has neither a HOME nor a home folder, as in some containers.
+    """
+    chosen = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(chosen) if chosen else Path.home() / ".cache") / "cosmos3_jax"
+    except RuntimeError as error:
+        raise OSError("there is no home folder: set HOME or XDG_CACHE_HOME") from error
 
 
 def use_compilation_cache(enabled: bool = True) -> None:
@@ -86,8 +120,9 @@ def use_compilation_cache(enabled: bool = True) -> None:
     if not enabled or not jax.config.jax_enable_compilation_cache:
         jax.config.update("jax_enable_compilation_cache", False)
         return
-    folder = cache_folder()
+    folder = ""
     try:
+        folder = cache_folder()
         if "://" not in folder:  # or it is a bucket, which JAX knows how to reach
             Path(folder).mkdir(parents=True, exist_ok=True)
             if not os.access(folder, os.W_OK):
@@ -95,8 +130,9 @@ def use_compilation_cache(enabled: bool = True) -> None:
     except OSError as error:
         # JAX itself would go on too, with a warning for every program.
         jax.config.update("jax_enable_compilation_cache", False)
+        where = f" in {folder}" if folder else ""
         print(
-            f"cosmos3-jax: no compilation cache in {folder} ({error}); set "
+            f"cosmos3-jax: no compilation cache{where} ({error}); set "
             "JAX_COMPILATION_CACHE_DIR to one that can be written, or pass --no-compilation-cache",
             file=sys.stderr,
         )
