@@ -74,7 +74,7 @@ class Checkpoints:
             return
         storable = _storable(state)
         record = records.record_of(storable)
-        if bad := [path for path, leaf in record.items() if not leaf["finite"]]:
+        if bad := records.not_finite(record):
             raise ValueError(self._refusal(step, bad))
         # Orbax keeps nothing older than what it has, and says so by its result alone.
         arguments = ocp.args.StandardSave(storable)
@@ -139,13 +139,11 @@ class Checkpoints:
                 stored = records.leaves_of(self._manager.item_metadata(step))
                 record = {path: {"kind": records.describe(leaf)} for path, leaf in stored.items()}
             if not record:
-                raise _Damaged("it lists no arrays")
+                raise ValueError("it lists no arrays")
         _check(f"the state of step {step}", record, template)
         with _damage():
             found = self._manager.restore(step, args=ocp.args.StandardRestore(template))
-            for path, leaf in records.record_of(found).items():
-                if record[path].get("sum", leaf["sum"]) != leaf["sum"]:
-                    raise _Damaged(f"{path} is not what was saved")
+            records.check_same(record, found)
         return found
 
     def _set_aside(self, step: int) -> Path:
@@ -171,7 +169,7 @@ def _damage() -> Iterator[None]:
     """
     try:
         yield
-    except (_Damaged, PermissionError, MemoryError):
+    except (PermissionError, MemoryError):
         raise
     except Exception as raised:
         if any(word in str(raised) for word in ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED")):

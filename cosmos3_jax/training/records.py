@@ -15,11 +15,11 @@ Record = dict[str, dict[str, str]]  # path of a leaf -> its `kind` and, where kn
 
 
 @jax.jit
-def _look(leaves: list[Array]) -> tuple[list[Array], list[Array]]:
-    """Of each array, whether all its numbers are finite, and a checksum. One pass over them, each
-    device its own part; whole numbers, so that no mesh changes them.
+def _look(x: Array) -> tuple[Array, Array]:
+    """Whether all numbers are finite, and a checksum: one pass over them, each device its own part,
+    in whole numbers, so that no mesh changes them. A program for each shape, of which few differ.
     """
-    return [_all_finite(x) for x in leaves], [_checksum(x) for x in leaves]
+    return _all_finite(x), _checksum(x)
 
 
 def _all_finite(x: Array) -> Array:
@@ -51,15 +51,27 @@ def _checksum(x: Array) -> Array:
 def record_of(state: Any) -> dict[str, dict[str, Any]]:
     """Of each leaf: its `kind`, a checksum `sum`, and whether all of it is `finite`."""
     leaves = leaves_of(state)
-    finite, sums = jax.device_get(_look(list(leaves.values())))
+    looks = jax.device_get([_look(leaf) for leaf in leaves.values()])
     return {
-        path: {"kind": describe(leaf), "sum": f"{total:08x}", "finite": bool(good)}
-        for (path, leaf), good, total in zip(leaves.items(), finite, sums, strict=True)
+        path: {"kind": describe(leaf), "sum": f"{total:08x}", "finite": bool(finite)}
+        for (path, leaf), (finite, total) in zip(leaves.items(), looks, strict=True)
     }
 
 
+def not_finite(record: dict[str, dict[str, Any]]) -> list[str]:
+    """The paths of leaves that have numbers which are NaN or infinite."""
+    return [path for path, leaf in record.items() if not leaf["finite"]]
+
+
+def check_same(record: Record, state: Any) -> None:
+    """Raise ValueError unless a state has the numbers that its record says, where it does."""
+    for path, leaf in record_of(state).items():
+        if record[path].get("sum", leaf["sum"]) != leaf["sum"]:
+            raise ValueError(f"{path} is not what was saved")
+
+
 def sealed(record: Record) -> dict[str, Any]:
-    """A record as orbax's metadata hold it, with a checksum of its own."""
+    """A record as JSON can hold it, with a checksum of its own."""
     leaves = {path: {name: leaf[name] for name in ("kind", "sum")} for path, leaf in record.items()}
     return {"leaves": leaves, "sum": _seal(leaves)}
 

@@ -31,7 +31,13 @@ from cosmos3_jax.config import Config
 from cosmos3_jax.io import media
 from cosmos3_jax.training.flow import LossWeights, NoiseLevels
 from cosmos3_jax.training.params import load_towers
-from cosmos3_jax.training.step import TrainOptions, TrainState, init_state, train_step
+from cosmos3_jax.training.step import (
+    TrainOptions,
+    TrainState,
+    check_finite,
+    init_state,
+    train_step,
+)
 from examples.tiny import data, evaluate, grammar, running, sheets
 from examples.tiny import judge as jd
 from examples.tiny import scenes as sc
@@ -145,7 +151,10 @@ def train(
     log: Callable[[dict], None],
     every: int = 10,
 ) -> lora.Lora:
-    """Train an adapter of frozen towers; `step` is of `make_step`."""
+    """Train an adapter of frozen towers; `step` is of `make_step`.
+
+    Raises FloatingPointError if a step that is logged is not finite; the last one is.
+    """
     key = jax.random.key(tuning.seed)
     adapter = lora.init(key, config.transformer, patterns=PATTERNS, rank=tuning.rank)
     state = init_state(adapter, optimizer(tuning), jax.random.key(tuning.seed + 1))
@@ -153,6 +162,7 @@ def train(
     for done in range(1, tuning.steps + 1):
         state, metrics = step(state, towers, bank)
         if done % every == 0 or done == tuning.steps:
+            check_finite(metrics, done)
             values = {name: round(float(value), 5) for name, value in metrics.items()}
             log({"step": done, **values, "seconds": round(time.monotonic() - began, 1)})
     return state.params

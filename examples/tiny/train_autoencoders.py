@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import json
 import time
+import zlib
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,10 @@ import numpy as np
 import optax
 from flax import serialization
 
+from cosmos3_jax import guard
 from cosmos3_jax.checkpoint import publish
 from cosmos3_jax.training import autoencoders as ae
+from cosmos3_jax.training import records
 from examples.tiny import autoencoder_check, grammar, optimizers, running, world
 from examples.tiny.autoencoder_models import AUTOENCODERS, Autoencoder, read_public, write_public
 
@@ -157,25 +160,34 @@ def train(run: Run, model: Autoencoder, out: Path) -> State:
 
 
 def save(out: Path, run: Run, state: State) -> None:
-    """Write the state, whole or not at all."""
-    content = {
-        "run": json.dumps(dataclasses.asdict(run)),
-        "state": serialization.to_state_dict(state),
-    }
+    """Write the state, whole or not at all. Raises FloatingPointError, and leaves the one before,
+    if a number in it is NaN or infinite.
+    """
+    step, tree = state["step"], jax.device_get(serialization.to_state_dict(state))
+    for path, leaf in records.leaves_of(tree).items():
+        if not np.isfinite(leaf).all():
+            raise FloatingPointError(f"the state of step {step} is not finite: {path}")
+    checksum = zlib.crc32(serialization.msgpack_serialize(tree))
+    content = {"run": json.dumps(dataclasses.asdict(run)), "state": tree, "checksum": checksum}
     with publish.file(out / STATE_FILE) as temporary:
-        temporary.write_bytes(serialization.msgpack_serialize(jax.device_get(content)))
+        temporary.write_bytes(serialization.msgpack_serialize(content))
 
 
 def restore(out: Path, run: Run, state: State) -> State:
-    """The state in a folder, or `state` if there is none."""
+    """The state in a folder, or `state` if there is none. Raises ValueError if it is damaged."""
     path = out / STATE_FILE
     if not path.is_file():
         return state
-    content = serialization.msgpack_restore(path.read_bytes())
-    stored = json.loads(content["run"])
+    with guard.parsing(path, "a state of this training", way_out="remove it to begin anew"):
+        content = serialization.msgpack_restore(path.read_bytes())
+        stored = json.loads(content["run"])
     if stored != dataclasses.asdict(run):
         raise ValueError(f"{path} is of {stored}, not of {run}; choose another folder or remove it")
-    found = serialization.from_state_dict(state, content["state"])
+    with guard.parsing(path, "a state of this training", way_out="remove it to begin anew"):
+        found = serialization.from_state_dict(state, content["state"])
+        checksum = zlib.crc32(serialization.msgpack_serialize(content["state"]))
+        if checksum != content.get("checksum", checksum):  # earlier versions wrote none
+            raise ValueError("it is not what was saved")
     return jax.tree.map(jnp.asarray, found)
 
 

@@ -36,7 +36,13 @@ from cosmos3_jax.models.transformer import unstack_layers
 from cosmos3_jax.training.checkpoints import Checkpoints
 from cosmos3_jax.training.flow import LossWeights, NoiseLevels
 from cosmos3_jax.training.params import join_params, load_towers
-from cosmos3_jax.training.step import TrainOptions, TrainState, init_state, train_step
+from cosmos3_jax.training.step import (
+    TrainOptions,
+    TrainState,
+    check_finite,
+    init_state,
+    train_step,
+)
 from examples.tiny import assemble, data, model, optimizers, running
 from examples.tiny.pacing import Pacer
 from examples.tiny.watch import Watch
@@ -161,7 +167,7 @@ def train(
 
     Raises:
         ValueError: neither steps nor seconds are given, or `out` holds another run.
-        FloatingPointError: the loss is not finite.
+        FloatingPointError: the loss or a gradient is not finite.
     """
     if steps is None and seconds == math.inf:
         raise ValueError("give a number of steps, or the seconds that they may take")
@@ -209,8 +215,7 @@ def train(
             done += 1
             if done % every == 0 or done == total:
                 values = {name: round(float(value), 5) for name, value in metrics.items()}
-                if not np.isfinite(values["loss"]):
-                    raise FloatingPointError(f"the loss is not finite at step {done}: {values}")
+                check_finite(metrics, done)
                 pace = pacer.interval(done)
                 if steps is None:
                     total = pacer.plan(done, total, seconds, evaluations - evaluated)

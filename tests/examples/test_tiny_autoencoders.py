@@ -161,6 +161,7 @@ def test_run_resumes_to_the_same_numbers(what, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="choose another folder or remove it"):
         other = dataclasses.replace(run, seed=1)
         train_autoencoders.train(other, model, tmp_path / "killed")
+    check_a_state_on_disk(run, tmp_path / "killed", resumed)
     channels = 4
     mean, deviation = random(5, channels), np.full((5, channels), 0.5)
     monkeypatch.setattr(autoencoder_check, "posteriors", lambda *_: (mean, deviation))
@@ -178,6 +179,20 @@ def test_run_resumes_to_the_same_numbers(what, tmp_path, monkeypatch):
         gain = np.concatenate([1 / scale, np.ones(channels)])
     # bfloat16: 2^-8 of a weight, and as much of its weight-norm gain.
     np.testing.assert_allclose(found, kernel * gain, rtol=2**-6, atol=1e-6)
+
+
+def check_a_state_on_disk(run, folder, state):
+    """What is not finite is not written; what is damaged is not read."""
+    bad = state | {"ema": jax.tree.map(lambda x: x * np.nan, state["ema"])}
+    with pytest.raises(FloatingPointError, match="the state of step 4 is not finite: ema/"):
+        train_autoencoders.save(folder, run, bad)
+    path = folder / train_autoencoders.STATE_FILE
+    whole = path.read_bytes()
+    for damaged in (whole[:-9], whole[:99], b"", whole[:-999] + b"?" + whole[-998:]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"{path} is not a state of .*; remove it to begin"):
+            train_autoencoders.restore(folder, run, state)
+    path.write_bytes(whole)
 
 
 def test_report_of_reconstructions(tmp_path, monkeypatch):

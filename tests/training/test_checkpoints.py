@@ -99,7 +99,7 @@ def test_a_checksum_misses_no_bit_and_no_place():
     assert len(sums) == 32 * x.size + 1
     assert checksum(flipped(31, 63)) not in sums  # two signs
     assert checksum(x[::-1]) not in sums and checksum(0 * x) != checksum(-0.0 * np.abs(x))
-    for dtype in ("bool", "int8", "float16", "bfloat16", "uint32"):
+    for dtype in ("bool", "int8", "bfloat16", "uint32"):
         one = jnp.zeros(4, dtype).at[2].set(1)
         assert checksum(one) != checksum(jnp.roll(one, 1)) != checksum(0 * one)
 
