@@ -278,6 +278,8 @@ def _sequence(value: Any, length: int | None = None) -> Any:
 
 def _read(name: str, value: Any, kinds: Sequence[str]) -> Any:
     """A setting as it is kept. Raises ValueError unless it is of one of these kinds."""
+    if value is None and "None" in kinds:
+        return None
     for kind in kinds:
         try:
             return _KINDS[kind][1](value)
