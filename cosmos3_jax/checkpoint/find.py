@@ -78,9 +78,8 @@ def _download(name: str, wanted: list[str], revision: str | None) -> Path:
 
     unreachable = None if constants.HF_HUB_OFFLINE else unreachable_because(constants.ENDPOINT)
     try:
-        folder = snapshot_download(
-            name, allow_patterns=wanted, revision=revision, local_files_only=bool(unreachable)
-        )
+        cached = {"local_files_only": True} if unreachable else {}
+        folder = snapshot_download(name, allow_patterns=wanted, revision=revision, **cached)
     except Exception as error:  # of a dozen kinds, from a name not found to a licence not accepted
         at = "" if revision is None else f" at revision {revision}"
         raise CheckpointError(

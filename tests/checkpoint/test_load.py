@@ -23,7 +23,7 @@ from huggingface_hub.utils import filter_repo_objects
 from rounding import check, relative_l2
 
 from cosmos3_jax import Cosmos3
-from cosmos3_jax.checkpoint import files, load, rules
+from cosmos3_jax.checkpoint import files, find, load, rules
 from cosmos3_jax.checkpoint.find import find_checkpoint
 from cosmos3_jax.checkpoint.rules import CheckpointError
 from cosmos3_jax.models.transformer import unstack_layers
@@ -309,6 +309,7 @@ def test_hub_id(public_checkpoint, monkeypatch, tree):
         return str(public_checkpoint)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(find, "unreachable_because", lambda _: None)
     model = Cosmos3.from_pretrained("nvidia/Cosmos3-Nano", "float32", revision="v1")
     frontend = [name for name in NANO_READ if not name.endswith(".safetensors")]
     assert asked == [  # weights only once the rest has been read
@@ -326,6 +327,7 @@ def test_a_request_is_checked_before_weights_are_downloaded(monkeypatch, tmp_pat
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(find, "unreachable_because", lambda _: None)
     find_checkpoint("nvidia/Cosmos3-Nano", weights=False)
     weights = [name for name in NANO_READ if name.endswith(".safetensors")]
     assert weights and asked == [[name for name in NANO_READ if name not in weights]]
@@ -336,6 +338,7 @@ def test_hub_failure(monkeypatch):
         raise ConnectionError("name resolution failed")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(find, "unreachable_because", lambda _: None)
     with pytest.raises(
         CheckpointError,
         match="nvidia/Nano is no local folder, and downloading it .* failed: name resolution",
