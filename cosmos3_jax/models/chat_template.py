@@ -100,7 +100,7 @@ def _one_by_one(name: str) -> Callable[..., Iterator[Any]]:
 
     @jinja2.pass_context
     def filtered(context: Context, values: Iterable[Any], *args: Any, **kwargs: Any):
-        return DEFAULT_FILTERS[name](context, _turns(context, values), *args, **kwargs)
+        return DEFAULT_FILTERS[name](context, _turns(context, values or ()), *args, **kwargs)
 
     return filtered
 
