@@ -157,12 +157,14 @@ def _read_header(path: Path) -> dict[str, _Stored]:
     try:
         guard.check_plain(path, CheckpointError)
         with guard.parsing(path, "a complete safetensors file", CheckpointError, again):
+            file = path.open("rb", buffering=0)
+            length = int.from_bytes(file.read(8), "little")
+            if length > guard.MOST_JSON:
+                raise ValueError(f"its header has {length} bytes, more than {guard.MOST_JSON}")
             # Not mapped into memory: a file cut short while it is read is then an error instead of
             # a crash, and the memory that the process holds is what it uses.
             with safe_open(path, framework="np", backend="pread"):
                 pass  # whole, and its header is sound
-            file = path.open("rb", buffering=0)
-            length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
             return {

@@ -106,6 +106,12 @@ def test_a_configuration_without_end_is_not_read(broken):
         find.open_folder(broken)
 
 
+def test_a_header_without_end_is_not_read(broken):
+    replace_file(broken / "transformer" / SHARD, (2**40).to_bytes(8, "little") + b"{}")
+    with pytest.raises(CheckpointError, match="its header has 1099511627776 bytes, more than"):
+        open_checkpoint(broken)
+
+
 def test_names_of_tensors_are_shown_in_one_line():
     with pytest.raises(CheckpointError) as raised:
         raise_problems("they differ", {"unexpected": ["a\nb\x1b[2J" + 1000 * "c"]})
