@@ -11,7 +11,7 @@ import decimal
 import difflib
 import numbers
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
 from cosmos3_jax import limits
@@ -230,12 +230,17 @@ def _one_of(*allowed: Any) -> Callable[[Any], Any]:
 
 
 def _texts(value: Any) -> Any:
-    if not isinstance(value, str):
-        if not isinstance(value, list | tuple):
-            raise TypeError
-        for one in value:
-            if not isinstance(one, str | None):
-                raise TypeError
+    if isinstance(value, str):
+        return value
+    texts = value if isinstance(value, list | tuple) else [*_ordered(value)]
+    if not all(isinstance(text, str | None) for text in texts):
+        raise TypeError
+    return texts
+
+
+def _ordered(value: Any) -> Any:
+    if isinstance(value, str | bytes | Mapping | Set):
+        raise TypeError
     return value
 
 
@@ -245,6 +250,23 @@ def _flag(value: Any) -> bool:
         if value.ndim:
             raise TypeError
     return bool(value)
+
+
+def _sequence(value: Any, length: int | None = None) -> Any:
+    if length and len(value) != length:
+        raise TypeError
+    return _ordered(value)
+
+
+def _levels(value: Any) -> Any:
+    len(value)  # of one number it fails
+    return _numbers(value)
+
+
+def _frames(value: Any) -> Any:
+    if isinstance(value, Mapping):  # those who read the media judge the rest
+        raise TypeError
+    return value
 
 
 # Each word of the annotations above: what it is called in a message, and a function that gives the
@@ -260,20 +282,14 @@ _KINDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "Literal[False]": ("False", _one_of(False)),
     "tuple[int, int]": ("two of them", lambda value: tuple(map(_whole, _sequence(value, 2)))),
     "Sequence[int]": ("one for each prompt", lambda value: [*map(_whole, _sequence(value))]),
-    "Sequence[float]": ("a list of numbers", _numbers),
+    "Sequence[float]": ("a list of numbers", _levels),
     "Texts": ("a text or a list of texts", _texts),
     "Numbers": ("real numbers", _numbers),
     "Mask": ("bool, True where given", lambda value: _array(value, "b")),
-    "Iterable[int]": ("", lambda value: value),
+    "Iterable[int]": ("whole numbers", _frames),
     "Images": ("", lambda value: value),
     "VideoSource": ("", lambda value: value),
 }
-
-
-def _sequence(value: Any, length: int | None = None) -> Any:
-    if isinstance(value, str | bytes | dict | set) or (length and len(value) != length):
-        raise TypeError
-    return value
 
 
 def _read(name: str, value: Any, kinds: Sequence[str]) -> Any:

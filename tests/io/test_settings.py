@@ -52,6 +52,11 @@ WRONG = [
     ("prompt_metadata", 2, "prompt_metadata=2 must be True or False"),
     ("system_prompt", True, "system_prompt=True must be a text, or False"),
     ("negative_prompt", {"a": 1}, "negative_prompt=.* must be a text or a list of texts"),
+    ("negative_prompt", {"a", "b"}, "negative_prompt=.* must be a text or a list of texts"),
+    ("negative_prompt", b"a", "negative_prompt=b'a' must be a text or a list of texts"),
+    ("condition_frames", {0: 1}, "condition_frames={0: 1} must be whole numbers"),
+    ("sigmas", 0.5, "sigmas=0.5 must be a list of numbers"),
+    ("sigmas", np.array(0.5), "must be a list of numbers"),
     ("negative_prompt", [3], "must be a text or a list of texts"),
     ("sigmas", ["0.5", "0"], "must be a list of numbers"),
     ("sigmas", "0.5,0", "must be a list of numbers"),
@@ -101,6 +106,8 @@ RIGHT = [
     ("system_prompt", False, False),
     ("system_prompt", "", ""),
     ("negative_prompt", ("a", "b"), ("a", "b")),
+    ("negative_prompt", np.array(["a", "b"]), ["a", "b"]),
+    ("negative_prompt", iter(["a", None]), ["a", None]),
     ("keep", "last", "last"),
 ]
 
