@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -202,15 +203,19 @@ def load_config(folder: Path, load_sound: bool | None = None) -> Config:
         )
     sound = has_sound and load_sound is not False
     scheduler = folder / "scheduler" / "scheduler_config.json"
-    return Config(
-        transformer=dataclasses.replace(transformer_config, sound_gen=sound),
-        video_vae=VideoVAEConfig.from_file(folder / "vae" / "config.json"),
-        sound_vae=SoundVAEConfig.from_file(sound_config) if sound else None,
-        scheduler=SchedulerConfig.from_file(scheduler)
+    parts: dict[str, Any] = {
+        "transformer": dataclasses.replace(transformer_config, sound_gen=sound),
+        "video_vae": VideoVAEConfig.from_file(folder / "vae" / "config.json"),
+        "sound_vae": SoundVAEConfig.from_file(sound_config) if sound else None,
+        "scheduler": SchedulerConfig.from_file(scheduler)
         if scheduler.exists()
         else SchedulerConfig(),
-        recipes=_read_recipes(folder / RECIPE_FILE, transformer_config),
-    )
+        "recipes": _read_recipes(folder / RECIPE_FILE, transformer_config),
+    }
+    try:
+        return Config(**parts)
+    except ConfigError as error:  # files that do not belong together
+        raise ConfigError(f"{folder}: {error}") from error
 
 
 def _read_recipes(path: Path, transformer: TransformerConfig) -> Recipes:
@@ -363,7 +368,10 @@ def _open(folder: Path, layout: Layout, leaves: dict[str, tuple[int, ...]]) -> C
         f"{folder} is quantised or damaged; weights are read from {', '.join(FLOAT_DTYPES)} alone",
         {"stored otherwise": odd},
     )
-    check(layout, files.shapes, leaves)
+    try:
+        check(layout, files.shapes, leaves)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
     return Component(folder.name, files, layout, leaves, PREFIXES[folder.name])
 
 

@@ -49,7 +49,12 @@ class StateFile:
         found = self._read(names=("identity",))
         if found is None:
             return False
-        recorded = json.loads(str(found["identity"]))
+        try:
+            with guard.parsing(self.path, "a sampler's state"):
+                recorded = dict(json.loads(str(found["identity"])))
+        except ValueError as error:
+            log.warning("%s: the denoising begins anew", error)
+            return False
         names = sorted(recorded.keys() | self.identity.keys())
         differ = [name for name in names if recorded.get(name) != self.identity.get(name)]
         if differ:
@@ -74,8 +79,9 @@ class StateFile:
                 x is not None and (x.shape, x.dtype) == (leaf.shape, leaf.dtype)
                 for x, (_, leaf) in zip(stored, paths, strict=True)
             ]
-            if all(fits):
-                done, arrays = found["done"].astype(np.int32), stored
+            count = found.get("done")
+            if all(fits) and count is not None and (count.shape, count.dtype) == ((), np.int32):
+                done, arrays = np.maximum(count, 0), stored
         if distributed.are_several():
             from jax.experimental import multihost_utils
 

@@ -1,6 +1,7 @@
 """`python -m fuzz`, in the folder of the tests: bad inputs, so many in all or of one reader."""
 
 import argparse
+import os
 import shutil
 import sys
 import time
@@ -64,13 +65,13 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help=f"the table into {REPORT.name}")
     options = parser.parse_args()
     names = options.reader or [*READERS]
-    shutil.rmtree(KEPT / "originals", ignore_errors=True)
-    originals.make(KEPT / "originals", training="training states" in names)
-    warm(KEPT / "originals")
+    valid = KEPT / f"originals-{os.getpid()}"
+    originals.make(valid, training="training states" in names)
+    warm(valid)
     first = options.first_seed if options.seed is None else options.seed
     numbers = counts(options.inputs, names) if options.seed is None else dict.fromkeys(names, 1)
     inputs = [
-        (name, make_of(name, KEPT / "originals"), seed)
+        (name, make_of(name, valid), seed)
         for name, count in numbers.items()
         for seed in range(first, first + count)
     ]
@@ -79,6 +80,7 @@ def main() -> int:
         results.append(result)
         if result.failed or options.seed is not None:
             print(f"{result.reader} {result.seed}: {result.outcome}: {result.words}", flush=True)
+    shutil.rmtree(valid, ignore_errors=True)
     print(f"{table(results)}\n\n{time.monotonic() - start:.0f} s", flush=True)
     if missing := len(inputs) - len(results):
         print(f"{missing} inputs were not tried")

@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-SECONDS = 10.0
+SECONDS = 10.0  # of a processor; what waits for longer than WAIT hangs too
+WAIT = 30.0
 BYTES = 2 * 2**30  # of the memory that a process holds
 ROOM = 4 * 2**30  # that it may ask for: what asks for more is stopped, and told from a refusal
 LONGEST = 1000  # letters of a message
@@ -118,7 +119,7 @@ def _where(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error)[:300]} at {' '.join(places[-6:])}"
 
 
-def try_input(reader: str, make: Make, seed: int, folder: Path, seconds: float = SECONDS) -> Result:
+def try_input(reader: str, make: Make, seed: int, folder: Path) -> Result:
     """Make one input in a forked process, read it there, and wait for the end.
 
     Args:
@@ -126,7 +127,6 @@ def try_input(reader: str, make: Make, seed: int, folder: Path, seconds: float =
         make: of the reader.
         seed: says which input.
         folder: a new one, for the files of the input.
-        seconds: after which it counts as hanging.
     """
     folder.mkdir(parents=True)
     ours, theirs = os.pipe()
@@ -136,13 +136,14 @@ def try_input(reader: str, make: Make, seed: int, folder: Path, seconds: float =
         os.close(ours)
         _in_child(reader, make, seed, folder, theirs)
     os.close(theirs)
-    answer, in_time = _received(ours, start + seconds)
+    answer, in_time = _received(ours, start + WAIT)
     if not in_time:
         os.kill(child, signal.SIGKILL)
     _, status, usage = os.wait4(child, 0)
     spent, memory = time.monotonic() - start, usage.ru_maxrss * 1024
-    if not in_time:
-        outcome, words = "hang", f"{seconds:g} s"
+    computed = usage.ru_utime + usage.ru_stime
+    if not in_time or computed > SECONDS:
+        outcome, words = "hang", f"{computed:.1f} s of a processor in {spent:.1f} s"
     elif not answer:
         outcome, words = "crash", f"status {os.waitstatus_to_exitcode(status)}"
     else:
