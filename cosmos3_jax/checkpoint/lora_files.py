@@ -9,7 +9,6 @@ Axes: L layers, R rank, i inputs, o outputs of a module.
 """
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import safe_open
 
-from cosmos3_jax import guard
+from cosmos3_jax import guard, limits
 from cosmos3_jax.checkpoint.files import FLOAT_DTYPES, write_shard
 from cosmos3_jax.checkpoint.lora import Family, Lora, check_changes, families
 from cosmos3_jax.checkpoint.lora_spellings import (
@@ -272,13 +271,15 @@ def load_scaled(
 ) -> list[Lora]:
     """Adapters from one path, or from several, each with or without a factor of its own.
 
-    Raises as `load` does, and ValueError on a factor of 0 or one that is not finite.
+    Raises as `load` does, and ValueError on a factor that is 0 or not finite in float32.
     """
     several = [loras] if isinstance(loras, str | Path) else loras
     pairs = [(each, 1.0) if isinstance(each, str | Path) else each for each in several]
     found = []
     for path, factor in pairs:
-        if factor == 0 or not math.isfinite(factor):
-            raise ValueError(f"{path}: its scale is {factor}; give a finite factor other than 0")
+        if not limits.SMALLEST_FLOAT <= abs(factor) <= limits.LARGEST_FLOAT:  # as it is used
+            raise ValueError(
+                f"{path}: its scale is {factor}; give a factor that float32 holds, other than 0"
+            )
         found.append(load(path, config).replace(scale=float(factor)))
     return found

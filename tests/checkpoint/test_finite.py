@@ -10,10 +10,11 @@ import pytest
 from checkpoint_files import PUBLIC, link_checkpoint, open_checkpoint, read_tensors, write_tensors
 
 from cosmos3_jax import Cosmos3
-from cosmos3_jax.checkpoint import load, lora
+from cosmos3_jax.checkpoint import load, lora, lora_files
 from cosmos3_jax.checkpoint.convert import convert_checkpoint
 from cosmos3_jax.checkpoint.finite import BLOCK_BYTES, is_finite
 from cosmos3_jax.checkpoint.rules import CheckpointError
+from cosmos3_jax.config import TransformerConfig
 
 DTYPES = [np.dtype(jnp.bfloat16), np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64)]
 
@@ -151,3 +152,9 @@ def test_a_lora_that_is_too_large_is_named(public_checkpoint):
             said = "down_proj.weight with the LoRA merged is not finite in float32: give a smaller"
             with pytest.raises(CheckpointError, match=said):
                 merged.read(piece)
+
+
+@pytest.mark.parametrize("factor", [1e39, -1e39, 1e-300, float("inf"), 0.0])
+def test_a_factor_is_judged_as_float32_before_the_file_is_read(tmp_path, factor):
+    with pytest.raises(ValueError, match=f"its scale is {re.escape(str(factor))}; give a factor"):
+        lora_files.load_scaled([(tmp_path / "none.safetensors", factor)], TransformerConfig())
