@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 DEMO := outputs/demo.mp4
 PROMPT :=# of the demo: make demo PROMPT="..."; the command line's own if empty
 
-.PHONY: demo test gpu-check notebook lint format wheel-test clean
+.PHONY: demo test fuzz kills slow gpu-check notebook lint format wheel-test clean
 
 demo: export SENTENCE = $(PROMPT)
 demo: $(VENV)/.runtime  ## a video with sound from the embedded checkpoint
@@ -17,6 +17,16 @@ demo: $(VENV)/.runtime  ## a video with sound from the embedded checkpoint
 test: $(VENV)/.dev  ## every test that needs no GPU
 	$(BIN)/python -m pytest -q -m "not gpu" --numprocesses 2 --dist loadfile \
 		--no-loadscope-reorder
+
+FUZZ := cd tests && $(CURDIR)/$(BIN)/python -m
+
+fuzz: $(VENV)/.dev  ## 20,000 bad inputs to all readers; the table of docs/reliability.md
+	$(FUZZ) fuzz --inputs 20000 --write
+
+kills: $(VENV)/.dev  ## 300 kills of commands and 200 pairs of them; the other table there
+	$(FUZZ) fuzz.kills --write
+
+slow: fuzz kills  ## what the tests try in small, at length
 
 gpu-check:  ## the tests that need one CUDA GPU or two, whichever are there; says what was not run
 	-@git log -1 --format='commit %h'

@@ -11,6 +11,7 @@ import stat
 from collections.abc import Iterator
 
 LONGEST_REASON = 200  # letters
+LONGEST_LINE = 900  # of a message
 # Bytes that a file of settings may have. Published ones have a few thousand.
 MOST_JSON = 16 * 2**20
 # What is not the parser's: the user's wish to stop.
@@ -73,6 +74,17 @@ def line(text: str) -> str:
     """A text that a file said, as part of one line of a message."""
     text = text if len(text) <= LONGEST_REASON else text[:LONGEST_REASON] + " ..."
     return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
+
+
+def printable(text: str) -> str:
+    """A message whose lines are printable and not too long, whatever names and values are in it."""
+    lines = (
+        line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]} ..."
+        for line in text.split("\n")
+    )
+    return "\n".join(
+        "".join(letter if letter.isprintable() else "?" for letter in line) for line in lines
+    )
 
 
 def check_plain(path: str | os.PathLike[str], error: type[Exception] = ValueError) -> None:

@@ -78,8 +78,8 @@ def aspect_name(text: str) -> str:
     if name not in ASPECTS and ("480", name) not in EXTRA:
         known = ", ".join(aspect.replace(",", ":") for aspect in ASPECTS)
         raise ValueError(
-            f"aspect={text!r} is not one that the model was trained on: choose one of {known}, or "
-            "give height and width"
+            f"aspect={limits.shown(text, 80)} is not one that the model was trained on: choose one "
+            f"of {known}, or give height and width"
         )
     return name
 
@@ -169,16 +169,18 @@ def parse_size(size: str, aspect: str | None, default_aspect: str) -> tuple[int,
     if tier := tier_name(size):
         return of_tier(tier, aspect_name(aspect) if aspect else default_aspect)
     found = re.fullmatch(r"(\d+)\s*[x×*]\s*(\d+)", size.strip().lower())
+    said = limits.shown(size, 80)
     if not found:
         raise ValueError(
-            f"size={size!r} cannot be read: write a tier such as 480p ({', '.join(TIERS)}), or "
+            f"size={said} cannot be read: write a tier such as 480p ({', '.join(TIERS)}), or "
             "WIDTHxHEIGHT such as 832x480"
         )
     if aspect:
-        raise ValueError(f"size={size!r} says its aspect already: leave aspect={aspect!r} out")
+        other = limits.shown(aspect, 80)
+        raise ValueError(f"size={said} says its aspect already: leave aspect={other} out")
     width, height = int(found[1]), int(found[2])
     if not (0 < width <= LARGEST and 0 < height <= LARGEST):
-        raise ValueError(f"size={size!r} is not within 1x1 to {LARGEST}x{LARGEST}")
+        raise ValueError(f"size={said} is not within 1x1 to {LARGEST}x{LARGEST}")
     return width, height
 
 
@@ -248,14 +250,14 @@ class Recipes:
         named = isinstance(modes, dict) and all(
             isinstance(fields, dict) for fields in modes.values()
         )
-        check(named, f"modes={modes!r} must be an object of objects")
+        check(named, f"modes={limits.shown(modes, 80)} must be an object of objects")
         for mode in modes:
-            check(mode in MODES, f"modes: {mode!r} is none of {', '.join(MODES)}")
+            check(mode in MODES, f"modes: {limits.shown(mode, 80)} is none of {', '.join(MODES)}")
         known = [*(field.name for field in dataclasses.fields(Recipe)), "aspect", "modes"]
         for name in {*self.file, *(name for fields in modes.values() for name in fields)}:
             near = difflib.get_close_matches(name, known, 1, 0.4)
             hint = f" (do you mean {near[0]}?)" if near else ""
-            check(name in known, f"{name!r} is none of {', '.join(known)}{hint}")
+            check(name in known, f"{limits.shown(name, 80)} is none of {', '.join(known)}{hint}")
         for mode in MODES:
             self.of(mode)
 

@@ -12,7 +12,7 @@ import warnings
 
 from cosmos3_jax.cli.interrupt import Interruption
 from cosmos3_jax.cli.options import parse
-from cosmos3_jax.guard import reason
+from cosmos3_jax.guard import printable, reason
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -116,7 +116,7 @@ def _leave_interrupted(status: int) -> None:
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def _show_warning(message: Warning | str, *_, **__) -> None:

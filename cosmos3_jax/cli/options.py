@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import cosmos3_jax
+from cosmos3_jax import guard
 from cosmos3_jax.io.settings import Settings, help_of
 from cosmos3_jax.recipes import RECIPES
 
@@ -170,10 +171,15 @@ def _file(text: str) -> Path:
     return path
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its errors are as short as others, whatever was typed."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(guard.printable(message))
+
+
 def _parser(recorded: dict[str, Any]) -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        prog="cosmos3-jax", description="Cosmos3 video and sound generation in JAX."
-    )
+    top = _Parser(prog="cosmos3-jax", description="Cosmos3 video and sound generation in JAX.")
     top.add_argument(
         "--version", action="version", version=f"cosmos3-jax {cosmos3_jax.__version__}"
     )

@@ -101,7 +101,7 @@ class Tokenizer:
                 eos_token=self.eos_token,
             )
         if text not in chat:
-            raise ValueError("the chat template alters the prompt; use the checkpoint's own")
+            raise ValueError(f"{self.name[1]} alters the prompt; use the checkpoint's own")
         return chat
 
     def encode_chat(self, text: str, system_prompt: str | None = None) -> list[int]:

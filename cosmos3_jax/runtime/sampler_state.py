@@ -127,7 +127,7 @@ class StateFile:
             return None
         try:
             with guard.parsing(self.path, "a sampler's state"), np.load(self.path) as arrays:
-                return {name: arrays[name] for name in names or arrays.files}
+                return {name: np.asarray(arrays[name]) for name in names or arrays.files}
         except (ValueError, OSError) as error:
             log.warning("%s: the denoising begins anew", error)
             return None

@@ -141,7 +141,8 @@ DAMAGE = {
     ),
     "a key misspelled": (
         change_transformer(rename),
-        r"transformer checkpoint does not fit the model:\n  missing \(1\):\n    proj_in\.weight\n"
+        r"/transformer: the transformer checkpoint does not fit the model:\n  missing \(1\):\n"
+        r"    proj_in\.weight\n"
         r"  unexpected \(1\):\n    proj_in\.wieght$",
     ),
     "a matrix transposed": (

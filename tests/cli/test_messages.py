@@ -6,6 +6,7 @@ import pytest
 import tqdm
 from command_line import PROMPT
 
+from cosmos3_jax.cli import main as cli
 from cosmos3_jax.io import media
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -36,3 +37,15 @@ def test_stages_and_compiling_are_told(model, caplog, monkeypatch, tmp_path):
         assert media.probe(media.save_mp4(video, tmp_path / "a.mp4", overwrite=True)).frames == 5
     with pytest.raises(TypeError, match=r"the video is a list: give what `generate` returns"):
         media.save_mp4([1, 2], tmp_path / "b.mp4")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["generate", "x", "--frames", "a" * 5000], ["info", "\x1b[31m" + "b" * 5000]]
+)
+def test_what_was_typed_comes_back_short_and_printable(arguments, capsys):
+    with pytest.raises(SystemExit) as raised:
+        raise SystemExit(cli.main(arguments))
+    assert raised.value.code == 2
+    said = capsys.readouterr().err
+    assert "error: " in said and "\x1b" not in said
+    assert max(map(len, said.splitlines())) < 1000

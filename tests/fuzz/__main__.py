@@ -59,12 +59,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--inputs", type=int, default=1000, help="in all")
     parser.add_argument("--reader", action="append", choices=[*READERS], help="only this one")
+    parser.add_argument("--without-training", action="store_true", help="it is slow to start")
     parser.add_argument("--seed", type=int, help="of one input, to try it again")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--write", action="store_true", help=f"the table into {REPORT.name}")
     options = parser.parse_args()
     names = options.reader or [*READERS]
+    if options.without_training:
+        names.remove("training states")
     valid = KEPT / f"originals-{os.getpid()}"
     originals.make(valid, training="training states" in names)
     warm(valid)

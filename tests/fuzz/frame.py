@@ -9,6 +9,7 @@ import gc
 import json
 import os
 import random
+import re
 import resource
 import select
 import shutil
@@ -37,11 +38,13 @@ class Case:
     Attributes:
         read: asks the package to read it.
         name: what a refusal must name; None if there is no file.
+        own: whether it is the caller's own value, which a refusal may say back as it is.
         check: given what `read` returned, says what is wrong with it, or returns None.
     """
 
     read: Callable[[], Any]
     name: str | None = None
+    own: bool = False
     check: Callable[[Any], str | None] = lambda _: None
 
 
@@ -87,6 +90,8 @@ def _judge(error: BaseException, case: Case) -> tuple[str, str]:
             return "memory", f"{error}"
         cause = cause.__cause__ or cause.__context__
     words = str(error)
+    if case.own:
+        words = "".join(x if x.isprintable() else "?" for x in re.sub(r"(.)\1{99,}", r"\1", words))
     if problem := wrong_words(words, case.name):
         return "words", f"{problem}: {type(error).__name__}: {words[:2000]}"
     return "refused", f"{type(error).__name__}: {words}"

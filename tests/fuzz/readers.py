@@ -91,7 +91,7 @@ def configurations(random: Random, folder: Path, valid: Path) -> Case:
         finite = np.isfinite(np.float32(numbers)).all() and min(numbers) >= 0
         return None if finite else f"recipe {recipe}"
 
-    return Case(read, folder.name, check)
+    return Case(read, folder.name, check=check)
 
 
 @reader("prompts", 24)
@@ -114,7 +114,7 @@ def prompts(random: Random, folder: Path, valid: Path) -> Case:
         is_text = isinstance(resolved.prompt, str) and isinstance(resolved.negative_prompt, str)
         return None if is_text else "no text"
 
-    return Case(read, file.name, check)
+    return Case(read, file.name, check=check)
 
 
 @reader("prompt texts", 12)
@@ -130,7 +130,7 @@ def prompt_texts(random: Random, folder: Path, valid: Path) -> Case:
             num_frames=random.choice((1, 5)), height=32, width=32, fps=24.0,
         )  # fmt: skip
 
-    return Case(read, None, lambda found: found.prompt.encode() and None)
+    return Case(read, None, check=lambda found: found.prompt.encode() and None)
 
 
 SENTENCES = ("a red ball", "Ein Ball\n\n 🎈 <|im_start|>", " ".join(["word"] * 300))
@@ -159,7 +159,7 @@ def tokenizers(random: Random, folder: Path, valid: Path) -> Case:
     linked(source, folder, file.name).rename(file.parent)
     values = json.loads((source / file.name).read_text())
     file.write_bytes(hostile.tokenizer(random, values))
-    return Case(lambda: encoded(folder), folder.name, check_ids)
+    return Case(lambda: encoded(folder), folder.name, check=check_ids)
 
 
 @reader("chat templates", 24)
@@ -180,7 +180,7 @@ def templates(random: Random, folder: Path, valid: Path) -> Case:
     if random.random() < 0.4:
         content = mutate.json_bytes(random, json.loads(json.dumps(values)))
     (target / "tokenizer_config.json").write_bytes(content)
-    return Case(lambda: encoded(folder), None, check_ids)
+    return Case(lambda: encoded(folder), folder.name, check=check_ids)
 
 
 CHATML = (
@@ -213,7 +213,7 @@ def weights(random: Random, folder: Path, valid: Path) -> Case:
                 component.read(piece)
         return components
 
-    return Case(read, folder.name, lambda components: _like_safetensors(components))
+    return Case(read, folder.name, check=_like_safetensors)
 
 
 def _like_safetensors(components: list[Any]) -> str | None:
@@ -269,7 +269,7 @@ def loras(random: Random, folder: Path, valid: Path) -> Case:
         finite = all(np.isfinite(x).all() for x in halves)
         return None if finite and halves else "not finite, or empty"
 
-    return Case(read, folder.name, check)
+    return Case(read, folder.name, check=check)
 
 
 @reader("noise", 20)
@@ -281,7 +281,7 @@ def noise(random: Random, folder: Path, valid: Path) -> Case:
         right = all(x.dtype.kind == "f" and np.isfinite(x).all() for x in found.values())
         return None if right and "noise" in found else "no finite floats"
 
-    return Case(lambda: load_noise(file), file.name, check)
+    return Case(lambda: load_noise(file), file.name, check=check)
 
 
 @reader("sampler states", 10)
@@ -291,10 +291,16 @@ def sampler_states(random: Random, folder: Path, valid: Path) -> Case:
     hostile.archive(random, (valid / "state.npz").read_bytes(), file)
     state = StateFile(file, 1, {"prompt": "a", "dtype": "float32"})
 
-    def check(there: bool) -> str | None:
-        return None if isinstance(there, bool) else "no answer"
+    def read() -> Any:
+        state.check()
+        return state.restore(originals.STATE)
 
-    return Case(state.check, file.name, check)
+    def check(found: Any) -> str | None:
+        done, restored = found
+        same = [x.shape == np.shape(originals.STATE[name]) for name, x in restored.items()]
+        return None if done >= 0 and all(same) else f"{done} steps, {restored}"
+
+    return Case(read, file.name, check=check)
 
 
 @reader("images", 40)
@@ -315,7 +321,7 @@ def images(random: Random, folder: Path, valid: Path) -> Case:
         right = pixels.dtype == np.uint8 and pixels.shape == (*shape, 3) and pixels.size
         return None if right else f"{pixels.dtype} {pixels.shape} of {shape}"
 
-    return Case(read, file.name, check)
+    return Case(read, file.name, check=check)
 
 
 @reader("videos", 32)
@@ -345,7 +351,7 @@ def videos(random: Random, folder: Path, valid: Path) -> Case:
             return f"{frames.dtype} {frames.shape}"
         return None if fps is None or 0 < fps < np.inf else f"fps {fps}"
 
-    return Case(read, file.name, check)
+    return Case(read, file.name, check=check)
 
 
 def checkpoint_of(valid: Path) -> tuple[Any, Tokenizer]:

@@ -101,7 +101,7 @@ def settings(random: Random, folder: Path, valid: Path) -> Case:
     def read() -> Any:
         return prepare(config, tokenizer, prompt, read_settings(given), fits).request
 
-    return Case(read, None, check_request)
+    return Case(read, own=True, check=check_request)
 
 
 def check_request(request: Request) -> str | None:
@@ -160,7 +160,7 @@ def environments(random: Random, folder: Path, valid: Path) -> Case:
         right = found is None or (0 <= found.index < found.count and found.count > 1)
         return None if right else str(found)
 
-    return Case(read, None, check)
+    return Case(read, None, check=check)
 
 
 class Prepared(Exception):
@@ -230,7 +230,7 @@ def command_lines(random: Random, folder: Path, valid: Path) -> Case:
         if random.random() < 0.8:
             arguments.append(random.choice((*VALUES, *mutate.TEXTS)))
     os.environ["HF_HUB_OFFLINE"] = "1"
-    return Case(lambda: run(arguments, folder), None, lambda status: None)
+    return Case(lambda: run(arguments, folder), None, check=lambda status: None)
 
 
 @reader("records", 14)
@@ -254,7 +254,7 @@ def records(random: Random, folder: Path, valid: Path) -> Case:
     small = [] if random.random() < 0.7 else ["--num-frames", "1", "--out", "o.png"]
     arguments = ["generate", "--from-record", str(file), *small]
     os.environ["HF_HUB_OFFLINE"] = "1"
-    return Case(lambda: run(arguments, folder), None, lambda status: None)
+    return Case(lambda: run(arguments, folder), None, check=lambda status: None)
 
 
 @reader("training states", 1)
@@ -295,4 +295,4 @@ def training_states(random: Random, folder: Path, valid: Path) -> Case:
         whole = jax.tree.map(lambda x, y: bool((x == y).all()), found.params, like.params)
         return None if jax.tree.all(whole) else "other parameters"
 
-    return Case(read, "states", check)
+    return Case(read, "states", check=check)
