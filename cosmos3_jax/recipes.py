@@ -115,8 +115,8 @@ def tier_name(size: str) -> str | None:
         return None
     if found[1] not in TIERS:
         raise ValueError(
-            f"size={size!r} is no tier of the model: choose one of {', '.join(TIERS)}, or write "
-            "WIDTHxHEIGHT"
+            f"size={limits.shown(size, 80)} is no tier of the model: choose one of "
+            f"{', '.join(TIERS)}, or write WIDTHxHEIGHT"
         )
     return found[1]
 
