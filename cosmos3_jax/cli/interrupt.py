@@ -7,9 +7,11 @@ not by then.
 
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE_SECONDS = 0.5  # for the main thread to end in order
@@ -36,6 +38,7 @@ class Interruption:
     def __enter__(self) -> "Interruption":
         heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
         self._before = {number: signal.signal(number, self._interrupt) for number in heard}
+        self._unraisable, sys.unraisablehook = sys.unraisablehook, self._unraised
         self._ours, self._theirs = socket.socketpair()
         self._theirs.setblocking(False)
         self._wakeup = signal.set_wakeup_fd(self._theirs.fileno(), warn_on_full_buffer=False)
@@ -47,11 +50,19 @@ class Interruption:
         signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        sys.unraisablehook = self._unraisable
         self._theirs.close()  # which ends the thread
 
     def _interrupt(self, number: int, _: FrameType | None) -> None:
         self.status = 128 + number
         raise KeyboardInterrupt
+
+    def _unraised(self, ignored: Any) -> None:
+        """Of what is raised where nothing can catch it, as in the garbage collector: an interrupt
+        is lost there, and the thread ends the process.
+        """
+        if not issubclass(ignored.exc_type, KeyboardInterrupt):
+            self._unraisable(ignored)
 
     def _watch(self) -> None:
         with self._ours:

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -93,3 +94,31 @@ def test_an_ignored_signal_stays_ignored():
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_an_interrupt_of_the_garbage_collector_is_no_traceback(capsys):
+    """It is lost where it is raised; the thread ends the process then."""
+    left = threading.Event()
+
+    class Odd:
+        def __init__(self, error):
+            self.error = error
+
+        def __del__(self):
+            if self.error is None:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.1)  # the handler is called here
+            raise self.error or ValueError("told")
+
+    hook = sys.unraisablehook
+    sys.unraisablehook = sys.__unraisablehook__  # the test runner's fails the test
+    try:
+        with Interruption(lambda status: left.set()):
+            Odd(ValueError("told"))
+            assert "told" in capsys.readouterr().err
+            Odd(None)
+            assert left.wait(5)
+        assert sys.unraisablehook is sys.__unraisablehook__
+    finally:
+        sys.unraisablehook = hook
+    assert capsys.readouterr().err == ""
