@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import resource
+import signal
 import sys
 import time
 import traceback
@@ -33,6 +34,9 @@ class Job:
             status = 1
             try:
                 file = os.open(log, os.O_WRONLY | os.O_TRUNC)
+                for number in (signal.SIGTERM, signal.SIGHUP):
+                    signal.signal(number, signal.SIG_DFL)
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # under `&` it is ignored
                 os.dup2(file, 1)
                 os.dup2(file, 2)
                 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

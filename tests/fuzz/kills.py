@@ -15,6 +15,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
+
 from fuzz import jobs
 from fuzz.__main__ import KEPT, REPORT, replaced
 from fuzz.originals import make
@@ -45,9 +47,14 @@ class World:
         make(folder / "originals", training=False)
         self.checkpoint = folder / "originals" / "checkpoint"
         # All programs are kept: those of the commands to come start at once.
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "programs")
-        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-        os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+        settings = {
+            "jax_compilation_cache_dir": str(folder / "programs"),
+            "jax_persistent_cache_min_compile_time_secs": 0,
+            "jax_persistent_cache_min_entry_size_bytes": -1,
+        }
+        for name, value in settings.items():
+            os.environ[name.upper()] = str(value)  # or the command line would set its own
+            jax.config.update(name, value)
         warm(folder / "originals")
         self.videos, self.folders = {}, {}
         for seed in (1, 2):
@@ -97,7 +104,7 @@ def kill_generation(world: World, seed: random.Random, folder: Path) -> tuple[st
     job, until = jobs.command(arguments, folder.with_suffix(".log")), time.monotonic() + 60
     while STAGES[stage] not in job.said() and time.monotonic() < until and job.poll() is None:
         time.sleep(0.001)
-    time.sleep(seed.choice((0, 0.005, 0.05, 0.3)) * seed.random())
+    time.sleep(seed.choice((0, 0.002, 0.01, 0.05, 0.3)) * seed.random())
     status, problems = end(job, number, folder)
     problems += [f"left {name}" for name in jobs.left(folder) if number != signal.SIGKILL]
     wanted = [world.videos[1]] + [world.videos[2] if older else {}]
