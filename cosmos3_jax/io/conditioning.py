@@ -6,6 +6,7 @@ Nothing is encoded here. Because the video VAE is causal, latent frame i depends
 Axes: B batch, C channels, T pixel frames, H rows, W columns; latents t frames, h rows, w columns.
 """
 
+import itertools
 import math
 import os
 import warnings
@@ -16,6 +17,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from PIL import Image
 
+from cosmos3_jax import limits
 from cosmos3_jax.config import Config
 from cosmos3_jax.io.media_read import (
     End,
@@ -284,14 +286,14 @@ def resolve_condition_frames(condition_frames: Iterable[int] | None, frames: int
         condition_frames = CONDITION_FRAMES
     if not isinstance(condition_frames, str):
         try:
-            condition_frames = list(condition_frames)
+            condition_frames = [*itertools.islice(condition_frames, limits.FRAMES)]
         except TypeError:  # one number
             condition_frames = [condition_frames]
     numbers = np.asarray(condition_frames)
     if numbers.ndim != 1 or not numbers.size or numbers.dtype.kind not in "iu":
         raise ValueError(
-            f"condition_frames={condition_frames!r} must be whole numbers, at least one, such as "
-            f"{CONDITION_FRAMES}"
+            f"condition_frames={limits.shown(condition_frames, 80)} must be whole numbers, at "
+            f"least one, such as {CONDITION_FRAMES}"
         )
     for i in numbers:
         if not -frames <= i < frames:

@@ -11,6 +11,7 @@ Pillow do the decoding.
 import contextlib
 import dataclasses
 import math
+import operator
 import os
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
@@ -20,7 +21,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from cosmos3_jax import guard
+from cosmos3_jax import guard, limits
 from cosmos3_jax.io import animations, clips, pictures
 from cosmos3_jax.io.clips import End, PathLike
 
@@ -288,6 +289,8 @@ def _rgb_from_array(
     source: ArrayLike, name: str, ndims: tuple[int, ...], wanted: slice | None = None
 ) -> np.ndarray:
     """Grey or colour, channels first or last, uint8 or floats in [0, 1] -> uint8 [..., H, W, 3]."""
+    if not hasattr(source, "dtype") and operator.length_hint(source) > limits.FRAMES:
+        raise ValueError(f"{name} is a {type(source).__name__} of more entries than frames or rows")
     array = np.asarray(source)
     if wanted is not None and array.ndim:
         array = array[wanted]

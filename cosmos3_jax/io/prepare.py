@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence, Set
+from itertools import islice
 from typing import Unpack
 
 import numpy as np
@@ -175,7 +176,7 @@ def _prompts(prompt: str | Sequence[str]) -> list[str]:
             f"the prompt is a {type(prompt).__name__}, not a string{advice}: "
             f"{limits.shown(prompt, 80)}"
         )
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    prompts = [prompt] if isinstance(prompt, str) else [*islice(prompt, limits.BATCH + 1)]
     limits.check_most("batch", len(prompts))
     for text in prompts:
         _check_letters("prompt", text)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import decimal
 import difflib
+import itertools
 import numbers
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
@@ -28,6 +29,7 @@ if TYPE_CHECKING:  # the command line's help needs these settings, and neither J
     Mask: TypeAlias = ArrayLike  # of bool
 End = Literal["first", "last"]
 Speed = Literal["exact", "fast"]
+LONGEST = 2**16  # list that becomes an array; prompts, noise levels and latent frames are fewer
 
 
 class SettingsDict(TypedDict, total=False):
@@ -182,6 +184,11 @@ def _whole(value: Any) -> int:
     return operator.index(value)  # of bool arrays it fails by itself
 
 
+def _wholes(values: Iterable[Any]) -> list[int]:
+    """Those that a batch may have, and one more if there are more."""
+    return [_whole(value) for value in itertools.islice(values, limits.BATCH + 1)]
+
+
 def _number(value: Any) -> float:
     if isinstance(value, bool) or getattr(value, "ndim", 0):
         raise TypeError
@@ -199,6 +206,8 @@ def _array(value: Any, kinds: str) -> Any:
 
     dtype = getattr(value, "dtype", None)
     if not isinstance(dtype, np.dtype):  # a list, or another library's array
+        if operator.length_hint(value) > LONGEST:
+            raise TypeError
         value = np.asarray(value)
         dtype = value.dtype
     small = dtype.kind == "V" and dtype.name.startswith(("bfloat", "float"))  # NumPy has them not
@@ -281,7 +290,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "Speed": ('"exact" or "fast"', _one_of("exact", "fast")),
     "Literal[False]": ("False", _one_of(False)),
     "tuple[int, int]": ("two of them", lambda value: tuple(map(_whole, _sequence(value, 2)))),
-    "Sequence[int]": ("one for each prompt", lambda value: [*map(_whole, _sequence(value))]),
+    "Sequence[int]": ("one for each prompt", lambda value: _wholes(_sequence(value))),
     "Sequence[float]": ("a list of numbers", _levels),
     "Texts": ("a text or a list of texts", _texts),
     "Numbers": ("real numbers", _numbers),

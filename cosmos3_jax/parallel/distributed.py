@@ -36,6 +36,7 @@ MEETING_SECONDS = 300
 # A process that fails says so, and the others, which may fail for the same reason, have so many
 # seconds to say why. Process 0 goes last, as JAX ends the others when its service does.
 GRACE_SECONDS = 1.0
+MOST_NODES = 100_000
 SLURM_INTERACTIVE_STEP = 0xFFFFFFFA  # slurm.h; the step of salloc's shell
 # Of what differs between processes: names in a message, and letters of a value.
 MOST_NAMED, MOST_SHOWN = 8, 60
@@ -132,7 +133,9 @@ def first_host(nodes: str) -> str:
 
 def tasks_per_node(text: str) -> list[int]:
     """As SLURM writes it: `8(x2),4` -> [8, 8, 4]."""
-    parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
+    parts = re.findall(r"(\d{1,9})(?:\(x(\d{1,9})\))?", text)
+    if sum(int(times or 1) for _, times in parts) > MOST_NODES:
+        raise ValueError(f"SLURM's tasks per node {text!r:.80} are of more than {MOST_NODES} nodes")
     return [int(tasks) for tasks, times in parts for _ in range(int(times or 1))] or [1]
 
 

@@ -202,45 +202,52 @@ def _in_child(reader: str, make: Make, seed: int, folder: Path, pipe: int) -> No
 def try_all(
     inputs: Iterable[tuple[str, Make, int]], kept: Path, workers: int = 1
 ) -> Iterator[Result]:
-    """Try inputs, in so many processes; the files of those that fail stay in a folder.
+    """Try inputs; the files of those that fail stay in a folder.
 
     Args:
         inputs: the reader's name, its `make` and the seed of each.
         kept: for the folders `READER-SEED`.
         workers: how many are tried at a time.
     """
+
+    def one(given: tuple[str, Make, int]) -> dict[str, Any]:
+        reader, make, seed = given
+        folder = kept / f"{reader}-{seed}"
+        shutil.rmtree(folder, ignore_errors=True)
+        result = try_input(reader, make, seed, folder)
+        if not result.failed:
+            shutil.rmtree(folder, ignore_errors=True)
+        return dataclasses.asdict(result)
+
+    yield from (Result(**found) for found in spread(one, [*inputs], workers))
+
+
+def spread(function: Callable[[Any], Any], values: list[Any], workers: int) -> Iterator[Any]:
+    """What a function returns of each value, as it comes, from so many forked processes. Those that
+    end early leave values out.
+    """
     gc.collect()
     gc.freeze()  # else each child would copy pages to count references in them
-    inputs, pipes = list(inputs), {}
+    pipes = {}
     sys.stdout.flush()
     for worker in range(workers):
         ours, theirs = os.pipe()
         if (pid := os.fork()) == 0:
-            os.close(ours)
-            _work(inputs[worker::workers], kept, theirs)
+            status = 1
+            try:
+                os.close(ours)
+                with open(theirs, "wb", buffering=0) as file:
+                    for value in values[worker::workers]:
+                        file.write(json.dumps(function(value)).encode() + b"\n")
+                status = 0
+            finally:
+                os._exit(status)
         os.close(theirs)
-        pipes[os.fdopen(ours, "rb")] = pid
+        pipes[os.fdopen(ours, "rb", buffering=0)] = pid
     while pipes:
         for pipe in select.select([*pipes], [], [])[0]:
             if line := pipe.readline():
-                yield Result(**json.loads(line))
+                yield json.loads(line)
                 continue
             os.waitpid(pipes.pop(pipe), 0)
             pipe.close()
-
-
-def _work(inputs: list[tuple[str, Make, int]], kept: Path, pipe: int) -> None:
-    status = 1
-    try:
-        with open(pipe, "wb") as file:
-            for reader, make, seed in inputs:
-                folder = kept / f"{reader}-{seed}"
-                shutil.rmtree(folder, ignore_errors=True)
-                result = try_input(reader, make, seed, folder)
-                if not result.failed:
-                    shutil.rmtree(folder, ignore_errors=True)
-                file.write(json.dumps(dataclasses.asdict(result)).encode() + b"\n")
-                file.flush()
-        status = 0
-    finally:
-        os._exit(status)

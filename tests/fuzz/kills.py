@@ -19,6 +19,7 @@ import jax
 
 from fuzz import jobs
 from fuzz.__main__ import KEPT, REPORT, replaced
+from fuzz.frame import spread
 from fuzz.originals import make
 from fuzz.readers import warm
 
@@ -226,25 +227,36 @@ def main() -> int:
     parser.add_argument("--share", type=float, default=1.0, help="of 300 kills and 200 pairs")
     parser.add_argument("--kind", action="append", choices=[*KINDS])
     parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--write", action="store_true", help=f"the table into {REPORT.name}")
     options = parser.parse_args()
     world = World(KEPT / f"world-{os.getpid()}")
+
+    def one(task: tuple[str, int]) -> tuple[str, int, str, list[str]]:
+        kind, seed = task
+        folder = world.folder / "work" / f"{kind}-{seed}"
+        folder.mkdir(parents=True)
+        try:
+            what, problems = KINDS[kind][0](world, random.Random(f"{kind} {seed}"), folder)
+        except (TimeoutError, RuntimeError) as error:
+            what, problems = kind, [str(error)]
+        if not problems:
+            shutil.rmtree(folder, ignore_errors=True)
+        return kind, seed, what, problems
+
+    tasks = [
+        (kind, options.first_seed + i)
+        for kind in options.kind or KINDS
+        for i in range(round(KINDS[kind][1] * options.share))
+    ]
     start, counts, failures = time.monotonic(), Counter(), Counter()
-    for kind in options.kind or [*KINDS]:
-        function, number = KINDS[kind]
-        for seed in range(options.first_seed, options.first_seed + round(number * options.share)):
-            folder = world.folder / "work" / f"{kind}-{seed}"
-            folder.mkdir(parents=True)
-            try:
-                what, problems = function(world, random.Random(f"{kind} {seed}"), folder)
-            except (TimeoutError, RuntimeError) as error:
-                what, problems = kind, [str(error)]
-            counts[what] += 1
-            if problems:
-                failures[what] += 1
-                print(f"{kind} {seed}: {what}: {'; '.join(problems)}", flush=True)
-            else:
-                shutil.rmtree(folder, ignore_errors=True)
+    for kind, seed, what, problems in spread(one, tasks, options.workers):
+        counts[what] += 1
+        if problems:
+            failures[what] += 1
+            print(f"{kind} {seed}: {what}: {'; '.join(problems)}", flush=True)
+    if counts.total() < len(tasks):
+        failures["not tried"] = len(tasks) - counts.total()
     print(f"{table(counts, failures)}\n\n{time.monotonic() - start:.0f} s")
     if options.write:
         text = replaced(REPORT.read_text("utf-8"), table(counts, failures), MARKERS)

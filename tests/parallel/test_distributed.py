@@ -91,6 +91,11 @@ def test_tasks_of_each_machine(text, tasks):
     assert tasks_per_node(text) == tasks
 
 
+def test_more_nodes_than_there_are():
+    with pytest.raises(ValueError, match="of more than 100000 nodes"):
+        tasks_per_node("8(x999999999)")
+
+
 @pytest.mark.parametrize(
     "here, visible, gpus, devices",
     [
