@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import av
+
 SECONDS = 10.0  # of a processor; what waits for longer than WAIT hangs too
 WAIT = 30.0
 BYTES = 2 * 2**30  # of the memory that a process holds
@@ -86,7 +88,8 @@ def attempt(case: Case) -> tuple[str, str]:
 def _judge(error: BaseException, case: Case) -> tuple[str, str]:
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, MemoryError):
+        # FFmpeg has a bound of its own for what it asks for at once, and such an error for it.
+        if isinstance(cause, MemoryError) and not isinstance(cause, av.error.FFmpegError):
             return "memory", f"{error}"
         cause = cause.__cause__ or cause.__context__
     words = str(error)

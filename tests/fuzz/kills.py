@@ -111,7 +111,7 @@ def kill_generation(world: World, seed: random.Random, folder: Path) -> tuple[st
     wanted = [world.videos[1]] + [world.videos[2] if older else {}]
     if jobs.digest(out) not in wanted or (status == 0 and jobs.digest(out) != wanted[0]):
         problems.append("the video is neither the older nor the new one")
-    if not problems and seed.random() < 0.25:
+    if not problems and seed.random() < 0.1:
         again = [*arguments, *["--overwrite"] * (out.exists() and not older)]
         world.whole(jobs.command(again, folder.with_suffix(".log")))
         if jobs.digest(out) != world.videos[1] or jobs.record_of(out) is None:
