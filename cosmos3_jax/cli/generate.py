@@ -78,12 +78,12 @@ def run_generate(options: argparse.Namespace) -> int:
             distributed.check_alike(told.everything(options, record, one.request))
     states = [
         None if options.checkpoint_every is None
-        else StateFile(take.state_path, options.checkpoint_every, told.settled(record))
+        else StateFile(take.out, options.checkpoint_every, told.settled(record))
         for take, record in zip(takes, records, strict=True)
     ]  # fmt: skip
     if distributed.is_writer():
-        for state in filter(None, states):
-            state.check()
+        for take, state in zip(takes, states, strict=True):
+            take.resumed = state is not None and state.check()
     if options.from_record and distributed.is_writer():
         recorded = read_record(options.from_record)
         for words in differences(recorded, records[0]):

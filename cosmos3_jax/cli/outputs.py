@@ -29,6 +29,7 @@ from cosmos3_jax.io.prepare import Prepared
 from cosmos3_jax.io.settings import Settings
 from cosmos3_jax.parallel import device, distributed
 from cosmos3_jax.runtime.memory import OutOfDeviceMemory
+from cosmos3_jax.runtime.sampler_state import beside
 
 ONLY_IMAGES = tuple(suffix for suffix in IMAGE_SUFFIXES if suffix not in ANIMATIONS)
 MOST_FILES = 10_000  # of one command
@@ -41,8 +42,8 @@ class Take:
     """One of the files to make: its seed, its paths and the seconds of its stages.
 
     Attributes:
-        state_path: where the sampler's state is kept between its steps.
-        resumed: whether there is one: then an interrupted run may have left the latents, too.
+        resumed: whether it goes on from a sampler's state on disk: then the latents that are there
+            may be the interrupted run's, and are replaced.
         failures: what could not be written where it should be, in words.
         denoised: the latents, once they are made.
     """
@@ -51,7 +52,6 @@ class Take:
     out: Path
     record_path: Path
     latents_path: Path | None
-    state_path: Path
     resumed: bool = False
     times: dict[str, float] = dataclasses.field(default_factory=dict)
     failures: list[str] = dataclasses.field(default_factory=list)
@@ -83,9 +83,8 @@ def plan(options: argparse.Namespace) -> list[Take]:
         path, latents = out.with_stem(out.stem + several), options.save_latents
         if latents is not None:
             latents = latents.with_stem(latents.stem + several)
-        state = path.with_name(f"{path.name}.state.npz")
-        take = Take(seed, path, _record_path(path, read, options.overwrite), latents, state)
-        take.resumed = options.checkpoint_every is not None and state.is_file()
+        take = Take(seed, path, _record_path(path, read, options.overwrite), latents)
+        interrupted = options.checkpoint_every is not None and any(beside(path))
         outputs: dict[Path, tuple[str, ...] | None] = {
             path: (*dict.fromkeys((*VIDEO_SUFFIXES, *IMAGE_SUFFIXES)),), take.record_path: None
         }  # fmt: skip
@@ -95,7 +94,7 @@ def plan(options: argparse.Namespace) -> list[Take]:
             if path.resolve() in read:
                 raise ValueError(f"{path} would be written and is also read; choose another --out")
             if distributed.is_writer():
-                replace = options.overwrite or (take.resumed and path == latents)
+                replace = options.overwrite or (interrupted and path == latents)
                 media.check_writable(path, replace, suffixes)
         takes.append(take)
     return takes
