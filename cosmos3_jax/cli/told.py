@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import hashlib
 import os
-import sys
+import re
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +23,13 @@ NO_SETTINGS = ("process_id", "parser")
 OUTPUTS = ("out", "save_latents")
 FOLDERS = ("checkpoint",)  # which the record has digests of
 # Of JAX's settings, those that are the process's own.
-OF_A_PROCESS = ("cache", "visible_devices", "default_device", "address", "num_cpu", "mock_", "log")
+OF_A_PROCESS = (
+    "cache", "visible_devices", "default_device", "address", "num_cpu", "mock_", "log", "dump",
+    "profil",
+)  # fmt: skip
+# Of the environment, what libraries below JAX read.
+VARIABLES = ("NVIDIA_TF32", "CUBLAS", "CUDNN", "LIBTPU")
+DISTRIBUTION = "cosmos3-jax"
 
 
 def everything(options: argparse.Namespace, record: Record, request: Request) -> dict[str, Any]:
@@ -31,7 +37,7 @@ def everything(options: argparse.Namespace, record: Record, request: Request) ->
 
     Nothing is chosen by hand: every option of the parser, the content of every file that one names,
     all of the record but the processor and the run, every array of the request, every package that
-    is imported and every setting of JAX's and XLA's.
+    this one requires or that drives a device, and every setting of JAX's and XLA's.
     """
     said: dict[str, Any] = {}
     for name, value in vars(options).items():
@@ -48,7 +54,9 @@ def everything(options: argparse.Namespace, record: Record, request: Request) ->
             hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest() for leaf in leaves
         ]
     flags = os.environ.get("XLA_FLAGS", "").split()
-    said["XLA_FLAGS"] = sorted(flag for flag in flags if "device_count" not in flag)
+    own = ("device_count", "dump", "profil")
+    said["XLA_FLAGS"] = sorted(flag for flag in flags if not any(part in flag for part in own))
+    said |= {name: text for name, text in os.environ.items() if name.startswith(VARIABLES)}
     said |= {
         name: str(value)
         for name, value in jax.config.values.items()
@@ -70,12 +78,12 @@ def settled(record: Record) -> dict[str, Any]:
 
 
 def read(value: Any) -> Iterator[Path]:
-    """The files and folders that an option names, if they are there."""
+    """The files that an option names, if they are there. Folders are in the record."""
     for each in value if isinstance(value, list) else [value]:
-        if isinstance(each, str | Path) and 0 < len(str(each)) < 4096:
+        if isinstance(each, str | Path):
             path = parse_lora(str(each))[0]
             try:
-                if path.exists():
+                if path.is_file():
                     yield path
             except (OSError, ValueError):  # a text that is no name of a file
                 continue
@@ -83,14 +91,23 @@ def read(value: Any) -> Iterator[Path]:
 
 @functools.cache
 def _packages() -> dict[str, str]:
-    """What is imported, and what drives the devices; of this package its source, too."""
-    imported = {name.partition(".")[0] for name in sys.modules}
+    """What this package requires, and what drives the devices; of itself its source."""
+    try:
+        lines = [line for line in metadata.requires(DISTRIBUTION) or [] if "extra ==" not in line]
+    except metadata.PackageNotFoundError:  # run from its source alone
+        lines = []
+    required = {_plain(re.match(r"[\w.-]+", line)[0]) for line in lines}
     found = {}
-    for name, owners in metadata.packages_distributions().items():
-        if name in imported or name.startswith(("nvidia", "jax")):
-            found |= {owner: metadata.version(owner) for owner in owners}
+    for package in metadata.distributions():
+        name = _plain(package.metadata["Name"] or "")
+        if name in required or name.startswith(("jax", "nvidia")):
+            found[name] = package.version
     digest = hashlib.sha256()
     root = Path(__file__).parents[1]
     for path in sorted(root.rglob("*.py")):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return found | {"cosmos3_jax's source": digest.hexdigest()}
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()

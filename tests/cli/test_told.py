@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import os
 
 import numpy as np
 import pytest
@@ -86,6 +87,23 @@ def test_the_request_is_compared_array_by_array(red_ball):
     other = red_ball.replace(text_ids=np.asarray(red_ball.text_ids) + 1)
     one, other = (told.everything(OPTIONS, RECORD, request) for request in (red_ball, other))
     assert differing(one, other) == {"the request's text_ids"}
+
+
+@pytest.mark.parametrize("prompt", [".", "/", "folder", "x" * 5000, "a\0b"])
+def test_a_text_is_no_folder_to_be_read(red_ball, tmp_path, monkeypatch, prompt):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    assert not [*told.read(prompt)]
+
+
+def test_what_is_a_processs_own_is_not_compared(red_ball, monkeypatch):
+    one = told.everything(OPTIONS, RECORD, red_ball)
+    flags = os.environ.get("XLA_FLAGS", "")
+    monkeypatch.setenv("XLA_FLAGS", f"{flags} --xla_dump_to=/tmp/rank1")
+    assert told.everything(OPTIONS, RECORD, red_ball) == one
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    other = told.everything(OPTIONS, RECORD, red_ball)
+    assert differing(one, other) == {"NVIDIA_TF32_OVERRIDE"}
 
 
 def test_packages_and_settings_of_jax_are_compared(red_ball):
