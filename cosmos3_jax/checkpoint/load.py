@@ -18,6 +18,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 
+from cosmos3_jax import guard
 from cosmos3_jax.checkpoint.files import (
     CONVERTED_STEM,
     FLOAT_DTYPES,
@@ -232,12 +233,12 @@ def open_components(folder: Path, config: Config) -> list[Component]:
 
     Raises:
         CheckpointError: a file is missing or truncated, or keys or shapes do not fit.
+        ConfigError: numbers of the configuration do not fit each other.
     """
     encoder = config.has_sound and _has_encoder(folder / "sound_tokenizer")
-    return [
-        _open(folder / name, layout, leaves)
-        for name, (layout, leaves) in layouts(config, encoder).items()
-    ]
+    with guard.parsing(folder, "a checkpoint of shapes that fit each other", ConfigError):
+        found = layouts(config, encoder)
+    return [_open(folder / name, layout, leaves) for name, (layout, leaves) in found.items()]
 
 
 def load_params(

@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 from cosmos3_jax import Cosmos3
 from cosmos3_jax.checkpoint import rules
 from cosmos3_jax.checkpoint.rules import CheckpointError, Layout, Rule
+from cosmos3_jax.config import ConfigError
 
 SHARD = f"{PUBLIC}-00002-of-00005.safetensors"  # of the transformer
 
@@ -166,6 +167,14 @@ def test_damage_is_named(broken, name):
     damage, message = DAMAGE[name]
     damage(broken)
     with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(broken)
+
+
+@pytest.mark.parametrize("sizes", [[1, 2, 16, 4], [1, 3, 5, 4]])
+def test_sizes_of_which_no_model_can_be_made(broken, sizes):
+    """What is raised while its shapes are computed, of any kind, is one line with the folder."""
+    update_json(broken / "vae" / "config.json", dim_mult=sizes)
+    with pytest.raises(ConfigError, match=rf"^{broken} is not a checkpoint of shapes that .*$"):
         open_checkpoint(broken)
 
 

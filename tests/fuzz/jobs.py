@@ -34,13 +34,12 @@ class Job:
             status = 1
             try:
                 file = os.open(log, os.O_WRONLY | os.O_TRUNC)
-                for number in (signal.SIGTERM, signal.SIGHUP):
-                    signal.signal(number, signal.SIG_DFL)
-                signal.signal(signal.SIGINT, signal.default_int_handler)  # under `&` it is ignored
                 os.dup2(file, 1)
                 os.dup2(file, 2)
                 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
                 status = function() or 0
+            except KeyboardInterrupt:  # before the command has its own handlers
+                status = 128 + signal.SIGINT
             except BaseException:
                 traceback.print_exc()
             finally:

@@ -86,8 +86,7 @@ def end(job: jobs.Job, number: signal.Signals, folder: Path) -> tuple[int, list[
     os.kill(job.pid, number)
     status = job.wait(30)
     seconds, problems = time.monotonic() - sent, []
-    # It may have ended by itself, just before.
-    if status not in (0, -number if number == signal.SIGKILL else 128 + number):
+    if status not in (0, -number, 128 + number):  # by itself, or before it had its handlers
         problems.append(f"status {status}")
     if number != signal.SIGKILL and seconds > 5:
         problems.append(f"it took {seconds:.1f} s to end")
@@ -210,9 +209,9 @@ def pair_of_generations(world: World, seed: random.Random, folder: Path) -> tupl
 
 
 KINDS: dict[str, tuple[Callable[..., tuple[str, list[str]]], int]] = {
-    "generations": (kill_generation, 180), "conversions": (kill_conversion, 90),
-    "trainings": (kill_training, 30), "pairs of conversions": (pair_of_conversions, 120),
-    "pairs of generations": (pair_of_generations, 80),
+    "generations": (kill_generation, 120), "conversions": (kill_conversion, 150),
+    "trainings": (kill_training, 30), "pairs of conversions": (pair_of_conversions, 160),
+    "pairs of generations": (pair_of_generations, 40),
 }  # fmt: skip
 
 
@@ -230,6 +229,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--write", action="store_true", help=f"the table into {REPORT.name}")
     options = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has it ignored
     world = World(KEPT / f"world-{os.getpid()}")
 
     def one(task: tuple[str, int]) -> tuple[str, int, str, list[str]]:
