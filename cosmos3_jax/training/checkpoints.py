@@ -8,13 +8,16 @@ randomness of a step is (see `step.TrainState`).
 """
 
 import contextlib
+import errno
 import itertools
 import logging
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
@@ -107,6 +110,8 @@ class Checkpoints:
             FileNotFoundError: there is none.
             ValueError: it does not fit `like`: another model, optimizer, dtype or choice of
                 parameters. Or the state of the step that was asked for is damaged, or every one is.
+            OSError: the disk does not answer as it should, which says nothing of the state: try
+                again. With several processes, all raise, whichever of them it was.
         """
         self._manager.wait_until_finished()
         folder, steps = self._manager.directory, sorted(self._manager.all_steps(), reverse=True)
@@ -143,6 +148,7 @@ class Checkpoints:
         _check(f"the state of step {step}", record, template)
         with _damage():
             found = self._manager.restore(step, args=ocp.args.StandardRestore(template))
+        with _damage():  # the checksums are of all processes together
             records.check_same(record, found)
         return found
 
@@ -150,10 +156,11 @@ class Checkpoints:
         """Rename a state's folder: orbax would save no step beside it that is not later."""
         folder = Path(self._manager.directory) / str(step)
         names = (f"{step}.damaged{n or ''}" for n in itertools.count())
-        free = next(path for name in names if not (path := folder.with_name(name)).exists())
-        if jax.process_index() == 0:
-            folder.rename(free)
-        multihost_utils.sync_global_devices(f"{free} is set aside")
+        with _agreed():  # every process has looked for a free name before it is taken
+            free = next(path for name in names if not (path := folder.with_name(name)).exists())
+        with _agreed():
+            if jax.process_index() == 0:
+                folder.rename(free)
         self._manager.reload()
         return free
 
@@ -162,19 +169,59 @@ class _Damaged(Exception):
     """A state cannot be read, or is not what was saved."""
 
 
+def of_all_processes(number: int) -> list[int]:
+    """What every process calls it with, in the order of the processes: all call it together."""
+    if jax.process_count() == 1:
+        return [number]
+    return multihost_utils.process_allgather(np.int32(number)).reshape(-1).tolist()
+
+
 @contextlib.contextmanager
-def _damage() -> Iterator[None]:
-    """What is raised while a state is read means that it is damaged, but for what may be otherwise
-    the next time: no permission, no memory.
+def _agreed() -> Iterator[None]:
+    """What one process raises is raised in all: else the others would wait for it for ever, or go
+    on from another state. `_Damaged` is, unless another process raised something else.
     """
+    raised = None
     try:
         yield
-    except (PermissionError, MemoryError):
-        raise
-    except Exception as raised:
-        if any(word in str(raised) for word in ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED")):
-            raise
-        raise _Damaged(reason(raised)) from raised
+    except Exception as error:
+        raised = error
+    kinds = of_all_processes(0 if raised is None else 1 if isinstance(raised, _Damaged) else 2)
+    worst = max(kinds)
+    if raised is not None and (worst == 1 or not isinstance(raised, _Damaged)):
+        raise raised
+    if worst:
+        where = f"process {kinds.index(worst)} cannot read it, or says what is wrong with it"
+        raise _Damaged(where) if worst == 1 else OSError(f"a state is not read: {where}")
+
+
+@contextlib.contextmanager
+def _damage() -> Iterator[None]:
+    """What is raised while a state is read means that it is damaged, in all processes, but for what
+    may be otherwise the next time: no permission, no memory, a disk that does not answer.
+    """
+    with _agreed():
+        try:
+            yield
+        except Exception as raised:
+            if _of_the_system(raised):
+                raise
+            raise _Damaged(reason(raised)) from raised
+
+
+# What says that a state is not whole: a file of it is missing, or its index names what cannot be.
+_DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL)
+_OF_TENSORSTORE = re.compile(r"os_error_code='(\d+)'|PERMISSION_DENIED|RESOURCE_EXHAUSTED")
+
+
+def _of_the_system(raised: Exception) -> bool:
+    """Whether it says something of the machine, and nothing of the state."""
+    if isinstance(raised, PermissionError | MemoryError | TimeoutError):
+        return True
+    if isinstance(raised, OSError) and raised.errno is not None:
+        return raised.errno not in _DAMAGE
+    found = _OF_TENSORSTORE.search(str(raised))
+    return found is not None and (found[1] is None or int(found[1]) not in _DAMAGE)
 
 
 def _storable(state: TrainState) -> TrainState:
