@@ -29,6 +29,7 @@ log = logging.getLogger("cosmos3_jax")
 
 # What takes back each step that this process has begun and not ended, the oldest first.
 _undo: dict[object, Callable[[], None]] = {}
+_cleanings: list[None] = []
 os.register_at_fork(after_in_child=_undo.clear)  # they are the parent's
 
 
@@ -39,9 +40,15 @@ def clean_up() -> None:
     What was there before stays, or comes back; so does the `.partial` folder of a `folder` that can
     be resumed. Any thread may call it, also a signal handler, and more than once.
     """
+    _cleanings.append(None)
     for undo in reversed([*_undo.values()]):
         with contextlib.suppress(OSError):
             undo()
+
+
+def times_cleaned() -> int:
+    """How often `clean_up` was called: files that vanish meanwhile were removed by this process."""
+    return len(_cleanings)
 
 
 @contextlib.contextmanager
@@ -154,14 +161,13 @@ def replace(name: Path, path: Path) -> None:
     _check(path, written)
 
 
-def _listing(path: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of a file, or of all files in a folder by their names.
+def _listing(path: Path) -> dict[str, int]:
+    """Size of a file, or of all files in a folder by their names.
 
-    Not their inodes: some network file systems give a file another one when it is renamed.
+    Not their inodes or times: some network file systems give a file others when it is renamed.
     """
     files = [each for each in path.rglob("*") if not each.is_dir()] if path.is_dir() else [path]
-    stats = {each.relative_to(path).as_posix(): each.lstat() for each in files}
-    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
+    return {each.relative_to(path).as_posix(): each.lstat().st_size for each in files}
 
 
 def check_files(folder: Path, files: Iterable[Path]) -> None:
@@ -171,7 +177,7 @@ def check_files(folder: Path, files: Iterable[Path]) -> None:
         raise OSError(f"{folder} is not what was written there{_some(names)}: {ALONE}")
 
 
-def _check(path: Path, written: dict[str, tuple[int, int]]) -> None:
+def _check(path: Path, written: dict[str, int]) -> None:
     try:
         found = _listing(path)
     except FileNotFoundError:
@@ -240,13 +246,21 @@ def _rename_new(name: Path, path: Path) -> None:
     except FileExistsError:
         raise
     except OSError:  # a file system without links
-        path.touch(exist_ok=False)
+        if os.path.lexists(path):
+            raise FileExistsError(f"{path} exists") from None
+    is_theirs = False
 
     def remove() -> None:
-        if name.exists():  # not renamed yet: what holds the place is still empty
+        # Not renamed yet: what holds the place is still empty.
+        if not is_theirs and name.exists() and path.stat().st_size == 0:
             path.unlink()
 
-    with _undone(remove):
+    with _undone(remove):  # before the place is taken: Ctrl-C may come at once
+        try:
+            path.touch(exist_ok=False)
+        except FileExistsError:
+            is_theirs = True
+            raise
         os.replace(name, path)
 
 
@@ -297,7 +311,7 @@ def locked(path: Path) -> Iterator[None]:
     lock = path.with_name(f".{path.name}.lock")
     with parents(path), contextlib.ExitStack() as opened:
         while True:
-            file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+            file = _open_lock(lock)
             opened.callback(os.close, file)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -316,6 +330,21 @@ def locked(path: Path) -> Iterator[None]:
             opened.close()  # whoever held it has removed it
         with _undone(lambda: lock.unlink(missing_ok=True)):  # before it is let go
             yield
+
+
+def _open_lock(lock: Path) -> int:
+    try:
+        return os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+    except PermissionError:
+        if not lock.exists():  # the folder is closed
+            raise
+    try:  # another user's, which is locked as well when it can be read alone
+        return os.open(lock, os.O_RDONLY)
+    except PermissionError as error:
+        raise PermissionError(
+            f"{lock} belongs to another user and cannot be opened; if nobody writes there now, a "
+            "run that was killed has left it: remove it, or choose another folder"
+        ) from error
 
 
 def _is(file: int, path: Path) -> bool:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from disks import full_disk
@@ -305,3 +306,59 @@ def test_a_file_system_without_links(tmp_path, monkeypatch):
     with contextlib.suppress(OSError), publish.free_file(tmp_path / "a.txt") as target:
         target.temporary.write_text("new")
     assert names(tmp_path) == ["a-1.txt", "a.txt"]
+
+
+def test_ctrl_c_while_the_name_is_taken(tmp_path, monkeypatch):
+    """On a file system without links: no empty file stays, and another's empty one does."""
+    monkeypatch.setattr(os, "link", Mock(side_effect=OSError(errno.ENOTSUP, "none")))
+    (tmp_path / "a.txt").touch()
+    touch = Path.touch
+
+    def stopped(path, **how):
+        touch(path, **how)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "touch", stopped)
+    with pytest.raises(KeyboardInterrupt), publish.free_file(tmp_path / "a.txt") as target:
+        target.temporary.write_text("new")
+    assert names(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("kind", PUBLISHING)
+def test_a_file_system_that_changes_times(tmp_path, monkeypatch, kind):
+    """On a rename, as object stores do: what was written is there nevertheless."""
+
+    def changed(rename):
+        def rename_and_change(source, target):
+            rename(source, target)
+            os.utime(target / "a.txt" if target.is_dir() else target, ns=(0, 0))
+
+        return rename_and_change
+
+    monkeypatch.setattr(os, "replace", changed(os.replace))
+    monkeypatch.setattr(os, "link", changed(os.link))
+    with PUBLISHING[kind](tmp_path / "a") as opened:
+        name = getattr(opened, "temporary", opened)
+        write(name) if "folder" in kind else name.write_text("new")
+    assert "a" in names(tmp_path)
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_a_lock_that_another_user_has_left(tmp_path, monkeypatch, readable):
+    lock, opening = tmp_path / ".a.lock", os.open
+    lock.touch()
+
+    def closed(path, flags, *mode, **more):
+        if path == lock and (flags & os.O_RDWR or not readable):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return opening(path, flags, *mode, **more)
+
+    monkeypatch.setattr(os, "open", closed)
+    if readable:
+        with publish.locked(tmp_path / "a"):
+            pass
+        assert names(tmp_path) == []
+    else:
+        with pytest.raises(PermissionError, match=f"{lock} belongs to another user.*: remove it"):
+            with publish.folder(tmp_path / "a"):
+                pytest.fail("it is not locked")
