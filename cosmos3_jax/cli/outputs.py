@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from cosmos3_jax.checkpoint import publish
 from cosmos3_jax.cli.options import numbers
 from cosmos3_jax.cli.record import Record, parse_lora, to_comment, to_text
 from cosmos3_jax.io import media
@@ -242,11 +243,12 @@ def _saved(take: Take, path: Path, overwrite: bool, write: Callable[..., Path]) 
     files, under a free name, and `take.failures` gets the words; None if they do not take it
     either.
     """
+    cleaned = publish.times_cleaned()
     try:
         return write(path, overwrite=overwrite)
-    except FileNotFoundError:  # what is open has been removed: this process is about to end
-        raise
     except OSError as error:
+        if publish.times_cleaned() > cleaned:  # this process is about to end
+            raise
         failure = f"{error.strerror or error}"
     saved = None
     try:

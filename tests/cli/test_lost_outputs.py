@@ -55,7 +55,8 @@ def is_whole(path) -> bool:
 
 
 @pytest.mark.parametrize(
-    "error", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES]
+    "error",
+    [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.ENOENT],
 )
 def test_a_video_that_the_disk_does_not_take(run, error):
     """It and its record are among the temporary files, never over one that is there."""
