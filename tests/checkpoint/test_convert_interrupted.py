@@ -262,3 +262,38 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"a\.safetensors cannot be written: .*No space left"):
         files.write_shard(tmp_path / "a.safetensors", {"x": np.zeros(3)})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stray_file_costs_no_shard(public_checkpoint, unfinished, monkeypatch):
+    """It is named before any work; one that comes meanwhile leaves the sums of the shards."""
+    partial = unfinished.with_name("target.partial")
+    stray = partial / "transformer" / "Thumbs.db"
+    stray.touch()
+    with pytest.raises(CheckpointError, match="such as 'transformer/Thumbs.db'; remove them"):
+        convert_checkpoint(public_checkpoint, unfinished, max_shard_bytes=SHARD_BYTES)
+    stray.unlink()
+    with pytest.raises(OSError, match="Thumbs.db"):
+        convert_checkpoint(
+            public_checkpoint, unfinished, max_shard_bytes=SHARD_BYTES,
+            on_bytes=lambda _: stray.touch(),
+        )  # fmt: skip
+    stray.unlink()
+    monkeypatch.setattr(files, "write_shard", Mock(side_effect=AssertionError("written again")))
+    convert_checkpoint(public_checkpoint, unfinished, max_shard_bytes=SHARD_BYTES)
+    assert [path.name for path in unfinished.parent.iterdir()] == ["target"]
+
+
+def test_a_kill_before_the_last_rename_costs_no_shard(public_checkpoint, tmp_path, monkeypatch):
+    target, replace = tmp_path / "target", os.replace
+
+    def killed(source, destination):
+        if destination == target:
+            raise Killed
+        replace(source, destination)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, "replace", killed)
+        convert_checkpoint(public_checkpoint, target, max_shard_bytes=SHARD_BYTES)
+    monkeypatch.setattr(files, "write_shard", Mock(side_effect=AssertionError("written again")))
+    convert_checkpoint(public_checkpoint, target, max_shard_bytes=SHARD_BYTES)
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]

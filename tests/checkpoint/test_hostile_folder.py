@@ -11,6 +11,7 @@ from checkpoint_files import INDEX, PUBLIC, open_checkpoint, replace_file
 from training_run import CONFIG
 
 from cosmos3_jax.checkpoint import digests, find, lora_files
+from cosmos3_jax.checkpoint.convert import convert_checkpoint
 from cosmos3_jax.checkpoint.lora_spellings import Settings
 from cosmos3_jax.checkpoint.rules import CheckpointError, raise_problems
 
@@ -162,3 +163,27 @@ def test_a_lora_that_is_a_pipe(tmp_path, name):
         with pytest.raises(CheckpointError, match="is a pipe|is missing") as raised:
             lora_files.load(path, CONFIG)
         assert str(tmp_path) in one_line(raised)
+
+
+@pytest.mark.parametrize("name", ["text_tokenizer/notes.txt", "vae/my_config.json"])
+def test_links_out_of_a_checkpoint_are_not_copied(broken, tmp_path, name):
+    """Else a published conversion would hold a file that its maker alone may read."""
+    (tmp_path / "secret").write_text("secret")
+    (broken / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match="is a link out of the checkpoint") as raised:
+        convert_checkpoint(broken, tmp_path / "target")
+    assert str(broken / name) in one_line(raised)
+    assert not [*tmp_path.glob("target*")]
+
+
+def test_links_of_a_cache_are_copied(broken, tmp_path):
+    snapshot, blobs = tmp_path / "cache" / "snapshots" / "1", tmp_path / "cache" / "blobs"
+    snapshot.parent.mkdir(parents=True)
+    blobs.mkdir()
+    broken.rename(snapshot)
+    (blobs / "1").write_text("of it")
+    (snapshot / "text_tokenizer" / "notes.txt").symlink_to("../../../blobs/1")
+    (snapshot / "text_tokenizer" / "id_rsa").write_text("of no use")
+    target = convert_checkpoint(snapshot, tmp_path / "target")
+    assert (target / "text_tokenizer" / "notes.txt").read_text() == "of it"
+    assert not (target / "text_tokenizer" / "id_rsa").exists()
