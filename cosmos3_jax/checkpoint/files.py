@@ -8,6 +8,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -308,15 +309,21 @@ def write_tensors(
         OSError: the disk does not take a file.
     """
     shards = plan_shards(stem, sizes, max_bytes)
-    with publish.room(folder) as room:
+    noted: Future | None = None
+    with publish.room(folder) as room, ThreadPoolExecutor(1) as hashing:
         for name, keys in shards.items():
             path = folder / name
             if sums is None or not _is_kept(path, keys, sums):
-                write_shard(path, {key: read(key) for key in keys}, room=room)
-                if sums is not None:
-                    sums.add(path)
+                tensors = {key: read(key) for key in keys}
+                if noted is not None:  # the shard before is hashed while this one is read
+                    noted.result()
+                write_shard(path, tensors, room=room)
+                del tensors  # or two shards were in memory
+                noted = None if sums is None else hashing.submit(sums.add, path)
             if on_bytes is not None:
                 on_bytes(sum(sizes[key] for key in keys))
+        if noted is not None:
+            noted.result()
     index = write_index(folder, stem, shards, sizes)
     TensorFiles(folder, stem)  # what was written opens, and is all there
     return [folder / name for name in shards] + [index] * (index is not None)
