@@ -2,18 +2,25 @@
 
 Jinja's sandbox keeps a template from the process's objects, but not from its time and memory. Here
 everything that a template does costs something of one budget: each turn of a loop and each call 1,
-each text and list that it makes its size. What makes more of less at once (`*` of texts, `center`,
-`%`) is not there at all. So no single operation is long, and the clock is looked at between them.
+each text and list that it makes its size; what makes more of less at once (`*` and `%` of texts) is
+paid for before it is made. So no single operation is long, and the clock is looked at between them.
+
+There is what transformers offers to templates, but for `strftime_now`: a prompt would have other
+tokens on another day. It is undefined, which Llama's templates ask for.
 """
 
+import json
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import jinja2
 from jinja2 import nodes
 from jinja2.defaults import DEFAULT_FILTERS
-from jinja2.runtime import Context, Macro
+from jinja2.ext import Extension, LoopControlExtension
+from jinja2.parser import Parser
+from jinja2.runtime import Context, Macro, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
@@ -21,11 +28,12 @@ from jinja2.visitor import NodeTransformer
 MOST_SOURCE = 2**16  # letters of a template; published ones have up to 30,000
 MOST_WORK = 2**24  # turns of loops, and letters and entries of all that is made
 MOST_SECONDS = 3.0
+MOST_INDENT = 32  # of JSON, at each level
 _BUDGET = "the budget"  # in a template's context: no name that a template can write
 _FILTERS = (
-    "abs", "capitalize", "count", "d", "default", "dictsort", "first", "float", "int", "items",
-    "last", "length", "list", "lower", "max", "min", "reverse", "safe", "sort", "string", "title",
-    "trim", "unique", "upper",
+    "abs", "attr", "capitalize", "count", "d", "default", "dictsort", "first", "float", "int",
+    "items", "last", "length", "list", "lower", "max", "min", "reverse", "safe", "sort", "string",
+    "title", "trim", "unique", "upper",
 )  # fmt: skip
 _ONE_BY_ONE = ("map", "reject", "rejectattr", "select", "selectattr")
 _METHODS = {
@@ -63,7 +71,8 @@ class Budget:
 
     def take_for(self, value: Any) -> Any:
         """Pay for a value, as large as it would be written: two lists in it may be one."""
-        self.take(len(value) if isinstance(value, str) else 1)
+        digits = value.bit_length() // 64 if isinstance(value, int) else 0
+        self.take(len(value) if isinstance(value, str) else 1 + digits)
         if isinstance(value, Mapping):
             self.take_for(list(value.items()))
         elif isinstance(value, list | tuple | set | frozenset):
@@ -126,8 +135,59 @@ def _replace(context: Context, text: Any, old: Any, new: Any, count: int = -1) -
 
 
 @jinja2.pass_context
-def _to_json(context: Context, value: Any) -> str:
-    return DEFAULT_FILTERS["tojson"](context.eval_ctx, _budget(context).take_for(value))
+def _indent(
+    context: Context, s: Any, width: Any = 4, first: bool = False, blank: bool = False
+) -> str:
+    s = str(s)
+    each = len(width) if isinstance(width, str) else max(0, int(width))
+    _budget(context).take(len(s) + (1 + len(s.splitlines())) * each)
+    return DEFAULT_FILTERS["indent"](s, width, first, blank)
+
+
+@jinja2.pass_context
+def _group_by(context: Context, values: Iterable[Any], *args: Any, **kwargs: Any) -> list[Any]:
+    turns = _turns(context, values)
+    return DEFAULT_FILTERS["groupby"](context.environment, turns, *args, **kwargs)
+
+
+@jinja2.pass_context
+def _to_json(
+    context: Context,
+    x: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: Any = None,
+    sort_keys: bool = False,
+) -> str:
+    """As transformers gives it to templates: Jinja's own makes `\\u003c` of `<`."""
+    if (len(indent) if isinstance(indent, str) else indent or 0) > MOST_INDENT:
+        raise jinja2.TemplateRuntimeError(f"JSON is indented by {MOST_INDENT} at most")
+    budget, parts = _budget(context), []
+    encoder = json.JSONEncoder(
+        ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+    for part in encoder.iterencode(budget.take_for(x)):
+        budget.take(len(part))
+        parts.append(part)
+    return "".join(parts)
+
+
+def _formatted(budget: Budget, text: str, values: Any) -> str:
+    """`text % values`: each conversion may write all values, as wide as any number in the text or,
+    with `*`, in the values, says. A float has up to 310 digits.
+    """
+    before = budget.left
+    budget.take_for(values)
+    conversions, size = text.count("%"), before - budget.left
+    widths = [int(digits) for digits in re.findall("[0-9]+", text)]
+    if "*" in text and isinstance(values, tuple):
+        widths += [abs(value) for value in values if isinstance(value, int)]
+    budget.take(len(text) + conversions * (320 + size) + sum(widths))
+    return budget.take_for(text % values)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
 
 
 class _Namespace(Namespace):
@@ -137,17 +197,32 @@ class _Namespace(Namespace):
         return "<Namespace>"
 
 
+class _Generation(Extension):
+    """`{% generation %}`, around what the assistant says: transformers makes masks for training."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> nodes.Scope:
+        lineno = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=lineno)
+
+
 class _Environment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
 
     def __init__(self):
-        # The whitespace rules that transformers gives templates.
-        super().__init__(trim_blocks=True, lstrip_blocks=True)
+        # The whitespace rules and tags that transformers gives templates.
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, extensions=[LoopControlExtension, _Generation]
+        )
         self.filters = {name: DEFAULT_FILTERS[name] for name in _FILTERS}
         self.filters |= {name: _one_by_one(name) for name in _ONE_BY_ONE}
         self.filters |= {"join": _join, "replace": _replace, "tojson": _to_json}
+        self.filters |= {"indent": _indent, "groupby": _group_by}
         self.filters |= {"paid": _paid, "written": _written, "turns": _turns}
         self.globals = {"range": self.globals["range"], "namespace": _Namespace, "dict": dict}
+        self.globals["raise_exception"] = _raise_exception
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         kinds = [names for kind, names in _METHODS.items() if isinstance(obj, kind)]
@@ -159,6 +234,11 @@ class _Environment(ImmutableSandboxedEnvironment):
         """`format` is a method like others, which are not read."""
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(__obj, Undefined) and __obj._undefined_name == "strftime_now":
+            raise jinja2.TemplateRuntimeError(
+                "it asks for today's date (strftime_now), with which a prompt would have other "
+                "tokens each day"
+            )
         budget, name = _budget(__context), getattr(__obj, "__name__", "")
         text = getattr(__obj, "__self__", None)
         budget.take(1 + (len(text) if isinstance(text, str) else 0))
@@ -177,6 +257,13 @@ class _Environment(ImmutableSandboxedEnvironment):
         for kind in (str, list, tuple):
             if operator == "+" and isinstance(left, kind) and isinstance(right, kind):
                 return budget.take_for(left + right)
+        if operator == "%" and isinstance(left, str):
+            return _formatted(budget, left, right)
+        if operator == "*":
+            for many, count in ((left, right), (right, left)):
+                if isinstance(many, str | list | tuple) and isinstance(count, int):
+                    budget.take(len(many) * max(0, count))
+                    return budget.take_for(many * count)
         for number in (left, right):
             if not isinstance(number, int | float) or abs(number) > 2**53:
                 raise jinja2.TemplateRuntimeError(

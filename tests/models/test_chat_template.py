@@ -1,5 +1,6 @@
 """Chat templates do what Jinja's do, and are stopped where they do too much."""
 
+import json
 import time
 
 import jinja2
@@ -30,12 +31,37 @@ ORDINARY = (
     "{% for i in range(3) %}{{ 'aba'.replace('b', '-', 1) }}{{ i // 2 }}{% endfor %}",
     "{{ {'a': [1, (2, 3)]} }}{{ 'x' if false else missing | default('y') }}{# no #}\n  {% if 1 %}\n"
     "  z\n  {% endif %}\n",
+    "{{ messages | tojson(indent=4) }}{{ messages | tojson(true, 2, [',', ': '], true) }}"
+    "{{ messages[0] | tojson(separators=('; ', '=')) }}{{ messages | tojson(indent='\t') }}",
+    "{{ messages[0].content | tojson }}{{ (messages | tojson(ensure_ascii=true)) }}",
+    "{{ '=' * 10 }}{{ 3 * 'ab' }}|{{ 'a' * -1 }}{{ [1, 'b'] * 2 }}{{ 2 * (1,) }}",
+    "{{ '%s' % 'x' }}{{ '%5.1f%% of %-4d|' % (2.55, 3) }}"
+    "{{ '%(role)s: %(content)r' % messages[0] }}"
+    "{{ '%*d' % (6, 7) }}{{ '** %s **' % [messages] }}",
+    "{{ 'a\nb\n\nc' | indent }}{{ 'a\nb' | indent(2, true) }}"
+    "{{ 'a\n\nb' | indent('> ', blank=true) }}",
+    "{% for role, found in messages | groupby('role') %}{{ role }}{{ found | length }}{% endfor %}"
+    "{% for g in messages | groupby('role') %}{{ g.grouper }}{{ g.list[0].content }}{% endfor %}",
+    "{{ namespace(a=5) | attr('a') }}{{ 'ab' | attr('upper') is defined }}",
+    "{% for i in range(9) %}{% if i == 1 %}{% continue %}{% elif i > 3 %}{% break %}{% endif %}"
+    "{{ i }}{% endfor %}",
+    "{% if strftime_now is defined %}{{ strftime_now('%d') }}{% else %}26 Jul 2024{% endif %}"
+    "{{ raise_exception('no') if false }}",
 )
+
+
+def to_json(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    """What transformers has in place of Jinja's, which escapes what is HTML."""
+    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                      sort_keys=sort_keys)  # fmt: skip
 
 
 @pytest.mark.parametrize("source", ORDINARY)
 def test_ordinary_templates_are_jinjas(source):
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = to_json
     expected = environment.from_string(source).render(messages=MESSAGES)
     assert ChatTemplate(source).render(messages=MESSAGES) == expected
 
@@ -46,6 +72,29 @@ HOSTILE = {
     "number without end": "{{ 10**10**10 }}",
     "product": "{{ 9007199254740992 * 9007199254740992 * 9007199254740992 }}",
     "width": "{{ '%1000000000d' % 1 }}",
+    "text many times": "{{ 10**3 * ('a' * 1000 * 1000) }}",
+    "text as often as a number says": "{{ 'ab' * 9007199254740992 }}",
+    "list many times": "{{ [1] * 1000000000 }}",
+    "list of a list many times": "{{ [[1] * 1000] * 1000 }}",
+    "zeros": "{{ '%09999999999d' % 1 }}",
+    "digits of a float": "{{ '%.999999999f' % 1 }}",
+    "width of a value": "{{ '%*d' % (999999999, 1) }}",
+    "digits of a value": "{{ '%.*f' % (999999999, 1) }}",
+    "width after brackets": "{{ '%(a(b)c)999999999d' % {'a(b)c': 1} }}",
+    "one value many times": "{{ ('%(a)s' * 1000) % {'a': 'x' * 1000} }}",
+    "floats many times": "{{ ('%(a)f' * 1000) % {'a': 1e308} }}",
+    "number with many digits": "{{ [('9' * 4000) | int] * 3000 }}",
+    "indent": "{{ 'a\nb' | indent(1000000000) }}",
+    "indent of lines": "{{ ('\n' * 9999) | indent('x' * 9999, blank=true) }}",
+    "indent of each": "{{ ['a\nb'] | map('indent', 1000000000) | list }}",
+    "indent of JSON": "{{ [[1]] | tojson(indent=1000000000) }}",
+    "text between JSON": "{{ range(9999) | list | tojson(separators=('x' * 9999, ':')) }}",
+    "groups": "{{ (range(100000) | list) | groupby('x') }}",
+    "attribute of Python": "{{ ('' | attr('__class__')).__mro__ }}",
+    "method that is not read": "{{ ('a' | attr('ljust'))(1000000000) }}",
+    "format by a filter": "{{ ('{:>1000000000}' | attr('format'))(1) }}",
+    "loops that go on": "{% for i in range(100000) %}{% for j in range(100000) %}{% continue %}"
+    "{% endfor %}{% endfor %}",
     "width of format": "{{ '{:>1000000000}'.format(1) }}",
     "width of a filter": "{{ 'a' | center(1000000000) }}",
     "width of a method": "{{ 'a'.ljust(1000000000) }}",
@@ -96,3 +145,15 @@ def test_the_clock_stops_what_each_step_makes_slow(monkeypatch):
 def test_a_namespace_in_itself_is_written_in_short():
     source = "{% set a = namespace() %}{% set a.b = a %}{{ a }}"
     assert ChatTemplate(source).render() == "<Namespace>"
+
+
+def test_what_the_assistant_says_is_written():
+    source = "{% for i in range(2) %}{% generation %}\n{{ i }}!{% endgeneration %}{% endfor %}"
+    assert ChatTemplate(source).render() == "0!1!"
+
+
+def test_templates_refuse_in_their_own_words():
+    with pytest.raises(jinja2.TemplateError, match="^roles must alternate$"):
+        ChatTemplate("{{ raise_exception('roles must alternate') }}").render()
+    with pytest.raises(jinja2.TemplateError, match="today's date .strftime_now., with which"):
+        ChatTemplate("{% set today = strftime_now('%Y-%m-%d') %}").render()
