@@ -95,8 +95,10 @@ def end(job: jobs.Job, number: signal.Signals, folder: Path) -> tuple[int, list[
     return status, problems
 
 
-def kill_generation(world: World, seed: random.Random, folder: Path) -> tuple[str, list[str]]:
-    number, stage = seed.choice(SIGNALS), seed.choice([*STAGES])
+def kill_generation(
+    world: World, seed: random.Random, folder: Path, count: int
+) -> tuple[str, list[str]]:
+    number, stage = SIGNALS[count % 3], [*STAGES][count // 3 % len(STAGES)]
     out, older = folder / "out.mp4", seed.random() < 0.5
     if older:
         shutil.copytree(world.folder / "seed2", folder, dirs_exist_ok=True)
@@ -118,8 +120,10 @@ def kill_generation(world: World, seed: random.Random, folder: Path) -> tuple[st
     return f"{stage}, {number.name[3:]}", problems
 
 
-def kill_conversion(world: World, seed: random.Random, folder: Path) -> tuple[str, list[str]]:
-    number, older, target = seed.choice(SIGNALS), seed.random() < 0.5, folder / "target"
+def kill_conversion(
+    world: World, seed: random.Random, folder: Path, count: int
+) -> tuple[str, list[str]]:
+    number, older, target = SIGNALS[count % 3], seed.random() < 0.5, folder / "target"
     if older:
         shutil.copytree(world.folder / "bfloat16", target)
     arguments = world.convert(target, "float32", *["--overwrite"] * older)
@@ -145,9 +149,11 @@ def kill_conversion(world: World, seed: random.Random, folder: Path) -> tuple[st
     return f"converting, {number.name[3:]}", problems
 
 
-def kill_training(world: World, seed: random.Random, folder: Path) -> tuple[str, list[str]]:
+def kill_training(
+    world: World, seed: random.Random, folder: Path, count: int
+) -> tuple[str, list[str]]:
     """Python's own loop, which has no handlers of signals: TERM kills it, as KILL does."""
-    number, log = seed.choice(SIGNALS), folder.with_suffix(".log")
+    number, log = SIGNALS[count % 3], folder.with_suffix(".log")
     job, step = jobs.train(folder / "states", 6, log), seed.randrange(1, 6)
     until = time.monotonic() + 60
     while f"saving {step}" not in job.said() and time.monotonic() < until and job.poll() is None:
@@ -165,7 +171,9 @@ def kill_training(world: World, seed: random.Random, folder: Path) -> tuple[str,
     return f"training, {number.name[3:]}", problems
 
 
-def pair_of_conversions(world: World, seed: random.Random, folder: Path) -> tuple[str, list[str]]:
+def pair_of_conversions(
+    world: World, seed: random.Random, folder: Path, count: int
+) -> tuple[str, list[str]]:
     """Into one folder, of two dtypes."""
     target, overwrite, problems = folder / "target", seed.random() < 0.3, []
     started: dict[str, jobs.Job] = {}
@@ -188,7 +196,9 @@ def pair_of_conversions(world: World, seed: random.Random, folder: Path) -> tupl
     return "two conversions into one folder", problems
 
 
-def pair_of_generations(world: World, seed: random.Random, folder: Path) -> tuple[str, list[str]]:
+def pair_of_generations(
+    world: World, seed: random.Random, folder: Path, count: int
+) -> tuple[str, list[str]]:
     """Onto one name, of two seeds: the second takes a free name, or is refused at its start."""
     out, problems, started = folder / "out.mp4", [], {}
     for number in seed.sample([1, 2], 2):
@@ -237,7 +247,7 @@ def main() -> int:
         folder = world.folder / "work" / f"{kind}-{seed}"
         folder.mkdir(parents=True)
         try:
-            what, problems = KINDS[kind][0](world, random.Random(f"{kind} {seed}"), folder)
+            what, problems = KINDS[kind][0](world, random.Random(f"{kind} {seed}"), folder, seed)
         except (TimeoutError, RuntimeError) as error:
             what, problems = kind, [str(error)]
         if not problems:
