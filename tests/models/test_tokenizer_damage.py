@@ -91,7 +91,11 @@ def test_a_tokenizer_that_takes_too_long(folder, monkeypatch):
             "is not a chat template for prompts",
         ),
         ("chat_template.jinja", b"{{ 1 / 0 }}", "is not a chat template for prompts: division"),
-        ("chat_template.jinja", b"{{ raise_exception('no such role') }}", "is not a chat template for prompts: no such role;"),
+        (
+            "chat_template.jinja",
+            b"{{ raise_exception('no such role') }}",
+            "for prompts: no such role;",
+        ),
     ],
 )
 def test_damaged_files(folder, name, content, message):
