@@ -328,10 +328,10 @@ class Config:
 def check_fps(fps: float) -> None:
     """Raise ValueError unless these frames per second are a number that a video can have."""
     if not 0 < fps < math.inf:
-        raise ValueError(f"fps={float(fps)} must be positive and finite, for example 24.0")
+        raise ValueError(f"fps={fps} must be positive and finite, for example 24.0")
     least, most = limits.FPS
     if not least <= fps <= most:
         raise ValueError(
-            f"fps={float(fps)} is not within {least:g} to {most:g}: take the video's own rate, for "
+            f"fps={fps} is not within {least:g} to {most:g}: take the video's own rate, for "
             "example 24.0"
         )

@@ -280,6 +280,8 @@ class Cosmos3:
 
     def _prepare_fitting(self, prompt: Any, settings: SettingsDict, options: dict) -> Request:
         """`prepare`, and before its noise is drawn the check that a generation with it fits."""
+        if self.weights is None:  # whoever needs them says so
+            return self.prepare(prompt, **settings)
 
         def check(request: Request) -> None:
             job = self._generation(request, **options).job

@@ -47,7 +47,7 @@ def noise(value, dtype=np.float64):
         (dict(guidance_scale=np.float32(np.inf)), "guidance_scale=inf must be a finite number"),
         (dict(fps=1e-300), "fps=1e-300 is not within 0.01 to 10000: take the video's own rate"),
         (dict(sigmas=np.linspace(0.999, 0, 1002)), "steps=1001 is beyond the limit of 1000"),
-        (dict(seed=[1] * 10**4), "10000 seeds for 1 prompts"),
+        (dict(seed=[1] * 10**3), "1000 seeds for 1 prompts"),
         (dict(negative_prompt="a" * (2**20 + 1)), "letters of the negative or system prompt="),
     ],
     ids=lambda x: str(x)[:30],
