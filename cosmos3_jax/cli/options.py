@@ -175,7 +175,7 @@ class _Parser(argparse.ArgumentParser):
     """Its errors are as short as others, whatever was typed."""
 
     def error(self, message: str) -> NoReturn:
-        super().error(guard.printable(message))
+        super().error(guard.printable(message.replace("\n", " ")))
 
 
 def _parser(recorded: dict[str, Any]) -> argparse.ArgumentParser:

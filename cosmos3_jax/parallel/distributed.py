@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 
+from cosmos3_jax import limits
 from cosmos3_jax.parallel import meeting
 
 PORTS = range(61440, 65536)  # of the coordinator; a job's number chooses one
@@ -115,7 +116,8 @@ def find_processes(
         )
     port = re.fullmatch(r".+:(\d+)", coordinator)
     if port is None or not 0 < int(port[1]) < 2**16:
-        raise ValueError(f"coordinator {coordinator!r} must be HOST:PORT, a port from 1 to 65535")
+        shown = limits.shown(coordinator, 80)
+        raise ValueError(f"coordinator {shown} must be HOST:PORT, a port from 1 to 65535")
     if not 0 <= index < count:
         raise ValueError(f"process id {index} must be from 0 to {count - 1}, of {count} processes")
     return Processes(coordinator, count, index, *local) if count > 1 else None
@@ -126,7 +128,8 @@ def first_host(nodes: str) -> str:
     match = re.match(r"([^,\[]+)(?:\[([^,\-\]]+))?", nodes)
     if match is None:
         raise ValueError(
-            f"SLURM's list of nodes {nodes!r} names none; give --coordinator HOST:PORT"
+            f"SLURM's list of nodes {limits.shown(nodes, 80)} names none; give --coordinator "
+            "HOST:PORT"
         )
     return match[1] + (match[2] or "")
 
@@ -257,7 +260,9 @@ def _address_to_listen_at(processes: Processes, environment: Mapping[str, str]) 
     """The coordinator's, unless the environment has one or other machines cannot reach it."""
     address = environment.get("JAX_COORDINATOR_BIND_ADDRESS") or processes.coordinator
     if not re.fullmatch(r".+:\d{1,5}", address):
-        raise ValueError(f"JAX_COORDINATOR_BIND_ADDRESS={address!r} must be HOST:PORT")
+        raise ValueError(
+            f"JAX_COORDINATOR_BIND_ADDRESS={limits.shown(address, 80)} must be HOST:PORT"
+        )
     host, port = _host_and_port(address)
     found = {str(each[0]) for _, each in meeting.addresses(host, port)}
     if host in found or not all(_is_loopback(each) for each in found):
@@ -414,7 +419,8 @@ def _integer(environment: Mapping[str, str], name: str) -> int | None:
     if value is None:
         return None
     if not value.isdecimal():
-        raise ValueError(f"the environment has {name}={value!r}, which is not a whole number")
+        shown = limits.shown(value, 80)
+        raise ValueError(f"the environment has {name}={shown}, which is not a whole number")
     return int(value)
 
 

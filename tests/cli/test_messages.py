@@ -40,7 +40,12 @@ def test_stages_and_compiling_are_told(model, caplog, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["generate", "x", "--frames", "a" * 5000], ["info", "\x1b[31m" + "b" * 5000]]
+    "arguments",
+    [
+        ["generate", "x", "--frames", "a" * 5000],
+        ["generate", "a", "b\nc"],
+        ["info", "\x1b[31m" + "b" * 5000],
+    ],
 )
 def test_what_was_typed_comes_back_short_and_printable(arguments, capsys):
     with pytest.raises(SystemExit) as raised:
@@ -48,4 +53,5 @@ def test_what_was_typed_comes_back_short_and_printable(arguments, capsys):
     assert raised.value.code == 2
     said = capsys.readouterr().err
     assert "error: " in said and "\x1b" not in said
+    assert len(said.partition("error: ")[2].splitlines()) == 1
     assert max(map(len, said.splitlines())) < 1000

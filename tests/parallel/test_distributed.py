@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from several_processes import check_two_make_the_video_of_one, run_two
@@ -91,6 +92,14 @@ def test_tasks_of_each_machine(text, tasks):
     assert tasks_per_node(text) == tasks
 
 
+@pytest.mark.parametrize("name", ["JAX_PROCESS_ID", "JAX_COORDINATOR_ADDRESS"])
+def test_a_long_value_is_said_short(name):
+    others = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}
+    with pytest.raises(ValueError, match="aaa") as raised:
+        find_processes(others | {name: "a" * 5000})
+    assert len(str(raised.value)) < 300
+
+
 def test_more_nodes_than_there_are():
     with pytest.raises(ValueError, match="of more than 100000 nodes"):
         tasks_per_node("8(x999999999)")
@@ -142,6 +151,53 @@ def test_the_coordinator_listens_where_it_is_told(host, here):
     assert {each.getsockname()[0] for each in listeners} <= here
     for each in listeners:
         each.close()
+
+
+def listening(port: int) -> set[str]:
+    """The addresses at which this machine listens at a port, as the system writes them."""
+    rows = [
+        line.split()
+        for file in ("/proc/net/tcp", "/proc/net/tcp6")
+        for line in Path(file).read_text().splitlines()[1:]
+    ]
+    local = (row[1].split(":") for row in rows if row[3] == "0A")
+    return {address for address, number in local if int(number, 16) == port}
+
+
+# 127.0.0.1, ::1, and the former as the latter's kind writes it.
+LOOPBACK = {
+    "0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F",
+}  # fmt: skip
+
+
+def test_a_process_that_is_started_again_is_let_in(monkeypatch):
+    """While others are still awaited: the one that ended does not count."""
+    [listener, *more] = meeting.bind("127.0.0.1", 0)
+    port = listener.getsockname()[1]
+    met, waiting = [], meeting.Waiting(20, lambda _: None)
+    thread = threading.Thread(
+        target=lambda: met.append(meeting.receive([listener, *more], 3, waiting, "here"))
+    )
+    thread.start()
+    gone = socket.create_connection(("127.0.0.1", port))
+    gone.sendall(f"{meeting.GREETING} 3 1\n".encode())
+    time.sleep(0.2)
+    gone.close()
+    visitors = [
+        threading.Thread(
+            target=lambda index=index: met.append(
+                meeting.visit("127.0.0.1", port, 3, index, waiting)
+            )
+        )
+        for index in (1, 2)
+    ]
+    for each in visitors:
+        each.start()
+    for each in (thread, *visitors):
+        each.join(20)
+    assert len(met) == 3
+    for peers in met:
+        peers.close()
 
 
 def test_an_address_of_another_machine_is_refused():
@@ -263,6 +319,8 @@ def test_who_waits_for_a_dead_process_fails(run_command, victim):
     while not all("is connected" in command.log() for command in two):  # their devices have met
         assert time.monotonic() < deadline, two[0].log() + two[1].log()
         time.sleep(0.1)
+    port = int(next(x for x in two[0].process.args if "localhost:" in str(x)).split(":")[1])
+    assert listening(port) and listening(port) <= LOOPBACK  # JAX's service, too
     two[victim].process.send_signal(signal.SIGKILL)
     assert other.wait(60) == 1, other.log()
     ended = f"cosmos3-jax: error: process {victim} has ended: this one cannot go on without it"
