@@ -11,6 +11,7 @@ import stat
 from collections.abc import Iterator
 
 LONGEST_REASON = 200  # letters
+LONG_REASON = 600  # of another program or a service, which may say at its end what to do
 LONGEST_LINE = 900  # of a message
 # Bytes that a file of settings may have. Published ones have a few thousand.
 MOST_JSON = 16 * 2**20
@@ -55,14 +56,14 @@ def parsing(
         raise error(f"{name} is not {kind}: {reason(raised)}{end}") from raised
 
 
-def reason(raised: BaseException) -> str:
+def reason(raised: BaseException, longest: int = LONGEST_REASON) -> str:
     """An exception as part of one line: no line breaks, nothing unprintable, not too long."""
     if isinstance(raised, RecursionError):
         return "it is nested too deeply"
     if isinstance(raised, MemoryError):
         return "it asks for more memory than there is"
     try:
-        text = line(str(raised))
+        text = line(str(raised), longest)
     except Exception:  # of an exception that was given something odd
         text = ""
     if isinstance(raised, LookupError | AttributeError) or not text:  # `'model'` alone says little
@@ -70,9 +71,9 @@ def reason(raised: BaseException) -> str:
     return text
 
 
-def line(text: str) -> str:
+def line(text: str, longest: int = LONGEST_REASON) -> str:
     """A text that a file said, as part of one line of a message."""
-    text = text if len(text) <= LONGEST_REASON else text[:LONGEST_REASON] + " ..."
+    text = text if len(text) <= longest else text[:longest] + " ..."
     return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
 
 

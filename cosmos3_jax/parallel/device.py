@@ -53,8 +53,8 @@ def backend_obstacle() -> str | None:
         asked = f" with JAX_PLATFORMS={chosen}" if chosen else ""
         way_out = "unset it, or choose one of these" if chosen else "see JAX's installation guide"
         return (
-            f"JAX cannot start{asked}: {guard.reason(error)}. Installed are {', '.join(installed)}:"
-            f" {way_out}"
+            f"JAX cannot start{asked}: {guard.reason(error, guard.LONG_REASON)}. Installed are "
+            f"{', '.join(installed)}: {way_out}"
         )
 
 

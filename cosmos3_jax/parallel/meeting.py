@@ -211,20 +211,31 @@ def receive(listeners: list[socket.socket], count: int, waiting: Waiting, where:
 
 def _greet(connection: socket.socket, count: int, come: dict[int, socket.socket]) -> None:
     """Read who has come; keep the connection, or say what is wrong with it."""
-    connection.settimeout(2)  # of another program, which does not speak like ours
-    greeting, *numbers = _read_line(connection).split()
+    # Another program does not speak like ours, and not at once.
+    greeting, *numbers = _read_line(connection, seconds=2).split() or [""]
     if greeting != GREETING or len(numbers) != 2 or not all(x.isdecimal() for x in numbers):
         return connection.close()
     theirs, index = map(int, numbers)
     if theirs != count:
         wrong = f"it is one of {theirs} processes, process 0 one of {count}"
-    elif not 0 < index < count or index in come:
+    elif not 0 < index < count or (index in come and not _has_ended(come[index])):
         wrong = f"there is another process {index}"
     else:
+        if index in come:  # it was started again
+            come[index].close()
         come[index] = connection
         return None
     connection.sendall(f"{wrong}\n".encode())
     return connection.close()
+
+
+def _has_ended(connection: socket.socket) -> bool:
+    try:
+        return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 def visit(host: str, port: int, count: int, index: int, waiting: Waiting) -> Peers:
@@ -287,10 +298,15 @@ def visit(host: str, port: int, count: int, index: int, waiting: Waiting) -> Pee
     return Peers({0: connection})
 
 
-def _read_line(connection: socket.socket) -> str:
-    """Up to a line's end, which is not read past; empty if the other side has closed."""
-    line = b""
+def _read_line(connection: socket.socket, seconds: float | None = None) -> str:
+    """Up to a line's end, which is not read past; empty if the other side has closed.
+
+    Raises OSError if the line takes longer than `seconds`, whatever of it has come.
+    """
+    line, end = b"", time.monotonic() + (seconds or 0)
     while not line.endswith(b"\n") and len(line) < LONGEST_LINE:
+        if seconds is not None:
+            connection.settimeout(max(0.001, end - time.monotonic()))
         letter = connection.recv(1)
         if not letter:
             return ""
