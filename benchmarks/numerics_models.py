@@ -4,6 +4,7 @@ each side's loader, and one call of each model.
 
 import contextlib
 import dataclasses
+import inspect
 import re
 import shutil
 import sys
@@ -46,8 +47,8 @@ def save_checkpoint(folder: Path, config: Config) -> None:
     """Write all three components in the public layout, by diffusers' own `save_pretrained`."""
     parts = (config.transformer, config.video_vae, config.sound_vae)
     for (name, kind), part in zip(KINDS.items(), parts, strict=True):
-        fields = dataclasses.asdict(part)
-        fields.pop("clip_output", None)  # no argument of the oracle
+        arguments = inspect.signature(kind.__init__).parameters  # not all fields are the oracle's
+        fields = {k: v for k, v in dataclasses.asdict(part).items() if k in arguments}
         torch.manual_seed(0)
         with torch.device(DEVICE):
             module = kind(**{k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()})
