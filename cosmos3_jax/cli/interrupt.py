@@ -37,12 +37,14 @@ class Interruption:
 
     def __enter__(self) -> "Interruption":
         heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-        self._before = {number: signal.signal(number, self._interrupt) for number in heard}
+        self._before: dict[int, Any] = {}
         self._unraisable, sys.unraisablehook = sys.unraisablehook, self._unraised
         self._ours, self._theirs = socket.socketpair()
         self._theirs.setblocking(False)
         self._wakeup = signal.set_wakeup_fd(self._theirs.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._watch, daemon=True).start()
+        for number in heard:  # last: what they raise should be raised inside of the block
+            self._before[number] = signal.signal(number, self._interrupt)
         return self
 
     def __exit__(self, *_) -> None:

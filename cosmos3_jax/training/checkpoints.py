@@ -33,7 +33,8 @@ class Checkpoints:
     """The states of one run, by step, in a folder of their own."""
 
     def __init__(self, folder: str | Path, *, keep: int = 3):
-        """Open or make a folder. What a killed run left unfinished in it is removed.
+        """Open or make a folder. What a killed run left unfinished in it is removed. A state that
+        Orbax cannot even list is set aside as `restore` does.
 
         Args:
             folder: of this run alone.
@@ -46,6 +47,8 @@ class Checkpoints:
             # Orbax would do it in a thread, which does not wait for that of a manager just closed.
             for unfinished in folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(unfinished)
+            if folder.is_dir():
+                _set_unlisted_aside(folder)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep)
         self._manager = ocp.CheckpointManager(
             folder, options=options, item_handlers=ocp.StandardCheckpointHandler()
@@ -155,14 +158,35 @@ class Checkpoints:
     def _set_aside(self, step: int) -> Path:
         """Rename a state's folder: orbax would save no step beside it that is not later."""
         folder = Path(self._manager.directory) / str(step)
-        names = (f"{step}.damaged{n or ''}" for n in itertools.count())
         with _agreed():  # every process has looked for a free name before it is taken
-            free = next(path for name in names if not (path := folder.with_name(name)).exists())
+            free = _name_aside(folder)
         with _agreed():
             if jax.process_index() == 0:
                 folder.rename(free)
         self._manager.reload()
         return free
+
+
+def _name_aside(folder: Path) -> Path:
+    """A free name for the folder of a damaged state."""
+    names = (f"{folder.name}.damaged{n or ''}" for n in itertools.count())
+    return next(path for name in names if not (path := folder.with_name(name)).exists())
+
+
+def _set_unlisted_aside(folder: Path) -> None:
+    """Rename states whose own metadata are damaged: with one of them Orbax opens no folder."""
+    for state in ocp.path.step.standard_name_format().find_all(folder):
+        try:
+            _ = state.commit_timestamp
+        except OSError:  # a disk that does not answer damages none
+            raise
+        except Exception as error:
+            path = Path(state.path)
+            kept = path.rename(_name_aside(path))
+            log.warning(
+                "the state of step %d in %s is damaged, and is now %s: %s",
+                state.step, folder, kept.name, reason(error),
+            )  # fmt: skip
 
 
 class _Damaged(Exception):

@@ -1,5 +1,6 @@
 """What a run saves is good, and what it reads again is what it saved."""
 
+import json
 import shutil
 
 import jax
@@ -164,6 +165,18 @@ def test_a_damaged_state_falls_back_to_the_one_before(run, kind, caplog):
     assert (run / "2.damaged").exists()
     with Checkpoints(run) as checkpoints:
         assert checkpoints.last == 2
+
+
+def test_a_state_that_cannot_be_listed_falls_back_too(run, caplog):
+    """With one such state Orbax opened no folder."""
+    file = run / "2" / "_CHECKPOINT_METADATA"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"performance_metrics": "fast"}))
+    with Checkpoints(run) as checkpoints:
+        assert checkpoints.last == 1
+        assert is_of(checkpoints.restore(state_of(0)), 1)
+    [said] = [x.getMessage() for x in caplog.records if x.name == "cosmos3_jax"]
+    assert said.startswith(f"the state of step 2 in {run} is damaged, and is now 2.damaged: ")
+    assert "\n" not in said and (run / "2.damaged").is_dir()
 
 
 def test_whatever_rots_no_wrong_number_is_read(two_states, tmp_path):
