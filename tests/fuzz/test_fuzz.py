@@ -24,7 +24,9 @@ def test_bad_inputs_are_refused_or_read_right():
     """In a process of its own: this one has started a device."""
     command = [sys.executable, "-m", "fuzz", "--inputs", str(INPUTS), "--without-training"]
     tests = Path(__file__).parents[1]
-    done = subprocess.run(command, cwd=tests, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=tests, capture_output=True, text=True, check=False, timeout=300
+    )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert f"| all | {INPUTS} |" in done.stdout
 
