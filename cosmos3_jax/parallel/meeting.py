@@ -8,6 +8,7 @@ minute to see that, and ends the others, as it does when it waits in vain, with 
 import contextlib
 import dataclasses
 import errno
+import select
 import selectors
 import socket
 import threading
@@ -183,7 +184,9 @@ def receive(listeners: list[socket.socket], count: int, waiting: Waiting, where:
         for key, _ in selector.select(0.5):
             with contextlib.suppress(OSError):
                 connection, _ = key.fileobj.accept()
+                _forget_ended(come)  # one may have been started again
                 _greet(connection, count, come)
+        _forget_ended(come)
         return len(come) == count - 1
 
     def missing() -> str:
@@ -218,24 +221,23 @@ def _greet(connection: socket.socket, count: int, come: dict[int, socket.socket]
     theirs, index = map(int, numbers)
     if theirs != count:
         wrong = f"it is one of {theirs} processes, process 0 one of {count}"
-    elif not 0 < index < count or (index in come and not _has_ended(come[index])):
+    elif not 0 < index < count or index in come:
         wrong = f"there is another process {index}"
     else:
-        if index in come:  # it was started again
-            come[index].close()
         come[index] = connection
         return None
     connection.sendall(f"{wrong}\n".encode())
     return connection.close()
 
 
-def _has_ended(connection: socket.socket) -> bool:
-    try:
-        return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
+def _forget_ended(come: dict[int, socket.socket]) -> None:
+    """Drop the connections that the others have closed while they waited.
+
+    They say nothing before they are let in: what there is to read is the end.
+    """
+    ready, _, _ = select.select(list(come.values()), [], [], 0)
+    for index in [index for index, connection in come.items() if connection in ready]:
+        come.pop(index).close()
 
 
 def visit(host: str, port: int, count: int, index: int, waiting: Waiting) -> Peers:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import queue
+import re
 import signal
 import socket
 import threading
@@ -264,7 +265,9 @@ def meet(count: int, told: dict[int, int], seconds: float = 20) -> tuple[dict, l
 def test_who_has_not_come_is_named(monkeypatch):
     monkeypatch.setattr(meeting, "SAID_AFTER", 0)
     got, said = meet(4, {2: 4, 3: 5}, seconds=1)
-    assert "processes 1, 3 of 4 did not come to here after 1.5 s: start them" in str(got[0])
+    # Process 2 gives up after one second, and is then awaited again.
+    who = "processes 1, (2, )?3 of 4 did not come to here after 1.5 s: start them"
+    assert re.match(who, str(got[0]))
     assert "process 0 at" in str(got[2]) and "waits for others after 1 s" in str(got[2])
     assert "one of 5 processes, process 0 one of 4" in str(got[3])
     assert any("did not come to here after 0 of 1.5 s" in text for text in said)
