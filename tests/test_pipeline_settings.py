@@ -76,7 +76,7 @@ BAD_SETTINGS = [
     (dict(num_frames=0), r"num_frames=0 is not 4k\+1; nearest are 1 and 5"),
     (dict(height=50), "height=50 is not a multiple of 16; nearest are 48 and 64"),
     (dict(width=8), "width=8 is not a multiple of 16; nearest are 16 and 32"),
-    (dict(fps=0), "fps=0.0 must be positive and finite"),
+    (dict(fps=0), "fps=0 must be positive and finite"),
     (dict(fps=float("nan"), sound=True), "fps=nan must be positive and finite"),
     (dict(num_frames=1, sound=True), "num_frames=1 makes an image, which has no sound"),
     (dict(schedule="fast"), "schedule='fast' is unknown; choose one of native, diffusers, karras"),

@@ -159,7 +159,7 @@ def read_record(path: Path) -> Record:
         ValueError: there is none, or it is no record of this package.
         OSError: the file cannot be read.
     """
-    if not path.exists():
+    if not path.exists() or path.is_dir():
         raise FileNotFoundError(f"--from-record {path}: there is no such file")
     if path.suffix.lower() in (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES):
         text, where = read_comment(path) or "", "inside of it"
