@@ -27,7 +27,7 @@ from cosmos3_jax.cli.record import (
 from cosmos3_jax.io.noise import load_noise
 from cosmos3_jax.io.prepare import Prepared, with_seed
 from cosmos3_jax.io.prompt import read_prompt
-from cosmos3_jax.parallel import device, distributed
+from cosmos3_jax.parallel import device, distributed, launchers
 from cosmos3_jax.parallel.mesh import IDLE, Meshes, describe
 from cosmos3_jax.pipeline import Cosmos3
 from cosmos3_jax.runtime import memory
@@ -41,7 +41,7 @@ log = logging.getLogger("cosmos3_jax")
 
 def run_generate(options: argparse.Namespace) -> int:
     distributed.start(
-        distributed.find_processes(
+        launchers.find_processes(
             os.environ, options.coordinator, options.processes, options.process_id
         )
     )

@@ -21,7 +21,6 @@ from cosmos3_jax.cli import main as cli
 from cosmos3_jax.io import media
 from cosmos3_jax.io.prepare import prepare
 from cosmos3_jax.io.settings import OTHER_NAMES, Settings, read_settings
-from cosmos3_jax.parallel import distributed
 from cosmos3_jax.sampling.request import Request
 from fuzz import mutate
 from fuzz.frame import Case
@@ -152,8 +151,8 @@ def environments(random: Random, folder: Path, valid: Path) -> Case:
     gpus = random.choice((None, 0, 1, 8))
 
     def read() -> Any:
-        found = distributed.find_processes(values, *options)
-        return found, found and distributed.local_devices(found, values, gpus)
+        found = launchers.find_processes(values, *options)
+        return found, found and launchers.local_devices(found, values, gpus)
 
     def check(answer: Any) -> str | None:
         found, _ = answer

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from several_processes import check_two_make_the_video_of_one, run_two
 
-from cosmos3_jax.parallel import distributed, meeting
-from cosmos3_jax.parallel.distributed import (
+from cosmos3_jax.parallel import distributed, launchers, meeting
+from cosmos3_jax.parallel.launchers import (
     Processes,
     find_processes,
     first_host,
@@ -226,7 +226,7 @@ INTERACTIVE = SRUN | {"SLURM_PROCID": "0", "SLURM_PTY_PORT": "34889", "SLURM_TAS
 )
 def test_a_shell_of_slurms_is_alone(environment, terminal, interactive):
     """It waited for tasks that were never to come."""
-    assert distributed.is_interactive_step(environment, terminal) is interactive
+    assert launchers.is_interactive_step(environment, terminal) is interactive
     if environment.get("SLURM_STEP_ID") == "4294967290":
         assert find_processes(environment) is None
 
