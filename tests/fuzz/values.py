@@ -21,6 +21,7 @@ from cosmos3_jax.cli import main as cli
 from cosmos3_jax.io import media
 from cosmos3_jax.io.prepare import prepare
 from cosmos3_jax.io.settings import OTHER_NAMES, Settings, read_settings
+from cosmos3_jax.parallel import launchers
 from cosmos3_jax.sampling.request import Request
 from fuzz import mutate
 from fuzz.frame import Case
