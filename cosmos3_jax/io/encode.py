@@ -13,6 +13,7 @@ Axes: T frames, H height, W width, N sound channels, S sound samples.
 """
 
 import contextlib
+import functools
 import io
 import struct
 import warnings
@@ -153,7 +154,7 @@ def _encode_video(
     worst = 63 if webm else 51
     if not 0 <= crf <= worst:
         raise ValueError(f"crf={crf} is not between 0 (best) and {worst} (worst)")
-    options = {"crf": str(crf)} | ({"b": "0", "row-mt": "1"} if webm else {})
+    options = {"crf": str(crf)} | ({"b": "0", "row-mt": "1"} if webm else _repeatable())
     stream = container.add_stream("libvpx-vp9" if webm else "libx264", rate=rate, options=options)
     stream.height, stream.width = video.shape[2:]
     stream.pix_fmt = "yuv420p"
@@ -171,6 +172,18 @@ def _encode_video(
         picture.pts, picture.time_base = t, 1 / rate
         packets += stream.encode(picture)
     return packets + stream.encode()
+
+
+@functools.cache
+def _repeatable() -> dict[str, str]:
+    """Options with which x264 gives the same bytes each time: its AVX-512 code was seen not to, on
+    one thread and from the same pictures. A processor with AVX-512 has AVX2.
+    """
+    try:
+        flags = Path("/proc/cpuinfo").read_text("utf-8", errors="replace")
+    except OSError:
+        return {}
+    return {"x264-params": "asm=avx2"} if "avx512" in flags else {}
 
 
 def _encode_sound(

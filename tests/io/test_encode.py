@@ -210,3 +210,13 @@ def test_a_gif_that_players_slow_down(tmp_path):
 def test_a_rate_is_a_number(tmp_path):
     with pytest.raises(TypeError, match="fps='24' is a text; give a number"):
         media.save_video({"video": smooth_video(3)}, tmp_path / "a.mp4", fps="24")
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webm"])
+def test_a_file_has_the_same_bytes_each_time(tmp_path, suffix):
+    """On the same machine. Of noise, where an encoder has the most to choose."""
+    video = np.random.RandomState(0).random_sample((3, 25, 96, 96)).astype(np.float32)
+    files = [
+        media.save_video({"video": video}, tmp_path / f"{i}{suffix}", fps=24) for i in range(6)
+    ]
+    assert len({file.read_bytes() for file in files}) == 1
