@@ -95,8 +95,14 @@ def room(folder: Path) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder with all that it holds, if it is there."""
+    """Remove a file or a folder with all that it holds, if it is there.
+
+    A folder is renamed first: a thread that still writes into it then finds no place.
+    """
     if path.is_dir() and not path.is_symlink():
+        gone = path.with_name(f".cosmos3-{secrets.token_hex(8)}.gone")
+        with contextlib.suppress(OSError):
+            path = path.rename(gone)
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
@@ -361,7 +367,7 @@ def _rename(name: Path, path: Path, overwrite: bool) -> None:
         if replaced.exists() and not path.exists():
             os.replace(replaced, path)
         elif replaced.exists():  # or else a run left it that was killed between the two renames
-            shutil.rmtree(replaced)
+            remove(replaced)
 
     with _registered(put_back):
         if overwrite and path.exists():

@@ -15,6 +15,7 @@ from pathlib import Path
 
 SMALL = ("--num-frames", "5", "--height", "32", "--width", "32", "--steps", "3")
 TEMPORARY = (".cosmos3-", ".tmp", ".partial", "orbax-checkpoint-tmp")
+ENDS = (signal.SIGINT, signal.SIGTERM)
 LIMIT = 120  # seconds, after which a command hangs
 
 
@@ -29,10 +30,15 @@ class Job:
         self.log, self.begun = log, time.monotonic()
         sys.stdout.flush()
         log.touch()
+        # In the hooks of a fork, which libraries have, Python would pass over a signal.
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)
         self.pid = os.fork()
-        if self.pid == 0:
+        if self.pid > 0:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
+        else:
             status = 1
             try:
+                signal.pthread_sigmask(signal.SIG_SETMASK, held)
                 file = os.open(log, os.O_WRONLY | os.O_TRUNC)
                 os.dup2(file, 1)
                 os.dup2(file, 2)

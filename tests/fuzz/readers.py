@@ -283,10 +283,9 @@ def noise(random: Random, folder: Path, valid: Path) -> Case:
 
 @reader("sampler states", 10)
 def sampler_states(random: Random, folder: Path, valid: Path) -> Case:
-    """One that is damaged is passed over, with a warning; another generation's is refused."""
-    file = folder / "state.npz"
-    hostile.archive(random, (valid / "state.npz").read_bytes(), file)
-    state = StateFile(file, 1, {"prompt": "a", "dtype": "float32"})
+    """One that is damaged is passed over, with a warning; another generation's stays."""
+    state = StateFile(folder / "out.mp4", 1, {"prompt": "a", "dtype": "float32"})
+    hostile.archive(random, (valid / "state.npz").read_bytes(), state.path)
 
     def read() -> Any:
         state.check()
@@ -297,7 +296,7 @@ def sampler_states(random: Random, folder: Path, valid: Path) -> Case:
         same = [x.shape == np.shape(originals.STATE[name]) for name, x in restored.items()]
         return None if done >= 0 and all(same) else f"{done} steps, {restored}"
 
-    return Case(read, file.name, check=check)
+    return Case(read, state.path.name, check=check)
 
 
 @reader("images", 40)
