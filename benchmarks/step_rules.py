@@ -50,6 +50,11 @@ def uniform(grid: Grid, count: int) -> np.ndarray:
     return np.append(s * u / (1 + (s - 1) * u), 0.0)
 
 
+def eased(grid: Grid, count: int) -> np.ndarray:
+    """The spacing of the grid at both ends, and smoothly wider between: the package's rule."""
+    return unipc.sigmas("native", grid.steps, grid.shift, evaluations=count)
+
+
 def seacache(grid: Grid, count: int) -> np.ndarray | None:
     """The full steps that SeaCache takes; known of 18 of 35 alone."""
     if (grid.steps, count) != (SEACACHE_STEPS, len(SEACACHE)):
@@ -68,11 +73,12 @@ def even_rows(grid: Grid, count: int) -> Rows:
 
 
 RULES: dict[str, Callable[[Grid, int], np.ndarray | None]] = {
-    "native": native, "uniform": uniform, "seacache": seacache,
+    "native": native, "uniform": uniform, "eased": eased, "seacache": seacache,
 }  # fmt: skip
 SIMPLEST = (
     "native",
     "uniform",
+    "eased",
     "seacache",
     "searched",
     "order1",

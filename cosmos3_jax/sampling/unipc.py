@@ -61,9 +61,10 @@ def sigmas(
 ) -> np.ndarray:
     """The K + 1 noise levels of a schedule, float64, strictly decreasing to 0.
 
-    With fewer `evaluations` than steps K is their number, and the levels lie evenly in u between
-    the first and the last that the steps have: 18 of 35 take every other one. A schedule of 18
-    steps would end at a larger last level, and lose most by that (benchmarks/NOTES.md).
+    With fewer `evaluations` than steps K is their number. First and last level are those of all
+    steps, and the steps at both ends are as small as theirs; between, they grow smoothly. A
+    schedule of K steps alone would begin with larger steps and end at a larger last level, and
+    lose most by that (docs/fast.md).
 
     Args:
         schedule: `native` (linear flow from 0.999, the model's own framework), `diffusers` (linear
@@ -109,7 +110,7 @@ def sigmas(
         )
         u = np.linspace(*ends, steps + 1)[:-1]
         if evaluations is not None:
-            u = np.linspace(u[0], u[-1], evaluations)
+            u = u[0] + (u[-1] - u[0]) * _eased(evaluations, steps)
         levels = flow_shift * u / (1 + (flow_shift - 1) * u)
         if abs(levels[0] - 1) < 1e-6:
             levels[0] -= 1e-6  # log(1 - sigma) must be finite
@@ -119,6 +120,17 @@ def sigmas(
 def fast_evaluations(num_inference_steps: int) -> int:
     """How many evaluations `speed="fast"` takes of a schedule: half, rounded up."""
     return -(-num_inference_steps // 2)
+
+
+def _eased(count: int, steps: int) -> np.ndarray:
+    """From 0 to 1 `count` numbers whose density at both ends is that of `steps` even ones.
+
+    With x even, t(x) = x - a sin(2 pi x) / (2 pi) has the slope 1 - a at the ends and 1 + a in the
+    middle; 1 - a = (count - 1) / (steps - 1) makes the spacing at the ends 1 / (steps - 1).
+    """
+    x = np.linspace(0, 1, count)
+    a = 1 - (count - 1) / max(steps - 1, 1)
+    return x - a * np.sin(2 * np.pi * x) / (2 * np.pi)
 
 
 def _check_evaluations(evaluations: int, steps: int, schedule: str) -> None:

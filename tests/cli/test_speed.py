@@ -21,18 +21,35 @@ def resolved(model: str = "Nano", **settings) -> tuple[Settings, np.ndarray]:
     return found, resolve_sigmas(config, found)
 
 
-def test_half_of_35_are_every_other_one():
-    exact = unipc.sigmas("native", 35, 10.0)
-    fast = unipc.sigmas("native", 35, 10.0, evaluations=18)
-    np.testing.assert_allclose(fast[:-1], exact[:-1:2], rtol=1e-12)
-    assert fast[-1] == 0
+def of_u(levels: np.ndarray, shift: float) -> np.ndarray:
+    """The levels before their shift, without the 0 at the end."""
+    return levels[:-1] / (shift - (shift - 1) * levels[:-1])
+
+
+def test_half_of_35_are_as_dense_as_all_at_both_ends():
+    """Every step in u is between one step of the exact schedule and three; the least are first and
+    last, the largest is in the middle, and both halves are alike.
+    """
+    exact, fast = (unipc.sigmas("native", 35, 10.0, evaluations=k) for k in (None, 18))
+    one = -np.diff(of_u(exact, 10.0))[0]
+    steps = -np.diff(of_u(fast, 10.0)) / one
+    np.testing.assert_allclose(steps, steps[::-1], rtol=1e-6)
+    assert 1 < steps[0] < 1.05 and (np.diff(steps[:9]) > 0).all() and 2.9 < steps[8] < 3
+    assert fast[0] == exact[0] and fast[-2:] == pytest.approx(exact[-2:])
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 24, 35, 1000])
+def test_any_number_of_evaluations_can_be_stepped_on(steps):
+    for count in {1, 2, 3, steps // 2, steps - 1, steps} & {*range(1, steps + 1)}:
+        levels = unipc.sigmas("native", steps, 3.0, evaluations=count)
+        assert np.isfinite(unipc.tableau(levels).predict).all() and len(levels) == count + 1
 
 
 @pytest.mark.parametrize("model", ["Nano", "Super"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("evaluations", [None, 12, 1])
 def test_every_recipe_has_the_rule(model, mode, evaluations):
-    """The ends in u are those of the exact schedule, and u is even between them."""
+    """The ends are those of the exact schedule; between, u is even but for a sine."""
     given = {
         "text2image": {"num_frames": 1}, "image2video": {"image": np.zeros((96, 96, 3), np.uint8)},
         "video2video": {"video": np.zeros((9, 96, 96, 3), np.uint8)},
@@ -41,10 +58,12 @@ def test_every_recipe_has_the_rule(model, mode, evaluations):
     fast, levels = resolved(model, **given, speed="fast", evaluations=evaluations)
     count = evaluations or -(-exact.num_inference_steps // 2)
     assert (fast.speed, fast.evaluations, len(levels)) == ("fast", count, count + 1)
-    shift = exact.flow_shift
-    u = levels[:-1] / (shift - (shift - 1) * levels[:-1])
-    ends = whole[[0, -2]] / (shift - (shift - 1) * whole[[0, -2]])
-    np.testing.assert_allclose(u, np.linspace(*ends, count), rtol=1e-9)
+    first, last = of_u(whole, exact.flow_shift)[[0, -1]]
+    x = np.linspace(0, 1, count)
+    share = 1 - (count - 1) / (exact.num_inference_steps - 1)
+    x -= share * np.sin(2 * np.pi * x) / (2 * np.pi)
+    expected = first + (last - first) * x
+    np.testing.assert_allclose(of_u(levels, exact.flow_shift), expected, rtol=1e-9)
 
 
 def test_exact_is_the_default_and_as_many_evaluations_are_exact():
