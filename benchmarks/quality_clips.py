@@ -1,5 +1,5 @@
 """Clips of prompts, seeds and settings, and the guided velocity along their trajectories: what
-`quality.py` and `step_contest.py` compare.
+`quality.py` compares.
 
 Axes: B clips, T frames, H rows, W columns, C channels, S samples; K steps, G branches of guidance.
 """
@@ -66,22 +66,11 @@ def requests(model: Cosmos3, inputs: Inputs, batch: int, **settings) -> Iterator
         )  # fmt: skip
 
 
-def run(model: Cosmos3, request: Request) -> dict[str, Array]:
-    """The final latents, as the package makes them."""
-    return model.denoise(request, progress=False)[0]
-
-
-def generate(
-    model: Cosmos3,
-    inputs: Inputs,
-    batch: int,
-    sample: Callable[[Cosmos3, Request], dict[str, Array]] = run,
-    **settings,
-) -> Clips:
-    """A clip for each input; `sample` makes the latents of a request."""
+def generate(model: Cosmos3, inputs: Inputs, batch: int, **settings) -> Clips:
+    """A clip for each input."""
     made = []
     for request in requests(model, inputs, batch, **settings):
-        latents = sample(model, request)
+        latents, _ = model.denoise(request, progress=False)
         shown = model.decode(latents)
         made.append(jax.device_get((latents, _pixels(shown["video"]), shown.get("sound"))))
     clips = Clips(*jax.tree.map(lambda *parts: np.concatenate(parts), *made))

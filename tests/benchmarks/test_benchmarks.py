@@ -219,32 +219,11 @@ def scaling(report, request):
         assert len([size for size in paper.values() if size]) == kinds
 
 
-def step_contest(report, request):
-    """Of a file that is there, with a row less, that row alone is made again."""
-    folder, out = (request.getfixturevalue(name) for name in ("checkpoint", "tmp_path"))
-    found = report("step_contest", "--checkpoint", str(folder))
-    rules = ["native", "uniform", "searched", "order1"]
-    group = "dry/t2v/3"
-    assert list(found["rows"]) == [
-        *(f"{group}/{rule}" for rule in rules), "dry/t2v/another seed", "dry/t2v/exact",
-    ]  # fmt: skip
-    rows, concluded = found["rows"], found["conclusions"][group]["rules"]
-    assert rows["dry/t2v/exact"]["measures"]["latents"]["mean"] == 0
-    assert positive([rows[f"{group}/{rule}"]["measures"] for rule in rules])
-    assert concluded.keys() == set(rules) and concluded["uniform"]["mean_of_natives"] < 1
-    assert [len(one["3"]) for one in found["searched"].values()] == [3]
-    seconds = rows.pop(f"{group}/uniform")["seconds_to_make"], rows[f"{group}/native"]
-    (out / "step_contest.json").write_text(json.dumps(found))
-    again = report("step_contest", "--checkpoint", str(folder))["rows"]
-    assert again[f"{group}/uniform"]["seconds_to_make"] != seconds[0]
-    assert again[f"{group}/native"] == seconds[1]
-
-
 RUNS = {
     run.__name__: run
     for run in (
         blocks, compare_diffusers, gpu_numerics, image_to_video, kernels, loading, lora,
-        quality, random_checkpoint, scaling, step_contest,
+        quality, random_checkpoint, scaling,
     )
 }  # fmt: skip
 

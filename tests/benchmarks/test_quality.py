@@ -1,30 +1,26 @@
-"""The measures of `quality.py` and the rules of `step_contest.py`, where the answer is known.
+"""The measures of `quality.py`, where the answer is known.
 
-That both run is in `test_benchmarks.py`.
+That it runs is in `test_benchmarks.py`.
 """
 
-import itertools
 import math
 
 import dry
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import quality, quality_clips, step_contest, step_rules
+from benchmarks import quality, quality_clips
 from benchmarks import quality_measures as measures
 from benchmarks.quality_measures import Clip
 from cosmos3_jax import Cosmos3
 from cosmos3_jax.cli import bench
 from cosmos3_jax.runtime.job import Job
 from cosmos3_jax.runtime.random_inputs import random_params
-from cosmos3_jax.sampling import unipc
+from cosmos3_jax.sampling import denoise, unipc
 from examples.tiny import grammar, judge
 from examples.tiny.hearing import Heard
 from examples.tiny.sight import Seen, Sight
-
-GRIDS = {"grid35": step_contest.GRID35, "own": step_contest.OWN}
 
 
 def pictures(*levels: int) -> np.ndarray:
@@ -161,95 +157,12 @@ def test_velocities_along_a_trajectory_are_the_packages():
     )
     assert max(quality_clips.velocity_errors(model, request, points)["video"]) < 1e-6
     expected, _ = model.denoise(request, progress=False)
-    for computed in (None, (0, 1, 2)):
-        found = step_rules.sample(model, request, computed)
-        np.testing.assert_allclose(found["video"], expected["video"], atol=1e-4)
-    reused = step_rules.sample(model, request, (0, 1))["video"]
-    assert np.abs(reused - expected["video"]).max() > 1e-3
+    start = quality_clips.begin(model, request)
+    state = start.state
+    for point, row in zip(points, start.rows, strict=True):
+        np.testing.assert_allclose(point.latents["video"], state.latents["video"], atol=1e-4)
+        state = quality_clips.solve(state, point.velocity, row)
+    found = denoise.channels_first(state.latents)
+    np.testing.assert_allclose(found["video"], expected["video"], atol=1e-4)
     model.params = jax.tree.map(lambda x: 1.01 * x, model.params)
     assert min(quality_clips.velocity_errors(model, request, points)["video"]) > 1e-3
-
-
-# The rules
-# --------------------------------------------------------------------------------------------------
-
-
-def test_every_other_row_is_uniform_between_the_ends():
-    grid = step_contest.GRID35
-    assert step_rules.even_rows(grid, 18) == tuple(range(0, 35, 2))
-    expected = step_rules.at_rows(grid, range(0, 35, 2))
-    np.testing.assert_allclose(step_rules.uniform(grid, 18), expected, rtol=1e-12)
-    assert expected[-2] == pytest.approx(0.227, abs=1e-3)
-    assert step_rules.native(grid, 18)[-2] == pytest.approx(0.370, abs=1e-3)
-
-
-@pytest.mark.parametrize("name", GRIDS)
-@pytest.mark.parametrize("count", [18, 12])
-def test_lists_of_all_rules_can_be_stepped_on(name, count):
-    grid = GRIDS[name]
-    for rule, make in step_rules.RULES.items():
-        sigmas = make(grid, count)
-        if rule == "seacache" and (name, count) != ("grid35", 18):
-            assert sigmas is None
-            continue
-        assert len(unipc.tableau(sigmas).timestep) == count
-        assert sigmas[0] == pytest.approx(grid.sigmas()[0])
-        if rule != "native":
-            assert sigmas[-2] == pytest.approx(grid.sigmas()[-2])
-
-
-def test_a_velocity_is_extrapolated_along_a_line():
-    known = [(2, {"video": jnp.array([1.0])}), (4, {"video": jnp.array([2.0])})]
-    assert step_rules.extrapolate(known, 7)["video"] == 3.5
-    assert step_rules.extrapolate(known[:1], 3)["video"] == 1.0
-
-
-def test_the_search_finds_the_best_of_all_lists(monkeypatch):
-    """Of two evaluations there are as many lists as rows after the first: all are tried here. Of as
-    many evaluations as rows, the grid itself is found.
-    """
-    grid = step_rules.Grid(7, 3.0)
-    noise = {"video": jnp.linspace(-2, 2, 8)[None]}
-
-    def begin(model, sigmas):
-        rows = list(unipc.rows(unipc.tableau(sigmas)))
-        return quality_clips.Start([], unipc.initial_state(noise), rows, np.ones((1, 1)))
-
-    def velocity(model, start, latents, k, timestep):
-        sigma = timestep / 1000
-        return jax.tree.map(lambda x: (x - jnp.tanh(3 * x)) / sigma, latents)
-
-    monkeypatch.setattr(quality_clips, "begin", begin)
-    monkeypatch.setattr(quality_clips, "velocity", velocity)
-    monkeypatch.setattr(step_rules.denoise, "channels_first", lambda latents: latents)
-    found = step_rules.search(None, grid.sigmas(), grid, grid.steps)
-    assert found[grid.steps] == tuple(range(grid.steps)) and found[1] == (0,)
-    exact = step_rules.sample(None, grid.sigmas())["video"]
-
-    def error(rows):
-        made = step_rules.sample(None, step_rules.at_rows(grid, rows))["video"]
-        return float(jnp.sum(jnp.square(made - exact)))
-
-    for count, tolerance in ((2, 1.0), (3, 1.5)):
-        lists = [(0, *more) for more in itertools.combinations(range(1, grid.steps), count - 1)]
-        errors = {rows: error(rows) for rows in lists}
-        assert errors[found[count]] <= tolerance * min(errors.values())
-        assert max(errors.values()) > 2 * errors[found[count]]
-
-
-def test_the_simplest_rule_that_is_as_good_is_kept():
-    def row(errors):
-        plain = {"mean": 1.0}
-        return {
-            "clips": {"latents": errors}, "measures": {"flicker": plain}, "to_converged": plain,
-        }  # fmt: skip
-
-    rows = {
-        "a/t2v/18/native": row([4.0, 4.2, 4.1]), "a/t2v/18/uniform": row([1.0, 1.3, 1.1]),
-        "a/t2v/18/searched": row([1.1, 1.1, 1.1]), "a/t2v/18/order1": row([0.9, 1.4, 1.0]),
-        "a/t2v/exact": row([0.0, 0.0, 0.0]),
-    }  # fmt: skip
-    (group,) = (found := step_contest.conclude(rows))
-    assert group == "a/t2v/18" and found[group]["simplest_as_good"] == "uniform"
-    assert found[group]["rules"]["uniform"]["mean_of_natives"] == pytest.approx(3.4 / 12.3)
-    assert found[group]["rules"]["native"]["worse_than_best"]["low"] > 0
