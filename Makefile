@@ -7,16 +7,20 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 DEMO := outputs/demo.mp4
 PROMPT :=# of the demo: make demo PROMPT="..."; the command line's own if empty
 
-.PHONY: demo test fuzz kills slow gpu-check notebook lint format wheel-test clean
+.PHONY: demo test dry fuzz kills slow gpu-check notebook lint format wheel-test clean
 
 demo: export SENTENCE = $(PROMPT)
 demo: $(VENV)/.runtime  ## a video with sound from the embedded checkpoint
 	$(BIN)/cosmos3-jax generate --checkpoint tiny --sound --out $(DEMO) --overwrite \
 		$(if $(strip $(PROMPT)),--prompt "$$SENTENCE")
 
+PYTEST := $(BIN)/python -m pytest -q --numprocesses 2 --no-loadscope-reorder
+
 test: $(VENV)/.dev  ## every test that needs no GPU
-	$(BIN)/python -m pytest -q -m "not gpu" --numprocesses 2 --dist loadfile \
-		--no-loadscope-reorder
+	$(PYTEST) --dist loadfile -m "not gpu and not dry"
+
+dry: $(VENV)/.dev  ## benchmarks, GPU tests and the notebook are run through, at tiny sizes on a CPU
+	$(PYTEST) --dist worksteal -m dry
 
 FUZZ := cd tests && $(CURDIR)/$(BIN)/python -m
 

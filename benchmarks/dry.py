@@ -11,7 +11,7 @@ from cosmos3_jax.cli.bench import PROMPT_TOKENS, SIZES
 from cosmos3_jax.config import Config, SoundVAEConfig, TransformerConfig, VideoVAEConfig
 from cosmos3_jax.runtime.job import Job
 
-FRAMES, HEIGHT, WIDTH = 5, 16, 24  # pixels of a video
+SIZE = {"num_frames": 5, "height": 16, "width": 24}  # of a video
 CONFIG = Config(
     TransformerConfig(
         hidden_size=128, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4,
@@ -40,7 +40,7 @@ def add_options(parser: argparse.ArgumentParser, size: str) -> None:
 def video_size(options: argparse.Namespace) -> dict[str, int]:
     """`num_frames`, `height` and `width` in pixels."""
     if options.dry:
-        return {"num_frames": FRAMES, "height": HEIGHT, "width": WIDTH}
+        return SIZE
     height, width = SIZES[options.size]
     return {"num_frames": options.num_frames, "height": height, "width": width}
 

@@ -1,12 +1,15 @@
 """One video on 1, 2, 4 devices and several at once: seconds, memory, bytes between devices.
 
-python benchmarks/scaling.py --out FILE.json [--size 720p] [--steps 35] [--num-frames 189]
-    [--meshes "one;cfg=2;cfg=2,seq=2;data=4"] [--model nano|super] [--dry]
+python benchmarks/scaling.py --out FILE.json [--size 256p,480p,720p] [--speed exact,fast]
+    [--meshes "one;one@1;cfg=2;cfg=2,seq=2;data=4"] [--steps 35] [--num-frames 189]
+    [--model nano|super] [--dry]
 
-Random weights of the published sizes; no weights are read.
-Of an axis `data`, there are as many prompts. Bytes are what each device sends, counted in the
-compiled programs, and beside it what the arithmetic of `sent_on_paper` says. `--dry` takes tiny
-sizes, to see that it runs: XLA_FLAGS=--xla_force_host_platform_device_count=4 simulates devices.
+Random weights of the published sizes; no weights are read. `one@1` is one device, the second.
+Of an axis `data`, there are as many prompts. A row is written as soon as it is there, and a file
+that is there is gone on with. What a mesh gains is told against the slowest single device of the
+same machine. Bytes are what each device sends, counted in the compiled programs, and beside it what
+the arithmetic of `sent_on_paper` says. `--dry` takes tiny sizes, to see that it runs:
+XLA_FLAGS=--xla_force_host_platform_device_count=4 simulates devices.
 """
 
 import argparse
@@ -14,6 +17,7 @@ import dataclasses
 import json
 import math
 import re
+from pathlib import Path
 
 import dry
 import jax
@@ -46,6 +50,7 @@ MODELS = {"nano": NANO, "super": SUPER}
 ITEM_BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "u8": 1}
 KINDS = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
+ALONE = re.compile(r"one(@(?P<first>\d+))?")  # a device alone, by its number
 CALLED = re.compile(r"(body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 
 
@@ -151,8 +156,12 @@ def several(config: Config, request: Request, batch: int) -> Request:
 
 def run(config: Config, job: Job, name: str, dtype: jnp.dtype, repeats: int) -> dict:
     """Every stage of a generation on one mesh, compiled and warm."""
-    sizes = {} if name == "one" else parse_mesh(name)
-    mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
+    sizes, first = {}, 0
+    if alone := ALONE.fullmatch(name):
+        first = int(alone["first"] or 0)
+    else:
+        sizes = parse_mesh(name)
+    mesh = make_mesh(sizes, jax.devices()[first : first + math.prod(sizes.values())])
     request = several(config, bench.random_request(config, job), sizes.get("data", 1))
 
     def sent(stage: stages.Stage, programs: list[jax.stages.Compiled]) -> dict:
@@ -179,33 +188,76 @@ def run(config: Config, job: Job, name: str, dtype: jnp.dtype, repeats: int) -> 
     return found
 
 
+def compare(runs: dict[str, dict]) -> None:
+    """Write into every run what it gains on the slowest device alone, of the same job and machine:
+    videos in the same time, of each stage and of all.
+    """
+    for run in runs.values():
+        alone = [
+            x for key, x in runs.items()
+            if ALONE.fullmatch(key.rpartition(" ")[2])
+            and (x["job"], x["machine"]) == (run["job"], run["machine"])
+        ]  # fmt: skip
+        if alone and run["devices"] > 1:
+            slowest = max(alone, key=lambda x: x["seconds"])
+            speed = run["prompts"] * slowest["seconds"] / run["seconds"]
+            run |= {"speed_up": speed, "efficiency": speed / run["devices"]}
+            for name, stage in run["stages"].items():
+                before = slowest["stages"][name]["seconds"]
+                stage["speed_up"] = run["prompts"] * before / stage["seconds"]
+
+
+def begin_record(options: argparse.Namespace, dtype: str) -> dict:
+    """What is there of the same options, or nothing yet."""
+    kept = ("steps", "num_frames", "repeats", "dry")
+    asked = {name: getattr(options, name) for name in kept}
+    asked |= {"model": "dry" if options.dry else options.model, "dtype": dtype}
+    if options.out.is_file():
+        record = json.loads(options.out.read_text(encoding="utf-8"))
+        if record["options"] != asked:
+            raise ValueError(f"{options.out} is of {record['options']}: choose another --out")
+        return record
+    return {"options": asked, "machines": {}, "runs": {}}
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    dry.add_options(parser, "720p")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--size", default="720p", help="or several, with commas")
+    parser.add_argument("--speed", default="exact", help="exact, fast or exact,fast")
+    parser.add_argument("--num-frames", type=int, default=189)
     parser.add_argument("--steps", type=int, default=35)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
         "--meshes", default="one;cfg=2;cfg=2,seq=2;seq=4;data=4", help="%(default)s"
     )
     parser.add_argument("--model", choices=MODELS, default="nano")
+    parser.add_argument("--dry", action="store_true", help="tiny sizes")
     options = parser.parse_args(arguments)
     config = dry.SILENT if options.dry else MODELS[options.model]
-    job = dry.job(options, steps=options.steps)
+    sizes = dry.SIZE if options.dry else {"sizes": options.size, "num_frames": options.num_frames}
+    jobs = bench.jobs(config, speeds=options.speed, steps=options.steps, **sizes)
     dtype = jnp.dtype(device.default_dtype())
-    described = bench.describe(job) | {"repeats": options.repeats}
-    record = environment() | {"job": described, "dtype": str(dtype)}
-    record |= {"model": "dry" if options.dry else options.model, "runs": {}}
-    for name in options.meshes.split(";"):
-        found = run(config, job, name, dtype, options.repeats)
-        alone = record["runs"].get("one")
-        if alone:
-            speed = found["prompts"] * alone["seconds"] / found["seconds"]
-            found |= {"speed_up": speed, "efficiency": speed / found["devices"]}
-        record["runs"][name] = found
-        sent = {k: v for k, v in found["stages"]["denoise"]["sent_bytes"].items() if v}
-        paper = found["stages"]["denoise"]["sent_bytes_on_paper"]
-        print(f"{name}: {found['seconds']:.2f} s, sent {sent}, on paper {paper}", flush=True)
-        write_text(options.out, json.dumps(record, indent=2) + "\n", overwrite=True)
+    record, here = begin_record(options, str(dtype)), environment()
+    record["machines"][str(here["machine"])] = here
+    for size, job in jobs.items():
+        for name in options.meshes.split(";"):
+            key = f"{size} {name}"
+            if key in record["runs"]:
+                continue
+            found = run(config, job, name, dtype, options.repeats)
+            found |= {"job": bench.describe(job), "machine": str(here["machine"])}
+            record["runs"][key] = found
+            compare(record["runs"])
+            write_text(options.out, json.dumps(record, indent=2) + "\n", overwrite=True)
+            sent = {k: v for k, v in found["stages"]["denoise"]["sent_bytes"].items() if v}
+            paper = found["stages"]["denoise"]["sent_bytes_on_paper"]
+            gained = found.get("speed_up", math.nan)
+            print(
+                f"{key}: {found['seconds']:.2f} s, {gained:.2f} of one, sent {sent}, on paper "
+                f"{paper}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ FILES = sorted(path.name for path in TESTS.glob("test_gpu_*.py")) + ["test_gpu.p
 FILES.remove(Path(__file__).name)
 
 
+@pytest.mark.dry
 @pytest.mark.parametrize("file", FILES)
 def test_gpu_tests_run_dry(file):
     ran = subprocess.run(

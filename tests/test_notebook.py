@@ -86,6 +86,7 @@ except AssertionError:
 """
 
 
+@pytest.mark.dry
 def test_it_runs_from_the_top(committed, tmp_path):
     """Without network, and as it is committed: the outputs of the copy are all new."""
     before = COMMITTED.read_bytes()

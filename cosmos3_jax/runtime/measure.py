@@ -1,6 +1,7 @@
 """How the benchmark compiles, times and reports: cold and from the cache, warm, as a table."""
 
 import functools
+import hashlib
 import os
 import platform
 import statistics
@@ -229,12 +230,16 @@ def environment() -> dict:
 
 
 def _nvidia() -> dict[str, str | None]:
-    """Driver version and power limit, as nvidia-smi tells them of the first GPU."""
-    names = ("driver_version", "power.limit")
+    """As nvidia-smi tells it: driver version and power limit of the first GPU, and which machine it
+    is: a digest of the GPUs' identities, to know figures of the same chips by.
+    """
+    names = ("driver_version", "power.limit", "uuid")
     command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
-        driver, power = done.stdout.splitlines()[0].split(", ")
+        driver, power, _ = done.stdout.splitlines()[0].split(", ")
+        gpus = sorted(line.split(", ")[-1] for line in done.stdout.splitlines())
+        machine = hashlib.sha256(",".join(gpus).encode()).hexdigest()[:8]
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        driver = power = None
-    return {"driver": driver, "power_limit": power}
+        driver = power = machine = None
+    return {"driver": driver, "power_limit": power, "machine": machine}

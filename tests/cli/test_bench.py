@@ -152,7 +152,7 @@ def test_the_command_line_end_to_end(tmp_path, capsys, monkeypatch):
     assert record["settings"]["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.9"
     assert "XLA_FLAGS" in record["settings"]
     assert {"cosmos3_jax", "python", "jax", "jaxlib"} <= record["versions"].keys()
-    assert {"driver", "power_limit", "platform_version"} <= record.keys()
+    assert {"driver", "power_limit", "machine", "platform_version"} <= record.keys()
     assert [path.name for path in out.parent.iterdir()] == ["tiny.json"]
 
 
