@@ -5,22 +5,26 @@ python -m benchmarks.quality --checkpoint tiny --b num_inference_steps=18 --out 
     [--seeds 1000,2000] [--batch 4] [--sheet FILE.png] [--workers 0] [--skip precision ...] [--dry]
 
 A and B are settings of `Cosmos3.prepare` (`sigmas=[0.9,0.5,0]` is read as JSON), and `dtype`;
-`exact` is the checkpoint's recipe. Beside B against A stand what else the same clips differ by: two
-seeds, either setting against a converged run, float32 against bfloat16. A row is written as soon as
-it is there; one that the device has no memory for says so. The judge of `examples/tiny` has its
-say where it can: of `tiny`, or with `--judge` of another checkpoint of that world.
+`exact` and `fast` are the speeds of the checkpoint's recipe. Beside B against A stands what else
+the same clips differ by: two seeds, either setting against a converged run, float32 against
+bfloat16. A row is written as soon as it is there; one that the device has no memory for says so.
+The judge of `examples/tiny` has its say where it can: of `tiny`, or with `--judge` of another
+checkpoint of that world.
 
-Along A's trajectory, B's guided velocity is taken at A's latents and noise levels: it is A's where
-nothing but the steps differ. `--dry` takes tiny sizes. Its figures mean nothing.
+Where more than the steps differs, B's guided velocity is compared with A's, at the latents and
+noise levels of A's trajectory, of the first batch. `--dry` takes tiny sizes. Its figures mean
+nothing.
 """
 
 import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -71,7 +75,7 @@ def table(rows: dict[str, dict]) -> str:
     names = [name for name in measures.WORST if name in there]
     lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for title, row in rows.items():
-        if "not_run" in row:
+        if "measures" not in row:
             lines.append(f"| {title} | not run: {row['not_run']} |" + " |" * (len(names) - 1))
             continue
         found = [row["measures"].get(name) for name in names]
@@ -107,15 +111,15 @@ def sheet(videos: dict[str, np.ndarray], titles: Sequence[str]) -> Image.Image:
     return picture
 
 
-def read_settings(given: Sequence[str]) -> dict[str, Any]:
-    """`exact` or KEY=VALUE texts -> settings; a value is JSON, or else text."""
+def read_given(given: Sequence[str]) -> dict[str, Any]:
+    """`exact`, `fast` or KEY=VALUE texts -> settings; a value is JSON, or else text."""
     found = {}
     for text in given:
+        if text in ("exact", "fast"):
+            text = f"speed={text}"
         name, equals, value = text.partition("=")
-        if text == "exact":
-            continue
         if not equals:
-            raise ValueError(f"{text!r} is no setting: write exact, or KEY=VALUE")
+            raise ValueError(f"{text!r} is no setting: write exact, fast or KEY=VALUE")
         try:
             found[name] = json.loads(value)
         except json.JSONDecodeError:
@@ -152,16 +156,18 @@ class Harness:
     def row(self, title: str, make: Callable[[], tuple[Clips, Clips]], **more: Callable) -> None:
         """Make and compare two settings' clips, add what `more` says, and write it down."""
         start = time.perf_counter()
+        row: dict[str, Any] = {}
         try:
             a, b = make()
             clips = compare(a, b, self.inputs.scenes, self.pool, self.lpips)
             marks = judge(self.inputs.scenes, a, self.pool) if self.inputs.scenes else None
-            found = {"measures": summarise(clips, marks)}
-            found |= {name: x for name, function in more.items() if (x := function()) is not None}
+            row["measures"] = summarise(clips, marks)
             clips.pop("marks", None)
-            row = found | {"clips": clips, "seconds": time.perf_counter() - start}
-        except OutOfDeviceMemory as error:
-            row = {"not_run": str(error)}
+            row |= {"clips": clips, "seconds": time.perf_counter() - start}
+            for name, function in more.items():
+                row[name] = function()
+        except (OutOfDeviceMemory, jax.errors.JaxRuntimeError) as error:
+            row["not_run"] = str(error).partition("\n")[0]  # what was measured before it stays
         self.record["rows"][title] = row
         write(self.options.out, self.record)
         print(title, f"{time.perf_counter() - start:.1f} s", flush=True)
@@ -189,7 +195,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--skip", nargs="+", choices=ROWS, default=[])
     parser.add_argument("--dry", action="store_true", help="tiny sizes")
     options = parser.parse_args(arguments)
-    a, b, common = (read_settings(x) for x in (options.a, options.b, options.settings))
+    a, b, common = (read_given(x) for x in (options.a, options.b, options.settings))
+    if steps := common.keys() & {*STEPS}:
+        parser.error(f"--settings {steps.pop()} would change the converged run too: use --a, --b")
     converged = {k: v for k, v in a.items() if k not in STEPS}
     converged["num_inference_steps"] = 3 if options.dry else CONVERGED
     if options.dry:
@@ -208,30 +216,38 @@ def main(arguments: list[str] | None = None) -> None:
     }  # fmt: skip
     a, b = record["a"], record["b"]
     harness = Harness(options, inputs, common, record)
-    of_a = harness.clips(a)
-    points = trajectory(*harness.request(a))
-    of_b = harness.clips(b)
+    of_a, of_b, points = (
+        cache(function)
+        for function in (
+            lambda: harness.clips(a),
+            lambda: harness.clips(b),
+            lambda: trajectory(*harness.request(a)),
+        )
+    )
 
-    def along(settings: dict) -> dict[str, list]:
-        return velocity_errors(*harness.request(settings), points)
+    def along(settings: dict) -> dict[str, Callable]:
+        """The row's velocity errors, unless nothing but the steps differs: then there are none."""
+        changed = {key for key in {*a, *settings} if a.get(key) != settings.get(key)}
+        if changed <= {*STEPS}:
+            return {}
+        return {"velocity_errors": lambda: velocity_errors(points(), *harness.request(settings))}
 
-    harness.row("b against a", lambda: (of_a, of_b), velocity_errors=lambda: along(b))
+    harness.row("b against a", lambda: (of_a(), of_b()), **along(b))
     if options.sheet:
-        shown = {"a": of_a.video, "b": of_b.video}
+        shown = {"a": of_a().video, "b": of_b().video}
         sheet(shown, inputs.prompts).save(options.sheet, optimize=True)
     if "seeds" not in options.skip:
         reseeded = inputs._replace(seeds=[seed + OTHER_SEEDS for seed in inputs.seeds])
-        harness.row("a, another seed", lambda: (of_a, harness.clips(a, reseeded)))
+        harness.row("a, another seed", lambda: (of_a(), harness.clips(a, reseeded)))
     if "converged" not in options.skip:
-        truth = harness.clips({"dtype": dtype} | converged)
+        truth = cache(lambda: harness.clips({"dtype": dtype} | converged))
         steps = converged["num_inference_steps"]
-        harness.row(f"a against {steps} steps", lambda: (truth, of_a))
-        harness.row(f"b against {steps} steps", lambda: (truth, of_b))
+        harness.row(f"a against {steps} steps", lambda: (truth(), of_a()))
+        harness.row(f"b against {steps} steps", lambda: (truth(), of_b()))
     if "precision" not in options.skip:
         rounded = a | {"dtype": other[dtype]}
         harness.row(
-            f"a in {other[dtype]}", lambda: (of_a, harness.clips(rounded)),
-            velocity_errors=lambda: along(rounded),
+            f"a in {other[dtype]}", lambda: (of_a(), harness.clips(rounded)), **along(rounded)
         )  # fmt: skip
     print(table(record["rows"]))
 

@@ -190,7 +190,7 @@ def trajectory(model: Cosmos3, request: Request) -> list[Point]:
     return points
 
 
-def velocity_errors(model: Cosmos3, request: Request, points: Sequence[Point]) -> dict[str, list]:
+def velocity_errors(points: Sequence[Point], model: Cosmos3, request: Request) -> dict[str, list]:
     """Relative L2 of a model's velocity along another's trajectory: of each step, the mean over
     clips, by modality.
     """

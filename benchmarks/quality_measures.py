@@ -150,8 +150,9 @@ def compare(a: Clip, b: Clip, scene: Scene | None = None) -> dict[str, Any]:
     found: dict[str, Any] = {
         "psnr_db": psnr(a.video, b.video),
         "ssim": ssim(a.video, b.video),
-        "flicker": flicker(b.video) / max(flicker(a.video), 1e-6),
     }
+    if len(a.video) > 1:
+        found["flicker"] = flicker(b.video) / max(flicker(a.video), 1e-6)
     if a.sound is not None and b.sound is not None:
         found["spectral"] = spectral_distance(a.sound, b.sound)
     if scene is not None:

@@ -18,6 +18,7 @@ __all__ = [
     "TransformerConfig", "VideoVAEConfig", "check_fps", "read_json",
 ]  # fmt: skip
 
+SCHEDULER = "UniPCMultistepScheduler"
 MEAN_WAN22 = (
     -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557,
     -0.1382, 0.0542, 0.2813, 0.0891, 0.1570, -0.0098, 0.0375, -0.1825,
@@ -259,7 +260,7 @@ class SchedulerConfig(JsonConfig):
     """`scheduler/scheduler_config.json`: what UniPC needs of it.
 
     `flow_shift` and `use_karras_sigmas` are kept for `info` alone: the recipe, not this file,
-    chooses them.
+    chooses them. Distilled checkpoints name another class: they are refused.
     """
 
     _least = {"disable_corrector": 0}
@@ -278,6 +279,17 @@ class SchedulerConfig(JsonConfig):
     sigma_min: float | None = 0.147
     flow_shift: float = 1.0
     use_karras_sigmas: bool = True
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        found = values.get("_class_name", SCHEDULER)
+        check(
+            found == SCHEDULER and not values.get("stochastic_sampling"),
+            f"the scheduler is {limits.shown(found)}, as distilled four-step checkpoints have it, "
+            f"and there is no such sampler here; only {SCHEDULER} is: take the checkpoint that "
+            "they were distilled from",
+        )
+        return super().from_dict(values)
 
 
 @dataclasses.dataclass(frozen=True)

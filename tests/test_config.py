@@ -49,6 +49,13 @@ def write(path, text: str):
     return path
 
 
+def test_distilled_checkpoints_are_refused():
+    distilled = {"_class_name": "FlowMatchEulerDiscreteScheduler", "stochastic_sampling": True}
+    for values in (distilled, {"_class_name": "DDIMScheduler"}, {"stochastic_sampling": True}):
+        with pytest.raises(ConfigError, match="take the checkpoint that they were distilled from"):
+            SchedulerConfig.from_dict(values)
+
+
 def test_nano_is_the_default(tmp_path):
     """Keys that mean nothing here are ignored, and numbers may be written as integers."""
     file = write(tmp_path / "config.json", json.dumps(NANO | {"a key of tomorrow": [1, {"b": 2}]}))

@@ -36,8 +36,8 @@ def jobs(
     speeds: str = "exact",
     **settings,
 ) -> dict[str, Job]:
-    """The checked jobs that a command line asks for, by the names of their sizes; `480p fast` is
-    one of fewer evaluations, as many steps.
+    """The checked jobs that a command line asks for, by the names of their sizes; `480p fast` has
+    as many steps as `fast` has evaluations.
 
     Smallest first: a device's peak memory never falls, so each size then shows its own.
 

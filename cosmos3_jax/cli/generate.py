@@ -138,10 +138,13 @@ def _summary(options: argparse.Namespace, prepared: Prepared, job: Job) -> str:
     settings = prepared.settings
     length = f"{settings.num_frames} frames at {settings.fps:g} a second"
     steps = prepared.request.num_inference_steps
+    evaluated = f"{steps} step{'' if steps == 1 else 's'}"
+    if settings.speed == "fast":
+        evaluated = f"{steps} of {settings.num_inference_steps} steps (fast)"
     what = "an image" if settings.num_frames == 1 else length
     return (
         f"{options.checkpoint}: {what}, {settings.width}x{settings.height}, "
-        f"{steps} step{'' if steps == 1 else 's'}, guidance {settings.guidance_scale:g}, "
+        f"{evaluated}, guidance {settings.guidance_scale:g}, "
         f"{job.dtype}"
     )
 

@@ -327,12 +327,10 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
     )
     sampler.add_argument(
         "--sigmas", metavar="S,S,...",
-        help="K + 1 comma-separated noise levels ending in 0, instead of those",
+        help="K + 1 comma-separated noise levels ending in 0, instead of those, of --speed and of "
+        "--evaluations",
     )  # fmt: skip
-    sampler.add_argument(
-        "--speed", choices=("exact", "fast"), default=Settings().speed,
-        help=help_of("speed") + " (default: %(default)s)",
-    )  # fmt: skip
+    sampler.add_argument("--speed", choices=("exact", "fast"), help=help_of("speed"))
     sampler.add_argument("--evaluations", type=int, metavar="K", help=help_of("evaluations"))
     seeds = sampler.add_mutually_exclusive_group()
     seeds.add_argument("--seed", type=int, help=f"-1 draws one (default: {Settings().seed})")
@@ -399,7 +397,7 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="denoising steps of one call to the device; another number rounds otherwise (default: "
-        "the largest divisor of --steps up to 5)",
+        "the largest divisor of the steps that are made, up to 5)",
     )
     weights.add_argument(
         "--mesh",

@@ -23,6 +23,7 @@ from cosmos3_jax.io.encode import IMAGE_SUFFIXES, VIDEO_SUFFIXES, read_comment
 from cosmos3_jax.io.prepare import Prepared
 from cosmos3_jax.parallel import device
 from cosmos3_jax.runtime.job import Job
+from cosmos3_jax.sampling import unipc
 from cosmos3_jax.sampling.denoise import all_steps
 
 Record = dict[str, Any]
@@ -40,7 +41,7 @@ SAME_NAMES = (
 OF_A_KIND = (
     "image", "video", "condition_frames", "keep", "num_frames", "sound_frames", "noise",
     "num_inference_steps", "guidance_scale", "flow_shift", "schedule", "sigmas", "negative_prompt",
-    "steps_per_program", "schedule_steps",
+    "steps_per_program", "evaluations",
 )  # fmt: skip
 
 
@@ -101,11 +102,11 @@ def make_record(
         if request.frame_mask is not None
         else [],
         "keep": (options.keep or "first") if options.video else None,
-        "num_inference_steps": request.num_inference_steps,
-        "speed": settings.speed,
-        "schedule_steps": settings.num_inference_steps
+        "num_inference_steps": settings.num_inference_steps
         if settings.speed == "fast"
         else request.num_inference_steps,
+        "speed": settings.speed,
+        "evaluations": request.num_inference_steps,
         "guidance_scale": float(request.guidance_scale),
         "flow_shift": settings.flow_shift,
         "schedule": settings.schedule,
@@ -185,9 +186,9 @@ def recorded_options(path: Path, named: Mapping[str, Any]) -> dict[str, Any]:
         record = {name: value for name, value in record.items() if name not in OF_A_KIND}
     found = {name: record[name] for name in SAME_NAMES if record.get(name) is not None}
     found["sound"] = bool(record.get("sound_frames"))
-    if record.get("speed") == "fast" and {"num_inference_steps", "schedule_steps"} <= record.keys():
-        found["evaluations"] = record["num_inference_steps"]
-        found["num_inference_steps"] = record["schedule_steps"]
+    if record.get("speed") == "fast" and {"num_inference_steps", "evaluations"} <= record.keys():
+        if record["evaluations"] != unipc.fast_evaluations(record["num_inference_steps"]):
+            found["evaluations"] = record["evaluations"]  # a finer choice, which is kept
     found["recorded_mesh"] = record.get("mesh")
     files = record.get("checkpoint_files", {}).get("files", {}).values()
     found["full_digest"] = any({"sha256", "sampled"} <= file.keys() for file in files)
@@ -195,9 +196,8 @@ def recorded_options(path: Path, named: Mapping[str, Any]) -> dict[str, Any]:
     instead = {
         "height": {"size", "aspect"}, "width": {"size", "aspect"},
         "prompt": {"text", "prompt_file"}, "negative_prompt": {"negative_prompt_file"},
-        "steps_per_program": {*levels, "sigmas"}, "evaluations": {"num_inference_steps", "speed"},
-        "seed": {"seeds"},
-        "keep": {"image"},
+        "steps_per_program": {*levels, "sigmas"}, "evaluations": {"speed", "sigmas"},
+        "speed": {"evaluations", "sigmas"}, "seed": {"seeds"}, "keep": {"image"},
     }  # fmt: skip
     found = {name: found[name] for name in found if not instead.get(name, set()) & named.keys()}
     if "sigmas" in record and not levels & named.keys():

@@ -110,7 +110,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "condition_frames": (_each(_whole), "a list of whole numbers"),
     "keep": (lambda value: value in (None, "first", "last"), "first or last"),
     "num_inference_steps": (_whole, "a whole number"),
-    "schedule_steps": (_whole, "a whole number"),
+    "evaluations": (_whole, "a whole number"),
     "speed": (lambda value: value in ("exact", "fast"), "exact or fast"),
     "guidance_scale": (_number, "a number"),
     "flow_shift": (_or_none(_number), "a number"),

@@ -261,17 +261,32 @@ def resolve_settings(
 
 
 def _with_evaluations(settings: Settings) -> Settings:
-    """`fast` as a number of evaluations. Of fewer evaluations than steps the speed is `fast`,
-    however it is asked for. Noise levels that are given win; they may be those of such evaluations,
-    as a record has both.
+    """Speed and evaluations agree: `fast` has a number of them, and `exact` None. Noise levels that
+    are given win, and are `exact`, unless they are those of such evaluations, as in a record.
     """
     steps, evaluations = settings.num_inference_steps, settings.evaluations
-    if settings.sigmas is not None and len(settings.sigmas) - 1 != evaluations:
-        return dataclasses.replace(settings, speed="exact", evaluations=None)
     if evaluations is None and settings.speed == "fast":
         evaluations = unipc.fast_evaluations(steps)
-    fast = evaluations is not None and evaluations < steps
-    return dataclasses.replace(settings, evaluations=evaluations, speed="fast" if fast else "exact")
+    if evaluations == steps:
+        evaluations = None
+    if evaluations is not None and settings.sigmas is not None:
+        evaluations = evaluations if _are_of(settings, evaluations) else None
+    elif evaluations is not None and settings.speed == "exact":
+        raise ValueError(
+            f"speed=exact evaluates the model at each of {steps} steps, and "
+            f"evaluations={evaluations} is given: leave one of them out"
+        )
+    speed = "exact" if evaluations is None else "fast"
+    return dataclasses.replace(settings, evaluations=evaluations, speed=speed)
+
+
+def _are_of(settings: Settings, evaluations: int) -> bool:
+    """Whether the noise levels that are given are those of so many evaluations."""
+    steps, given = settings.num_inference_steps, np.asarray(settings.sigmas, np.float64)
+    if (settings.schedule, given.shape) != ("native", (evaluations + 1,)) or evaluations > steps:
+        return False
+    levels = unipc.sigmas("native", steps, settings.flow_shift, evaluations=evaluations)
+    return np.allclose(given, levels, rtol=1e-6)
 
 
 def _size(recipe: Recipe, settings: Settings, mode: str) -> tuple[int, int, str | None, list[str]]:

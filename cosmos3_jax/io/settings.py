@@ -53,7 +53,7 @@ class SettingsDict(TypedDict, total=False):
     flow_shift: float | None
     schedule: str | None
     sigmas: Sequence[float] | None
-    speed: Speed
+    speed: Speed | None
     evaluations: int | None
     seed: int | Sequence[int]
     noise: Numbers | None
@@ -126,15 +126,17 @@ class Settings:
     flow_shift: float | None = _setting(None, "of the schedule, see `unipc.sigmas`")
     schedule: str | None = _setting(None, "of the noise levels, see `unipc.sigmas`")
     sigmas: Sequence[float] | None = _setting(
-        None, "K + 1 noise levels falling to 0; they override steps, schedule and shift"
+        None,
+        "K + 1 noise levels falling to 0; they override steps, schedule, shift, speed and "
+        "evaluations",
     )
-    speed: Speed = _setting(
-        "exact",
-        "exact evaluates the model at every step; fast at about every other one, in half the time "
-        "and not to the same result, see docs/fast.md",
+    speed: Speed | None = _setting(
+        None,
+        "exact, the default, evaluates the model at every step; fast half as often, in half the "
+        "time and not to the same result, see docs/fast.md",
     )
     evaluations: int | None = _setting(
-        None, "of the model, fewer than steps: a finer choice than fast"
+        None, "of the model, from 1 to the number of steps: a finer choice than speed"
     )
     seed: int | Sequence[int] = _setting(
         42, "one seed (example b takes seed + b) or one for each prompt"

@@ -61,21 +61,21 @@ def sigmas(
 ) -> np.ndarray:
     """The K + 1 noise levels of a schedule, float64, strictly decreasing to 0.
 
-    With fewer `evaluations` than steps K is their number. First and last level are those of all
-    steps, and the steps at both ends are as small as theirs; between, they grow smoothly. A
-    schedule of K steps alone would begin with larger steps and end at a larger last level, and
-    lose most by that (docs/fast.md).
+    K is the number of steps, or of `evaluations` if they are fewer. Then first and last level are
+    those of all steps, and in u the steps at both ends are about as small as theirs, if K is half
+    of them or more; between, they grow smoothly. See docs/fast.md.
 
     Args:
         schedule: `native` (linear flow from 0.999, the model's own framework), `diffusers` (linear
             flow from 1) or `karras` (the published scheduler file's; it ignores `flow_shift`).
-        num_inference_steps: K, from 1 to 1000.
-        evaluations: of the model, from 1 to `num_inference_steps`; None is as many. For `native`.
+        num_inference_steps: from 1 to 1000.
+        evaluations: of the model, from 1 to `num_inference_steps`; None is as many. Fewer are for
+            `native` alone.
         flow_shift: s in sigma = s u / (1 + (s - 1) u), from 1 / 10000 to 10000.
         karras_range: lowest and highest noise-to-signal ratio of the `karras` schedule.
 
     Raises:
-        ValueError: on an unknown schedule, another K or another shift.
+        ValueError: on an unknown schedule, or a number that is not in its range.
     """
     steps = num_inference_steps
     if schedule not in SCHEDULES:
@@ -89,6 +89,7 @@ def sigmas(
         )
     if evaluations is not None:
         _check_evaluations(evaluations, steps, schedule)
+        evaluations = None if evaluations == steps else evaluations
     if not 0 < flow_shift < np.inf:
         raise ValueError(f"flow_shift={flow_shift} must be positive and finite")
     most = limits.FLOW_SHIFT
@@ -134,14 +135,14 @@ def _eased(count: int, steps: int) -> np.ndarray:
 
 
 def _check_evaluations(evaluations: int, steps: int, schedule: str) -> None:
-    if schedule != "native":
-        raise ValueError(
-            f"fewer evaluations than steps are for the native schedule, not for {schedule}: leave "
-            "one of the two out"
-        )
     if not isinstance(evaluations, int | np.integer) or not 1 <= evaluations <= steps:
         raise ValueError(
             f"evaluations={evaluations} must be a whole number from 1 to the {steps} steps"
+        )
+    if schedule != "native" and evaluations < steps:
+        raise ValueError(
+            f"{evaluations} evaluations of {steps} steps, as of speed=fast, are for the native "
+            f"schedule, not for {schedule}: take speed=exact or schedule=native"
         )
 
 

@@ -174,8 +174,7 @@ def quality(report, request):
     for row in found["rows"].values():
         assert row["measures"].keys() == row["clips"].keys() and "spectral" in row["clips"]
         assert all(len(values) == 2 for values in row["clips"].values())
-    velocities = found["rows"][titles[0]]["velocity_errors"]
-    assert velocities == {"video": [0, 0], "sound": [0, 0]}  # one model, and its own trajectory
+    assert "velocity_errors" not in found["rows"][titles[0]]  # nothing but the steps differs
     assert found["a"]["num_inference_steps"] == 2 and len(found["prompts"]) == 2
 
 

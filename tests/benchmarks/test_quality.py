@@ -138,12 +138,13 @@ def test_a_file_has_null_for_what_is_no_number():
 
 def test_settings_of_the_command_line():
     given = ["num_inference_steps=18", "sigmas=[0.9,0.5,0]", "schedule=karras"]
-    assert quality.read_settings(given) == {
+    assert quality.read_given(given) == {
         "num_inference_steps": 18, "sigmas": [0.9, 0.5, 0], "schedule": "karras",
     }  # fmt: skip
-    assert quality.read_settings(["exact"]) == {}
-    with pytest.raises(ValueError, match="write exact, or KEY=VALUE"):
-        quality.read_settings(["fast"])
+    assert quality.read_given(["exact"]) == {"speed": "exact"}
+    assert quality.read_given(["fast", "seed=3"]) == {"speed": "fast", "seed": 3}
+    with pytest.raises(ValueError, match="write exact, fast or KEY=VALUE"):
+        quality.read_given(["slow"])
 
 
 def test_velocities_along_a_trajectory_are_the_packages():
@@ -155,7 +156,7 @@ def test_velocities_along_a_trajectory_are_the_packages():
     assert [float(point.timestep) for point in points] == list(
         unipc.tableau(unipc.sigmas("native", 3)).timestep
     )
-    assert max(quality_clips.velocity_errors(model, request, points)["video"]) < 1e-6
+    assert max(quality_clips.velocity_errors(points, model, request)["video"]) < 1e-6
     expected, _ = model.denoise(request, progress=False)
     start = quality_clips.begin(model, request)
     state = start.state
@@ -165,4 +166,4 @@ def test_velocities_along_a_trajectory_are_the_packages():
     found = denoise.channels_first(state.latents)
     np.testing.assert_allclose(found["video"], expected["video"], atol=1e-4)
     model.params = jax.tree.map(lambda x: 1.01 * x, model.params)
-    assert min(quality_clips.velocity_errors(model, request, points)["video"]) > 1e-3
+    assert min(quality_clips.velocity_errors(points, model, request)["video"]) > 1e-3

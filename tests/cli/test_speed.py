@@ -69,21 +69,41 @@ def test_every_recipe_has_the_rule(model, mode, evaluations):
 def test_exact_is_the_default_and_as_many_evaluations_are_exact():
     exact, levels = resolved()
     assert (exact.speed, exact.evaluations, len(levels)) == ("exact", None, 36)
-    same, again = resolved(evaluations=35, speed="fast")
-    assert same.speed == "exact"
-    np.testing.assert_allclose(again, levels, rtol=1e-12)
+    for given in ({"speed": "fast", "evaluations": 35}, {"speed": "exact", "evaluations": 35}):
+        same, again = resolved(**given)
+        assert (same.speed, same.evaluations) == ("exact", None)
+        np.testing.assert_array_equal(again, levels)
+    one, _ = resolved(speed="fast", num_inference_steps=1, schedule="karras")  # none are left out
+    assert one.speed == "exact"
 
 
-def test_given_levels_win():
-    settings, levels = resolved(sigmas=[1.0, 0.5, 0.0], speed="fast")
-    assert (settings.speed, settings.evaluations, [*levels]) == ("exact", None, [1.0, 0.5, 0.0])
+@pytest.mark.parametrize("given", [{"speed": "fast"}, {"evaluations": 2}, {"speed": "exact"}])
+def test_given_levels_win(given):
+    settings, levels = resolved(sigmas=[0.9, 0.5, 0.0], **given)
+    assert (settings.speed, settings.evaluations, [*levels]) == ("exact", None, [0.9, 0.5, 0.0])
+
+
+def test_levels_of_a_record_are_known_again():
+    _, levels = resolved(speed="fast")
+    settings, again = resolved(speed="fast", sigmas=levels.tolist())
+    assert (settings.speed, settings.evaluations) == ("fast", 18)
+    np.testing.assert_array_equal(again, levels)
+    others, _ = resolved(speed="fast", sigmas=levels.tolist(), schedule="karras")
+    assert others.speed == "exact"
 
 
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"speed": "fast", "schedule": "karras"}, "native schedule, not for karras"),
+        (
+            {"speed": "fast", "schedule": "karras"},
+            "18 evaluations of 35 steps, as of speed=fast, .* not for karras: take speed=exact or",
+        ),
         ({"evaluations": 18, "schedule": "diffusers"}, "native schedule, not for diffusers"),
+        (
+            {"speed": "exact", "evaluations": 18},
+            "speed=exact evaluates the model at each of 35 steps, and evaluations=18 is given",
+        ),
         ({"evaluations": 36}, "evaluations=36 must be a whole number from 1 to the 35 steps"),
         ({"evaluations": 0}, "evaluations=0 must be"),
         ({"speed": "turbo"}, 'speed=.turbo. must be "exact" or "fast"'),
@@ -104,17 +124,23 @@ def test_the_record_says_what_was_resolved_and_makes_it_again(tmp_path, own_cach
     fast = [*BARE, *TEXTS, "--steps", "5", "--speed", "fast", "--out", str(out)]
     assert cli.main(fast) == 0
     record = json.loads(out.with_suffix(".json").read_text())
-    assert (record["speed"], record["num_inference_steps"], record["schedule_steps"]) == (
-        "fast", 3, 5,
-    )  # fmt: skip
+    asked = ("speed", "num_inference_steps", "evaluations")
+    assert [record[name] for name in asked] == ["fast", 5, 3]
     assert len(record["sigmas"]) == 4
     assert cli.main(["generate", "--from-record", str(out), "--out", str(again)]) == 0
     assert again.read_bytes() == out.read_bytes()
-    exact = ["generate", "--from-record", str(out), "--speed", "exact", "--out", str(other)]
-    assert cli.main(exact) == 0
-    record = json.loads(other.with_suffix(".json").read_text())
-    assert (record["speed"], record["num_inference_steps"], len(record["sigmas"])) == (
-        "exact",
-        5,
-        6,
-    )
+    for given, expected in (
+        (["--speed", "exact"], ["exact", 5, 5]), (["--evaluations", "2"], ["fast", 5, 2]),
+        (["--steps", "7"], ["fast", 7, 4]), (["--sigmas", "0.9,0.5,0.2,0"], ["exact", 3, 3]),
+    ):  # fmt: skip
+        changed = ["generate", "--from-record", str(out), *given, "--out", str(other)]
+        assert cli.main([*changed, "--overwrite"]) == 0
+        record = json.loads(other.with_suffix(".json").read_text())
+        assert [record[name] for name in asked] == expected
+    # A finer choice than half is kept with other steps.
+    finer = ["generate", "--from-record", str(out), "--evaluations", "2", "--overwrite"]
+    assert cli.main([*finer, "--out", str(other)]) == 0
+    changed = ["generate", "--from-record", str(other), "--steps", "7", "--out", str(again)]
+    assert cli.main([*changed, "--overwrite"]) == 0
+    record = json.loads(again.with_suffix(".json").read_text())
+    assert [record[name] for name in asked] == ["fast", 7, 2]
