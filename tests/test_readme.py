@@ -86,6 +86,7 @@ def test_the_examples_of_a_whole_generation(word, tmp_path, monkeypatch):
     assert media.probe(file).frames == 5
 
 
+@pytest.mark.dry
 def test_the_pure_function_example():
     names = run("jax.grad")
     assert float(jnp.abs(names["stronger"] - names["latents"]).max()) > 0
@@ -110,6 +111,7 @@ def test_the_example_of_steps(capsys, monkeypatch):
 ENCODED = 1e-5  # relative L2 distance of latents, of two programs that encode
 
 
+@pytest.mark.dry
 def test_the_examples_of_given_frames_and_autoencoders(record_property):
     names = run("condition_frames=(0, -1)", "encode_sound")
     assert names["video"].shape == names["again"].shape == (1, 3, 9, 96, 160)
@@ -131,6 +133,7 @@ def test_the_examples_of_given_frames_and_autoencoders(record_property):
     assert (kept[:, :, 2] != latents[:, :, 2]).mean() > 0.99
 
 
+@pytest.mark.dry
 def test_the_training_example(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = run("make_train_step", checkpoint="tiny")
@@ -173,6 +176,7 @@ def lines(page: Path) -> list[str]:
     return "\n".join(blocks(page)).replace("\\\n", " ").splitlines()
 
 
+@pytest.mark.dry
 def test_the_commands_of_each_mode(small):
     commands = re.findall(
         r"^# (\w+),.*\n(cosmos3-jax generate .*)$", "\n".join(lines(README)), re.M
