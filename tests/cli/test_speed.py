@@ -38,7 +38,7 @@ def test_half_of_35_are_as_dense_as_all_at_both_ends():
     assert fast[0] == exact[0] and fast[-2:] == pytest.approx(exact[-2:])
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 24, 35, 1000])
+@pytest.mark.parametrize("steps", [1, 2, 3, 24, 35, 100])
 def test_any_number_of_evaluations_can_be_stepped_on(steps):
     for count in {1, 2, 3, steps // 2, steps - 1, steps} & {*range(1, steps + 1)}:
         levels = unipc.sigmas("native", steps, 3.0, evaluations=count)
