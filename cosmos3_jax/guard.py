@@ -7,6 +7,7 @@ judged first.
 import contextlib
 import errno
 import os
+import re
 import stat
 from collections.abc import Iterator
 
@@ -78,10 +79,13 @@ def line(text: str, longest: int = LONGEST_REASON) -> str:
 
 
 def printable(text: str) -> str:
-    """A message whose lines are printable and not too long, whatever names and values are in it."""
+    """A message whose lines are printable and not too long, whatever names and values are in it.
+
+    Two spaces begin every line but the first; any other line break is of a name.
+    """
     lines = (
         line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]} ..."
-        for line in text.split("\n")
+        for line in re.split(r"\n(?=  )", text)
     )
     return "\n".join(
         "".join(letter if letter.isprintable() else "?" for letter in line) for line in lines

@@ -165,7 +165,7 @@ def _written(text: str) -> Path:
 def _file(text: str) -> Path:
     """Raises ArgumentTypeError on a folder."""
     path = _written(text)
-    if text.endswith(("/", os.sep)) or path.is_dir():
+    if text.endswith(("/", os.sep)) or os.path.isdir(path):  # False, where it cannot be a name
         name = os.path.join(text, "output.mp4")
         raise argparse.ArgumentTypeError(f"{text} is a folder: name a file in it, such as {name}")
     return path

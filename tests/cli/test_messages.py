@@ -45,6 +45,12 @@ def test_stages_and_compiling_are_told(model, caplog, monkeypatch, tmp_path):
         ["generate", "x", "--frames", "a" * 5000],
         ["generate", "a", "b\nc"],
         ["info", "\x1b[31m" + "b" * 5000],
+        ["generate", "a", "--out", "b\nc"],
+        ["generate", "a", "--out", "1" * 5000 + ".mp4"],
+        ["generate", "a", "--save-latents", "1" * 5000 + ".npz"],
+        ["generate", "--prompt-file", "1" * 5000],
+        ["convert", "a\nb", "c\nd"],
+        ["bench", "--out", "a\nb/" * 2000],
     ],
 )
 def test_what_was_typed_comes_back_short_and_printable(arguments, capsys):
