@@ -12,7 +12,16 @@ tokens on another day. It is undefined, which Llama's templates ask for.
 import json
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import (
+    Callable,
+    ItemsView,
+    Iterable,
+    Iterator,
+    KeysView,
+    Mapping,
+    ValuesView,
+)
+from types import NoneType
 from typing import Any, NoReturn
 
 import jinja2
@@ -31,10 +40,10 @@ MOST_SECONDS = 3.0
 MOST_INDENT = 32  # of JSON, at each level
 _BUDGET = "the budget"  # in a template's context: no name that a template can write
 _FILTERS = (
-    "abs", "attr", "capitalize", "count", "d", "default", "dictsort", "first", "float", "int",
-    "items", "last", "length", "list", "lower", "max", "min", "reverse", "safe", "sort", "string",
-    "title", "trim", "unique", "upper",
+    "abs", "attr", "count", "d", "default", "dictsort", "first", "float", "int", "items", "last",
+    "length", "list", "max", "min", "reverse", "sort", "unique",
 )  # fmt: skip
+_OF_TEXTS = ("capitalize", "lower", "safe", "string", "title", "trim", "upper")
 _ONE_BY_ONE = ("map", "reject", "rejectattr", "select", "selectattr")
 _METHODS = {
     str: (
@@ -48,6 +57,10 @@ _METHODS = {
     list: ("count", "index"),
     tuple: ("count", "index"),
 }  # fmt: skip
+
+
+# What is written as what it is; a range and a namespace have no address in their texts.
+_DATA = (str, int, float, NoneType, Undefined, range, Namespace)
 
 
 class Budget:
@@ -81,6 +94,24 @@ class Budget:
         return value
 
 
+def _text(value: Any) -> str:
+    """A value as text. What is no data, as a function or a generator, has its address in it, which
+    is another one each time.
+    """
+    _check_data(value)
+    return str(value)
+
+
+def _check_data(value: Any) -> None:
+    if isinstance(value, Mapping):
+        value = list(value.items())
+    if isinstance(value, list | tuple | set | frozenset | KeysView | ValuesView | ItemsView):
+        for each in value:
+            _check_data(each)
+    elif not isinstance(value, _DATA):
+        raise jinja2.TemplateRuntimeError(f"it writes a {type(value).__name__}, which is no text")
+
+
 def _budget(context: Context) -> Budget:
     return context.resolve(_BUDGET)
 
@@ -93,7 +124,7 @@ def _paid(context: Context, value: Any) -> Any:
 @jinja2.pass_context
 def _written(context: Context, value: Any) -> str:
     """A value as it is written into the output."""
-    return _budget(context).take_for(str(_budget(context).take_for(value)))
+    return _budget(context).take_for(_text(_budget(context).take_for(value)))
 
 
 @jinja2.pass_context
@@ -114,21 +145,30 @@ def _one_by_one(name: str) -> Callable[..., Iterator[Any]]:
     return filtered
 
 
+def _of_text(name: str) -> Callable[..., Any]:
+    """A filter of Jinja's that takes anything as text."""
+
+    def filtered(value: Any, *args: Any, **kwargs: Any) -> Any:
+        return DEFAULT_FILTERS[name](_text(value), *args, **kwargs)
+
+    return filtered
+
+
 @jinja2.pass_context
 def _join(context: Context, values: Iterable[Any], d: str = "", attribute: Any = None) -> str:
     if attribute is not None:
         values = context.environment.call_filter("map", values, [], {"attribute": attribute})
-    d, budget = str(d), _budget(context)
+    d, budget = _text(d), _budget(context)
     texts = []
     for value in values:
         budget.take(len(d))
-        texts.append(str(budget.take_for(value)))
+        texts.append(_text(budget.take_for(value)))
     return d.join(texts)
 
 
 @jinja2.pass_context
 def _replace(context: Context, text: Any, old: Any, new: Any, count: int = -1) -> str:
-    text, old, new = str(text), str(old), str(new)
+    text, old, new = map(_text, (text, old, new))
     found = text.count(old)
     _budget(context).take(len(text) + found * len(new))
     return text.replace(old, new, -1 if count is None else count)
@@ -138,7 +178,7 @@ def _replace(context: Context, text: Any, old: Any, new: Any, count: int = -1) -
 def _indent(
     context: Context, s: Any, width: Any = 4, first: bool = False, blank: bool = False
 ) -> str:
-    s = str(s)
+    s = _text(s)
     each = len(width) if isinstance(width, str) else max(0, int(width))
     _budget(context).take(len(s) + (1 + len(s.splitlines())) * each)
     return DEFAULT_FILTERS["indent"](s, width, first, blank)
@@ -177,7 +217,7 @@ def _formatted(budget: Budget, text: str, values: Any) -> str:
     with `*`, in the values, says. A float has up to 310 digits.
     """
     before = budget.left
-    budget.take_for(values)
+    _check_data(budget.take_for(values))
     conversions, size = text.count("%"), before - budget.left
     widths = [int(digits) for digits in re.findall("[0-9]+", text)]
     if "*" in text and isinstance(values, tuple):
@@ -218,6 +258,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         )
         self.filters = {name: DEFAULT_FILTERS[name] for name in _FILTERS}
         self.filters |= {name: _one_by_one(name) for name in _ONE_BY_ONE}
+        self.filters |= {name: _of_text(name) for name in _OF_TEXTS}
         self.filters |= {"join": _join, "replace": _replace, "tojson": _to_json}
         self.filters |= {"indent": _indent, "groupby": _group_by}
         self.filters |= {"paid": _paid, "written": _written, "turns": _turns}

@@ -100,6 +100,7 @@ class Tokenizer:
                 add_vision_id=False,
                 eos_token=self.eos_token,
             )
+            chat.encode("utf-8")  # half a letter, as in a template's "\ud800", has no bytes
         if text not in chat:
             raise ValueError(f"{self.name[1]} alters the prompt; use the checkpoint's own")
         return chat

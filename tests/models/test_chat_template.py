@@ -142,6 +142,21 @@ def test_the_clock_stops_what_each_step_makes_slow(monkeypatch):
         ChatTemplate(loop).render(messages=[{"content": 20_000 * "z "}])
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages | map(attribute='role') | upper }}", "{{ 'a'.upper }}", "{{ [['a'.upper]] }}",
+        "{{ 'b' ~ 'a'.upper }}", "{{ ['a'.upper] | join }}", "{{ '%s' % 'a'.upper }}",
+        "{{ {'a'.upper: 1} | string }}", "{{ 'x' | replace('x', 'a'.upper) }}",
+        "{{ 'a'.upper | trim }}", "{{ dict }}", "{{ {'a': 'a'.upper}.items() }}",
+        "{{ 'a'.upper | indent }}", "{{ messages | select | string | length }}",
+    ],
+)  # fmt: skip
+def test_what_has_its_address_in_its_text_is_not_written(source):
+    with pytest.raises(jinja2.TemplateRuntimeError, match="which is no text"):
+        ChatTemplate(source).render(messages=MESSAGES)
+
+
 def test_a_namespace_in_itself_is_written_in_short():
     source = "{% set a = namespace() %}{% set a.b = a %}{{ a }}"
     assert ChatTemplate(source).render() == "<Namespace>"
