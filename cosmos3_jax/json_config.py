@@ -116,6 +116,6 @@ def read_json(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     with guard.parsing(path, "valid JSON", ConfigError):
         values = json.loads(content.decode("utf-8"))
-        json.dumps(values, ensure_ascii=False).encode("utf-8")  # half a letter (\\ud800) is no text
+        json.dumps(values, ensure_ascii=False).encode("utf-8")  # half a letter (\ud800) is no text
     check(isinstance(values, dict), f"{path} holds a {type(values).__name__}, not a JSON object")
     return values

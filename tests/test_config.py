@@ -285,7 +285,7 @@ def test_possible_values_at_the_edge(kind, values):
     ("text", "message"),
     [
         ("{", "is not valid JSON"),
-        (r'{"_class_name": "\ud800"}', "is not valid JSON: .*surrogates"),
+        (r'{"_class_name": "\ud800"}', "is not valid JSON: 'utf-8' codec can't encode"),
         ("", "is not valid JSON"),
         ("[1, 2]", "holds a list, not a JSON object"),
         ('{"hidden_act": "relu2"}', "hidden_act='relu2' is not supported"),
