@@ -3,7 +3,10 @@
 That it runs is in `test_benchmarks.py`.
 """
 
+import json
 import math
+import re
+from pathlib import Path
 
 import dry
 import jax
@@ -21,6 +24,8 @@ from cosmos3_jax.sampling import denoise, unipc
 from examples.tiny import grammar, judge
 from examples.tiny.hearing import Heard
 from examples.tiny.sight import Seen, Sight
+
+RESULTS = Path(quality.__file__).parent / "results"
 
 
 def pictures(*levels: int) -> np.ndarray:
@@ -167,3 +172,35 @@ def test_velocities_along_a_trajectory_are_the_packages():
     np.testing.assert_allclose(found["video"], expected["video"], atol=1e-4)
     model.params = jax.tree.map(lambda x: 1.01 * x, model.params)
     assert min(quality_clips.velocity_errors(points, model, request)["video"]) > 1e-3
+
+
+# The figures of docs/fast.md
+# --------------------------------------------------------------------------------------------------
+
+
+ROWS = {
+    "text to video, 18 of 35 (`fast`)": "grid35/t2v/18", "text to video, 18 of 24": "own/t2v/18",
+    "text to video, 12 of 24 (`fast`)": "own/t2v/12", "text to video, 12 of 35": "grid35/t2v/12",
+    "image to video, 18 of 35 (`fast`)": "grid35/i2v/18",
+    "image to video, 12 of 24 (`fast`)": "own/i2v/12", "image to video, 12 of 35": "grid35/i2v/12",
+}  # fmt: skip
+
+
+def test_the_docs_have_the_results_figures():
+    """Mean and median of each cell that is not empty, in per cent, rounded as they are written."""
+    rows = json.loads((RESULTS / "step_contest_tiny.json").read_text("utf-8"))["rows"]
+    lines = (RESULTS.parents[1] / "docs" / "fast.md").read_text("utf-8").splitlines()
+    tables = [[x.strip() for x in line.strip("|").split("|")] for line in lines if line[:1] == "|"]
+    compared = 0
+    for label, key in ROWS.items():
+        [[_, *cells]] = [cells for cells in tables if cells[0] == label]
+        case = key.rpartition("/")[0]
+        names = f"{key}/eased", f"{key}/native", f"{case}/bfloat16", f"{case}/another seed"
+        for cell, name in zip(cells, names, strict=True):
+            error = rows[name]["measures"]["latents"]
+            written = re.findall(r"[\d.]+", cell)  # of another seed the mean alone
+            for text, found in zip(written, (error["mean"], error["median"]), strict=False):
+                half = 0.51 * 10 ** -len(text.partition(".")[2])
+                assert float(text) == pytest.approx(100 * found, abs=half), (label, name)
+                compared += 1
+    assert compared >= 2 * 2 * len(ROWS)
