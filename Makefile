@@ -32,7 +32,7 @@ kills: $(VENV)/.dev  ## 300 kills of commands and 200 pairs of them; the other t
 
 slow: fuzz kills  ## what the tests try in small, at length
 
-gpu-check:  ## the tests that need one CUDA GPU or two, whichever are there; says what was not run
+gpu-check:  ## the tests that need one CUDA GPU, two or four, whichever are there; says what was not run
 	-@git log -1 --format='commit %h'
 	@$(PYTHON) -c "from cosmos3_jax.runtime.measure import environment; print(environment())"
 	$(PYTHON) -m pytest -q -m gpu --numprocesses 6 --dist worksteal --durations 10 -rs --no-fold-skipped --need-gpu \

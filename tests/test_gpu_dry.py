@@ -1,4 +1,4 @@
-"""The GPU tests run on a CPU, at tiny sizes and with two simulated devices, so that they cannot
+"""The GPU tests run on a CPU, at tiny sizes and with four simulated devices, so that they cannot
 rot. What they show there is that they run: exactness on GPUs is `make gpu-check`.
 """
 
@@ -21,7 +21,7 @@ FILES.remove(Path(__file__).name)
 def test_gpu_tests_run_dry(file):
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--dry", file],
-        cwd=TESTS, env=os.environ | {"XLA_FLAGS": quick.simulated(2)},
+        cwd=TESTS, env=os.environ | {"XLA_FLAGS": quick.simulated(4)},
         capture_output=True, text=True,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stdout + ran.stderr

@@ -1,6 +1,8 @@
 """What only several GPUs can show: our attention kernel under a mesh, and NCCL's sums."""
 
 import dataclasses
+import math
+from collections.abc import Iterable
 from functools import partial
 
 import jax
@@ -22,30 +24,36 @@ pytestmark = pytest.mark.gpu(count=2)
 # Heads of 128, which our attention kernel takes in bfloat16.
 MODEL = dataclasses.replace(mesh_cases.MODEL, head_dim=128, rope_axes_dim=(24, 20, 20))
 VAE = dataclasses.replace(mesh_cases.VAE, base_dim=16, decoder_base_dim=16)
-# prompts, sound latents, latent grid: 3,105 tokens are not whole blocks of keys on either device.
+# prompts, sound latents, latent grid: 3,105 tokens are not whole blocks of keys on any device.
 GENERATE = {
     "cfg=2": (1, 0, (5, 40, 60)), "seq=2": (1, 5, (5, 41, 60)), "fsdp=2": (1, 5, (5, 40, 60)),
-    "data=2": (2, 0, (5, 40, 60)),
+    "data=2": (2, 0, (5, 40, 60)), "cfg=2,seq=2": (1, 5, (5, 41, 60)), "seq=4": (1, 5, (5, 41, 60)),
 }  # fmt: skip
 DRY = {
     "cfg=2": (1, 0, (2, 4, 4)), "seq=2": (1, 5, (2, 5, 6)), "fsdp=2": (1, 5, (2, 4, 4)),
-    "data=2": (2, 0, (2, 4, 4)),
+    "data=2": (2, 0, (2, 4, 4)), "cfg=2,seq=2": (1, 5, (2, 5, 6)), "seq=4": (1, 5, (2, 5, 6)),
 }  # fmt: skip
 # Other orders of summation. `parallel/test_sharding.py` has the same programs on simulated devices.
 FLOAT32 = 1e-5
 
 
+def on(meshes: Iterable[str]) -> list:
+    """The meshes as parameters, each for machines with as many GPUs."""
+    sizes = {mesh: math.prod(parse_mesh(mesh).values()) for mesh in meshes}
+    return [pytest.param(mesh, marks=pytest.mark.gpu(count=n)) for mesh, n in sizes.items()]
+
+
 def run(function, params: dict, inputs, mesh: str) -> dict:
     """A function on a mesh of the first devices, as arrays of float32."""
     sizes = parse_mesh(mesh)
-    placed = make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
+    placed = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
     with jax.set_mesh(placed):
         result = jax.jit(function)(sharding.place_params(params, placed), inputs)
     return jax.tree.map(lambda x: np.asarray(x, np.float32), result)
 
 
 def agree(function, params: dict, inputs, mesh: str) -> None:
-    """Two devices compute what one does: exactly in float32, as closely as one in bfloat16."""
+    """Several devices compute what one does: exactly in float32, as closely as one in bfloat16."""
     exact = run(function, params, inputs, "data=1")
     assert farthest(run(function, params, inputs, mesh), exact) <= FLOAT32
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
@@ -60,16 +68,16 @@ def media_tower():
     return params
 
 
-@pytest.mark.parametrize("mesh", GENERATE)
-def test_two_devices_generate_what_one_does(media_tower, mesh, dry):
+@pytest.mark.parametrize("mesh", on(GENERATE))
+def test_several_devices_generate_what_one_does(media_tower, mesh, dry):
     request = mesh_cases.request(*(DRY if dry else GENERATE)[mesh])
     function = partial(generate, config=Config(transformer=MODEL), output="latents")
     agree(function, media_tower, request, mesh)
 
 
 @pytest.mark.parametrize("way", ["decode", "encode"])
-@pytest.mark.parametrize("mesh", ["seq=2"])
-def test_two_devices_decode_and_encode_what_one_does(way, mesh, dry):
+@pytest.mark.parametrize("mesh", on(["seq=2", "cfg=2,seq=2"]))
+def test_several_devices_decode_and_encode_what_one_does(way, mesh, dry):
     """Of an odd number of rows, in the dtype of the weights."""
     params = mesh_cases.random_params(video_vae.param_shapes(VAE))
     random = np.random.RandomState(3)
