@@ -19,7 +19,7 @@ PYTEST := $(BIN)/python -m pytest -q --numprocesses 2 --no-loadscope-reorder
 test: $(VENV)/.dev  ## every test that needs no GPU
 	$(PYTEST) --dist loadfile -m "not gpu and not dry"
 
-dry: $(VENV)/.dev  ## what is made for other hands is run through: examples, notebook, benchmarks, GPU tests
+dry: $(VENV)/.dev  ## examples, notebook, benchmarks and GPU tests run through, at tiny sizes on a CPU
 	$(PYTEST) --dist worksteal -m dry
 
 FUZZ := cd tests && $(CURDIR)/$(BIN)/python -m

@@ -29,10 +29,12 @@ CONFIG = Config(
 SILENT = CONFIG.silent()
 
 
-def add_options(parser: argparse.ArgumentParser, size: str) -> None:
-    """`--out`, and the options that `video_size` reads; `size` is the default."""
+def add_options(parser: argparse.ArgumentParser, size: str, several: bool = False) -> None:
+    """`--out`, and the options that `video_size` reads; `size` is the default. Of `several` sizes,
+    with commas between them, `bench.jobs` makes the jobs.
+    """
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--size", choices=SIZES, default=size)
+    parser.add_argument("--size", choices=None if several else SIZES, default=size)
     parser.add_argument("--num-frames", type=int, default=189)
     parser.add_argument("--dry", action="store_true", help="tiny sizes")
 

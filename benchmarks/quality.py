@@ -170,7 +170,8 @@ class Harness:
             row["not_run"] = str(error).partition("\n")[0]  # what was measured before it stays
         self.record["rows"][title] = row
         write(self.options.out, self.record)
-        print(title, f"{time.perf_counter() - start:.1f} s", flush=True)
+        said = f", not run: {row['not_run']}" if "not_run" in row else ""
+        print(f"{title} {time.perf_counter() - start:.1f} s{said}", flush=True)
 
 
 def write(path: Path, record: dict) -> None:
@@ -216,14 +217,9 @@ def main(arguments: list[str] | None = None) -> None:
     }  # fmt: skip
     a, b = record["a"], record["b"]
     harness = Harness(options, inputs, common, record)
-    of_a, of_b, points = (
-        cache(function)
-        for function in (
-            lambda: harness.clips(a),
-            lambda: harness.clips(b),
-            lambda: trajectory(*harness.request(a)),
-        )
-    )
+    of_a = cache(lambda: harness.clips(a))
+    of_b = cache(lambda: harness.clips(b))
+    points = cache(lambda: trajectory(*harness.request(a)))
 
     def along(settings: dict) -> dict[str, Callable]:
         """The row's velocity errors, unless nothing but the steps differs: then there are none."""
@@ -233,7 +229,7 @@ def main(arguments: list[str] | None = None) -> None:
         return {"velocity_errors": lambda: velocity_errors(points(), *harness.request(settings))}
 
     harness.row("b against a", lambda: (of_a(), of_b()), **along(b))
-    if options.sheet:
+    if options.sheet and "measures" in record["rows"]["b against a"]:
         shown = {"a": of_a().video, "b": of_b().video}
         sheet(shown, inputs.prompts).save(options.sheet, optimize=True)
     if "seeds" not in options.skip:

@@ -17,7 +17,6 @@ import dataclasses
 import json
 import math
 import re
-from pathlib import Path
 
 import dry
 import jax
@@ -222,17 +221,14 @@ def begin_record(options: argparse.Namespace, dtype: str) -> dict:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--size", default="720p", help="or several, with commas")
+    dry.add_options(parser, "720p", several=True)
     parser.add_argument("--speed", default="exact", help="exact, fast or exact,fast")
-    parser.add_argument("--num-frames", type=int, default=189)
     parser.add_argument("--steps", type=int, default=35)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
         "--meshes", default="one;cfg=2;cfg=2,seq=2;seq=4;data=4", help="%(default)s"
     )
     parser.add_argument("--model", choices=MODELS, default="nano")
-    parser.add_argument("--dry", action="store_true", help="tiny sizes")
     options = parser.parse_args(arguments)
     config = dry.SILENT if options.dry else MODELS[options.model]
     sizes = dry.SIZE if options.dry else {"sizes": options.size, "num_frames": options.num_frames}

@@ -282,12 +282,12 @@ class SchedulerConfig(JsonConfig):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        found = values.get("_class_name", SCHEDULER)
+        found, stochastic = values.get("_class_name", SCHEDULER), values.get("stochastic_sampling")
         check(
-            found == SCHEDULER and not values.get("stochastic_sampling"),
-            f"the scheduler is {limits.shown(found)}, as distilled four-step checkpoints have it, "
-            f"and there is no such sampler here; only {SCHEDULER} is: take the checkpoint that "
-            "they were distilled from",
+            found == SCHEDULER and not stochastic,
+            f"_class_name={limits.shown(found)} with stochastic_sampling={bool(stochastic)} is not "
+            f"supported; only {SCHEDULER} without it is. Distilled four-step checkpoints have "
+            "another sampler: take the checkpoint that they were distilled from",
         )
         return super().from_dict(values)
 
