@@ -251,7 +251,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("page", LINKED, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: str(page.relative_to(ROOT)))
 def test_results_that_a_page_names_are_there(page):
     for name in re.findall(r"results/[\w.]+\.(?:json|log)", TEXTS[page]):
         assert (ROOT / "benchmarks" / name).is_file(), name
