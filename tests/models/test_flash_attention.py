@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import mosaic
 import numpy as np
 import pytest
 from rounding import check, farthest
@@ -36,6 +37,45 @@ def test_kernel_lowers_for_cuda(queries, keys, dtype):
     traced = jax.jit(flash_attention.flash_attention).trace(*arrays(queries, keys, dtype))
     assert traced.out_info.shape == (2, queries, 8, 128)
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("queries", [45, 128, 200])
+@pytest.mark.parametrize("lengths", [(128, 131), (256, 400), (399, 384)])
+def test_the_kernels_own_code_attends(monkeypatch, queries, lengths):
+    """Its blocks, slots, barriers and masks, on a CPU: against float64, and no further from it than
+    JAX's attention in the same dtype, which rounds the probabilities too.
+    """
+    shapes = [(2, queries, 4, 128), *[(2, 400, 2, 128)] * 2]
+    query, key, value = (
+        jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i, shape in enumerate(shapes)
+    )
+    length = jnp.asarray(lengths, jnp.int32)
+    key, value = (  # what is finite behind the last key changes nothing
+        jnp.where((jnp.arange(400) < length[:, None])[..., None, None], x, 1e4).astype(x.dtype)
+        for x in (key, value)
+    )
+    with monkeypatch.context() as patch:
+        mosaic.on_cpu(patch, flash_attention)
+        patch.setattr(flash_attention, "_run", flash_attention._run.__wrapped__)
+        found = flash_attention.flash_attention.fun(query, key, value, length)
+    assert found.shape == query.shape and found.dtype == query.dtype
+    exact = attention_in_float64(query, key, value, lengths)
+    library = attention_module.xla_attention(query, key, value, length)
+    assert distance(found, exact) < 1.2 * distance(library, exact)
+
+
+def attention_in_float64(query, key, value, lengths) -> np.ndarray:
+    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+    key, value = (np.repeat(x, query.shape[2] // key.shape[2], axis=2) for x in (key, value))
+    logits = np.einsum("bsnh,btnh->bnst", query, key) / np.sqrt(query.shape[-1])
+    for example, length in zip(logits, lengths, strict=True):
+        example[..., length:] = -np.inf
+    shares = np.exp(logits - logits.max(-1, keepdims=True))
+    return np.einsum("bnst,btnh->bsnh", shares / shares.sum(-1, keepdims=True), value)
+
+
+def distance(found, exact: np.ndarray) -> float:
+    return float(np.linalg.norm(np.asarray(found, np.float64) - exact) / np.linalg.norm(exact))
 
 
 def test_vmap_is_one_kernel_over_a_larger_batch():
