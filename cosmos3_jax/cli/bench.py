@@ -203,7 +203,7 @@ def run_bench(config: Config, params: dict, job: Job, repeats: int = 3) -> dict:
         - `stages`: see `measure.Measure`, by the names of `sampling.stages`; and `one step`, in
           seconds alone: a part of `denoise`; with sound, of a loop of two, to be compared with
           `one step without sound`.
-        - `seconds`: of the whole job: condition, loop and decoding.
+        - `seconds`, `joules`: of the whole job: condition, loop and decoding.
         - `denoise_tflop`, `denoise_tflops_per_second`: counted by `denoise_flops`, and its rate.
         - `weights_gib`, `peak_gib` and `peak_gib_before` (of this process so far and up to this
           job; None where the device does not say), `estimated_gib` (see `memory`).
@@ -218,7 +218,7 @@ def run_bench(config: Config, params: dict, job: Job, repeats: int = 3) -> dict:
     values = stages.initial_values(jax.device_put(request), decode_chunk_size=job.decode_chunk_size)
     stages.walk(values, measure)
     found = measure.stages
-    whole = sum(stage["seconds"] for stage in found.values())
+    seconds, joules = ([stage[name] for stage in found.values()] for name in ("seconds", "joules"))
     found["one step"] = {"seconds": found["denoise"]["seconds"] / job.steps}
     if job.sound:
         found["one step"] = _one_step(config, params, job, repeats)
@@ -228,7 +228,8 @@ def run_bench(config: Config, params: dict, job: Job, repeats: int = 3) -> dict:
     return {
         "job": describe(job) | {"repeats": repeats},
         "stages": found,
-        "seconds": whole,
+        "seconds": sum(seconds),
+        "joules": None if None in joules else sum(joules),
         "denoise_tflop": flops / 1e12,
         "denoise_tflops_per_second": flops / 1e12 / found["denoise"]["seconds"],
         "weights_gib": sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / GIB,
@@ -253,7 +254,7 @@ def _one_step(config: Config, params: dict, job: Job, repeats: int) -> dict:
     return {"seconds": ran["seconds"] / 2, "samples": [s / 2 for s in ran["samples"]]}
 
 
-COLUMNS = ("seconds", "min..max", "TFLOP/s", "temporary GiB", "compile s", "cached s")
+COLUMNS = ("seconds", "min..max", "kJ", "TFLOP/s", "temporary GiB", "compile s", "cached s")
 
 
 def table(name: str, result: dict) -> str:
@@ -270,7 +271,9 @@ def table(name: str, result: dict) -> str:
         samples = found.get("samples")
         spread = f"{min(samples):.3f}..{max(samples):.3f}" if samples else "-"
         rate = result["denoise_tflops_per_second"] if stage == "denoise" else None
+        joules = found.get("joules")
         cells = (
+            None if joules is None else joules / 1e3,
             rate,
             found.get("temporary_gib"),
             found.get("compile_seconds"),
@@ -280,8 +283,10 @@ def table(name: str, result: dict) -> str:
         lines.append(f"  {stage:22}{found['seconds']:9.3f}{spread:>20}{shown}")
     peak = result["peak_gib"]
     peak = "the device does not say" if peak is None else f"{peak:.3f} GiB"
+    joules = result["joules"]
+    energy = "" if joules is None else f", {joules / 1e3:.3f} kJ"
     lines.append(
-        f"  whole job {result['seconds']:.3f} s; peak memory {peak} "
+        f"  whole job {result['seconds']:.3f} s{energy}; peak memory {peak} "
         f"(estimated {result['estimated_gib']:.3f} GiB)"
     )
     return "\n".join(lines)

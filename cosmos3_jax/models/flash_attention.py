@@ -64,11 +64,11 @@ def flash_attention(query: Array, key: Array, value: Array, length: Array) -> Ar
     """
     queries = query.shape[1]
     query, key, value = (_pad_to_tile(x) for x in (query, key, value))
-    return _run(query, key, value, length)[:, :queries]
+    return run_tiles(query, key, value, length)[:, :queries]
 
 
 @jax.jit
-def _run(query: Array, key: Array, value: Array, length: Array) -> Array:
+def run_tiles(query: Array, key: Array, value: Array, length: Array) -> Array:
     """The kernel for whole tiles: one in a program, however many layers call it.
 
     JAX 0.11 numbers the kernels that a process lowers, and the number is part of the compilation

@@ -20,6 +20,7 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 import cosmos3_jax
 from cosmos3_jax.config import Config
 from cosmos3_jax.parallel.device import default_device, memory_peak
+from cosmos3_jax.runtime import energy
 from cosmos3_jax.runtime.programs import calls, distinct_calls, shapes_of
 from cosmos3_jax.sampling.stages import Stage, Values
 
@@ -125,9 +126,9 @@ class Measure:
     """Executes a stage like `programs.Run`, and measures it: compiled anew, warm, several times.
 
     Attributes:
-        stages: of each stage, by name: `seconds` (the median), `samples`, `temporary_gib`,
-            `output_gib`, `compile_seconds` and `compile_seconds_cached`, and what
-            `inspect` notes.
+        stages: of each stage, by name: `seconds` (the median), `samples`, `joules` (the median,
+            see `energy`; None where nobody counts them), `temporary_gib`, `output_gib`,
+            `compile_seconds` and `compile_seconds_cached`, and what `inspect` notes.
     """
 
     def __init__(
@@ -162,12 +163,15 @@ class Measure:
             program, seconds = compile_cold_and_cached(function, params, *inputs, donate=donate)
             compiled[shapes_of(change)] = program
             compiling.append(seconds)
+        devices = jax.tree.leaves(params)[0].sharding.addressable_devices
+        drawn: list[float | None] = []
 
         def run() -> tuple[Values, float]:
             now = values
             if stage.donated is not None:  # the state of the loop: each run takes one of its own
                 now = values | {"state": jax.tree.map(jnp.copy, values["state"])}
                 jax.block_until_ready(now["state"])
+            before = energy.joules(devices)
             start = time.perf_counter()
             result: Values = {}
             for change in calls(stage, values, self.block_steps):
@@ -175,11 +179,16 @@ class Measure:
                 result = compiled[shapes_of(change)](params, *stage.inputs(now))
                 now = now | result
             jax.block_until_ready(result)
-            return result, time.perf_counter() - start
+            seconds = time.perf_counter() - start
+            after = energy.joules(devices)
+            drawn.append(None if before is None or after is None else after - before)
+            return result, seconds
 
         result, ran = median_of(run, self.repeats)
+        counted = drawn[-len(ran["samples"]) :]
         analyses = [program.memory_analysis() for program in compiled.values()]
         found = ran | {
+            "joules": None if None in counted else statistics.median(counted),
             "temporary_gib": max(x.temp_size_in_bytes for x in analyses) / GIB,
             "output_gib": max(x.output_size_in_bytes for x in analyses) / GIB,
             **_sums(compiling),

@@ -94,3 +94,13 @@ def test_stages_are_run_and_measured(block_steps, programs):
         assert len(found["samples"]) == 2 and min(found["samples"]) > 0
         assert found["output_gib"] > 0 and found["temporary_gib"] >= 0
         assert found["compile_seconds"] > 0 and found["compile_seconds_cached"] > 0
+        assert found["joules"] is None  # a CPU
+
+
+def test_the_energy_is_that_of_the_runs_that_count(monkeypatch):
+    """Not of the warm-up, which is read like them."""
+    read = iter([0, 100, 100, 101, 101, 103, 103, 107])
+    monkeypatch.setattr(measure.energy, "joules", lambda devices: next(read))
+    measured = measure.Measure({"a": {"two": jnp.float32(2)}}, 3, repeats=3)
+    stages.walk({"x": jnp.arange(4.0)}, measured, STAGES[:1])
+    assert measured.stages["double"]["joules"] == 2 and next(read, None) is None
