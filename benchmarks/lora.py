@@ -1,7 +1,7 @@
-"""A LoRA at Nano's size: seconds, tokens and memory of a training step, and its share of the chip.
+"""A LoRA at Nano's size: seconds, tokens and memory of a training step, and its share of the chips.
 
 python benchmarks/lora.py --out FILE.json [--size 480p] [--num-frames 189] [--batch 1] [--rank 16]
-    [--apart] [--repeats 7] [--dry]
+    [--mesh data=2] [--apart] [--repeats 7] [--dry]
 
 Random weights of the published sizes; no weights are read. The adapter is one pair of matrices for
 each linear map of the media tower's layers; all else is frozen, in bfloat16. The rate of 8192^3
@@ -10,6 +10,7 @@ runs.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import statistics
@@ -21,18 +22,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from scaling import NANO
+from jax.sharding import Mesh
+from scaling import NANO, meet
 
 from cosmos3_jax.checkpoint import lora
 from cosmos3_jax.cli import bench
 from cosmos3_jax.config import Config, TransformerConfig
 from cosmos3_jax.io.media import write_text
 from cosmos3_jax.models import transformer
-from cosmos3_jax.parallel import device
+from cosmos3_jax.parallel import device, sharding
+from cosmos3_jax.parallel.mesh import make_mesh, parse_mesh
 from cosmos3_jax.runtime.job import Job
 from cosmos3_jax.runtime.measure import GIB, device_peak_gib, environment
 from cosmos3_jax.runtime.random_inputs import random_params
 from cosmos3_jax.sampling.request import Request
+from cosmos3_jax.training import placement
 from cosmos3_jax.training.flow import Batch, NoiseLevels
 from cosmos3_jax.training.step import TrainOptions, TrainState, init_state, make_train_step
 
@@ -85,9 +89,9 @@ def products_of_a_layer(model: TransformerConfig) -> float:
     return 2 * model.hidden_size * (attention + 3 * model.intermediate_size)
 
 
-def random_towers(config: Config, dtype: jnp.dtype, apart: bool) -> dict:
+def random_towers(config: Config, dtype: jnp.dtype, apart: bool, mesh: Mesh | None) -> dict:
     """Both towers as training holds them: layers stacked, unless they are to be `apart`."""
-    params = random_params(config, dtype)
+    params = random_params(config, dtype, mesh)
     towers = {name: params[name] for name in ("und", "gen")}
     del params
     if not apart:
@@ -101,15 +105,15 @@ def random_towers(config: Config, dtype: jnp.dtype, apart: bool) -> dict:
             for leaves in lists:
                 leaves[j] = None
         towers["gen"]["layers"] = tree.unflatten(stacked)
-    return towers
+    return sharding.place_params(towers, mesh)
 
 
 def make_batch(config: Config, request: Request, count: int) -> Batch:
-    """Random latents, and one prompt for all."""
+    """Random latents, and one prompt for all, on the host."""
     shape = (count, *request.video_shape, config.transformer.latent_channel)
     video = np.random.RandomState(0).standard_normal(shape).astype(np.float32)
     ids, mask = (np.repeat(x, count, axis=0) for x in (request.text_ids, request.text_mask))
-    return jax.device_put(Batch(ids, mask, video, fps=request.fps))
+    return Batch(ids, mask, video, fps=request.fps)
 
 
 def product_rate(size: int, dtype: jnp.dtype, repeats: int = 5) -> float:
@@ -129,21 +133,28 @@ def product_rate(size: int, dtype: jnp.dtype, repeats: int = 5) -> float:
     return 2 * size**3 * CHAIN / statistics.median(samples[1:]) / 1e12
 
 
-def run(config: Config, job: Job, options: argparse.Namespace, dtype: jnp.dtype) -> dict:
-    """Compile a step, take a few, and say what they took."""
+def run(
+    config: Config, job: Job, options: argparse.Namespace, dtype: jnp.dtype, mesh: Mesh | None
+) -> dict:
+    """Compile a step, take a few, and say what they took; on the ambient mesh, if there is one."""
     size = 128 if options.dry else PRODUCT
     rates = [product_rate(size, dtype)]
     request = bench.random_request(config, job)
-    frozen = random_towers(config, dtype, options.apart)
+    devices = 1 if mesh is None else mesh.size
+    examples = options.batch * sharding.num_shards(sharding.PROMPTS)
+    if mesh is not None:
+        meet(mesh)
+    frozen = random_towers(config, dtype, options.apart, mesh)
     adapter = lora.init(jax.random.key(0), config.transformer, rank=options.rank)
-    flops = {k: options.batch * v for k, v in step_flops(config, request, adapter).items()}
+    flops = {k: examples * v for k, v in step_flops(config, request, adapter).items()}
     optimizer = optax.adamw(1e-4)
     settings = TrainOptions(levels=NoiseLevels(shift=3.0), dtype=str(dtype))
     combine = partial(lora.attach, config=config.transformer)
     step = make_train_step(config.transformer, optimizer, settings, combine)
     state = init_state(adapter, optimizer, jax.random.key(1))
     del adapter
-    batch = make_batch(config, request, options.batch)
+    batch = make_batch(config, request, examples)
+    batch = jax.device_put(batch) if mesh is None else placement.place_batch(batch, mesh)
     start = time.perf_counter()
     program = step.lower(state, frozen, batch).compile()
     compiling = time.perf_counter() - start
@@ -151,26 +162,28 @@ def run(config: Config, job: Job, options: argparse.Namespace, dtype: jnp.dtype)
     samples = samples[WARM_UP:]
     lora.check_changes(state.params)
     rates.append(product_rate(size, dtype))
-    seconds, peak = statistics.median(samples), max(rates)
+    seconds, peak = statistics.median(samples), devices * max(rates)
     analysis = program.memory_analysis()
     video = math.prod(transformer.patch_grid(config.transformer, request.video_shape))
     executed = flops["useful"] + flops["again"]
     return {
-        "video_tokens": options.batch * video,
-        "text_tokens": options.batch * job.text_tokens,
+        "devices": devices,
+        "video_tokens": examples * video,
+        "text_tokens": examples * job.text_tokens,
         "adapter_values": sum(x.size for x in jax.tree.leaves(state.params)),
         "compile_seconds": compiling,
         "seconds": seconds,
         "samples": samples,
         "losses": losses,
-        "tokens_per_second": options.batch * video / seconds,
+        "tokens_per_second": examples * video / seconds,
         "tflop": {name: value / 1e12 for name, value in flops.items()},
         "tflops_per_second": flops["useful"] / seconds / 1e12,
         "tflops_per_second_remat_counted": executed / seconds / 1e12,
         "product_tflops_per_second": rates,
         "share_of_products": flops["useful"] / seconds / 1e12 / peak,
         "share_of_products_remat_counted": executed / seconds / 1e12 / peak,
-        "frozen_gib": sum(x.nbytes for x in jax.tree.leaves(frozen)) / GIB,
+        "frozen_gib": sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(frozen))
+        / GIB,
         "temporary_gib": analysis.temp_size_in_bytes / GIB,
         "peak_gib": device_peak_gib(),
     }
@@ -194,7 +207,8 @@ def take_steps(
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     dry.add_options(parser, "480p")
-    parser.add_argument("--batch", type=int, default=1, help="examples of a step")
+    parser.add_argument("--batch", type=int, default=1, help="examples of a step, for each of data")
+    parser.add_argument("--mesh", help="data=2, fsdp=2 and so on; one device if left out")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--apart", action="store_true", help="layers one by one, not in a scan")
     parser.add_argument("--repeats", type=int, default=7)
@@ -205,11 +219,13 @@ def main(arguments: list[str] | None = None) -> None:
     settings = {k: v for k, v in vars(options).items() if k != "out"}
     record = environment() | {"options": settings, "job": bench.describe(job)}
     record |= {"dtype": str(dtype), "model": "dry" if options.dry else "nano"}
-    record |= run(config, job, options, dtype)
+    mesh = make_mesh(parse_mesh(options.mesh)) if options.mesh else None
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        record |= run(config, job, options, dtype, mesh)
     print(
         f"{record['video_tokens']} tokens, rank {options.rank}: {record['seconds']:.3f} s a step, "
         f"{record['tflops_per_second']:.1f} TFLOP/s, {record['share_of_products']:.1%} of "
-        f"{max(record['product_tflops_per_second']):.1f}; with what is computed twice "
+        f"{record['devices']} x {max(record['product_tflops_per_second']):.1f}; with what is computed twice "
         f"{record['share_of_products_remat_counted']:.1%}; compiled in "
         f"{record['compile_seconds']:.1f} s, peak {record['peak_gib']} GiB"
     )

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import mesh_cases
 import numpy as np
 import pytest
+import training_mesh_cases
 from rounding import farthest
 from several_processes import check_two_make_the_video_of_one
 
@@ -18,6 +19,7 @@ from cosmos3_jax.config import Config
 from cosmos3_jax.models import transformer, video_vae
 from cosmos3_jax.parallel import sharding
 from cosmos3_jax.parallel.mesh import make_mesh, parse_mesh
+from cosmos3_jax.training.checkpoints import Checkpoints
 
 pytestmark = pytest.mark.gpu(count=2)
 
@@ -33,6 +35,8 @@ DRY = {
     "cfg=2": (1, 0, (2, 4, 4)), "seq=2": (1, 5, (2, 5, 6)), "fsdp=2": (1, 5, (2, 4, 4)),
     "data=2": (2, 0, (2, 4, 4)), "cfg=2,seq=2": (1, 5, (2, 5, 6)), "seq=4": (1, 5, (2, 5, 6)),
 }  # fmt: skip
+# Of two training steps against those of one device: losses, and Adam's moments.
+LOSSES, MOMENTS = 1e-6, 1e-5
 # Other orders of summation. `parallel/test_sharding.py` has the same programs on simulated devices.
 FLOAT32 = 1e-5
 
@@ -92,6 +96,39 @@ def test_several_devices_decode_and_encode_what_one_does(way, mesh, dry):
         return {"video": getattr(video_vae, way)(params, VAE, inputs, dtype=dtype)}
 
     agree(function, params, inputs.astype(np.float32), mesh)
+
+
+@pytest.fixture(scope="module")
+def trained_alone():
+    """What two training steps do on one device, in float32; of all weights, or of a LoRA."""
+    return {with_lora: training_mesh_cases.train(with_lora, 1)[1:3] for with_lora in (False, True)}
+
+
+@pytest.mark.parametrize("with_lora", [False, True], ids=["all weights", "LoRA"])
+@pytest.mark.parametrize("mesh", on(["data=2", "fsdp=2"]))
+def test_several_devices_train_as_one_does(mesh, with_lora, trained_alone, tmp_path, capsys):
+    """And what they save is read on one."""
+    alone, expected = trained_alone[with_lora]
+    sizes = parse_mesh(mesh)
+    placed = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
+    with jax.set_mesh(placed):
+        state, together, found, _ = training_mesh_cases.train(with_lora, 1, placed)
+    losses = max(
+        abs(ours["loss"] / theirs["loss"] - 1)
+        for ours, theirs in zip(found, expected, strict=True)
+    )
+    moments = max(training_mesh_cases.largest(together[x], alone[x]) for x in ("mu", "nu"))
+    with capsys.disabled():
+        print(f"\n{mesh}, LoRA {with_lora}: losses {losses:.1e}, moments {moments:.1e} apart")
+    assert losses <= LOSSES and moments <= MOMENTS
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state)
+        template = jax.tree.map(
+            lambda x: jax.device_put(jnp.zeros_like(x), jax.devices()[0]), state.params
+        )
+        restored = checkpoints.restore(state.replace(params=template))
+    for ours, theirs in zip(*map(jax.tree.leaves, (restored.params, state.params)), strict=True):
+        assert ours.devices() == {jax.devices()[0]} and np.array_equal(ours, theirs)
 
 
 def test_two_processes_make_the_video_of_one(run_command, dry):

@@ -128,20 +128,20 @@ def settings(**fields) -> str:
     "pattern", [r"(\w+)*!", 23 * "(.|l)" + "!", "a.*.*.*.*b", "a?" * 30 + "a" * 30, 2000 * "a"]
 )
 def test_patterns_that_are_searched_for_without_end(pattern):
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(CheckpointError, match="could be searched for without end: give names"):
         Settings.parse("here", settings(rank_pattern={pattern: 2}))
-    assert time.monotonic() - start < 1
+    assert time.process_time() - start < 3
 
 
 def test_patterns_that_end():
     """The slowest that are read, and more of them than Python keeps compiled."""
     patterns = {f"{i}.*.*.*!": 2 for i in range(1000)}
     found = Settings.parse("here", settings(rank_pattern=patterns))
-    start = time.monotonic()
+    start = time.process_time()
     for layer in range(5):
         assert found is not None and found.rank_of(f"layers.{layer}.self_attn.to_add_out") == 3
-    assert time.monotonic() - start < 3
+    assert time.process_time() - start < 3
     with pytest.raises(CheckpointError, match="has 4097 patterns, and 4096 is the limit"):
         Settings.parse("here", settings(rank_pattern={f"{i}": 2 for i in range(4097)}))
 

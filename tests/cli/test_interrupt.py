@@ -11,7 +11,7 @@ import pytest
 
 from cosmos3_jax.cli.interrupt import Interruption
 
-# A command that writes a file, and waits for a program that runs for a minute.
+# A command that writes a file, and waits for a program that does not end.
 CHILD = """
 import sys
 from pathlib import Path
@@ -20,7 +20,8 @@ from cosmos3_jax.cli import commands, main
 def wait(options):
     import jax
     from cosmos3_jax.checkpoint import publish
-    program = jax.jit(lambda x: jax.lax.fori_loop(0, 3 * 10**8, lambda _, x: jax.numpy.sin(x), x))
+    goes_on = lambda x: (x < 2).all()
+    program = jax.jit(lambda x: jax.lax.while_loop(goes_on, jax.numpy.sin, x))
     x = jax.numpy.ones(10)
     program.lower(x).compile()
     with publish.file(Path(folder) / "a.txt") as temporary:
@@ -57,8 +58,8 @@ def test_a_signal_ends_a_program_on_the_device(tmp_path):
             start = time.monotonic()
             process.send_signal(number)
             assert process.wait(30) == ENDED_BY[number]
-            # Measured: 0.6; three programs share the processor here.
-            assert time.monotonic() - start < 3
+            # Measured: 0.6; three programs and another test share the processor here.
+            assert time.monotonic() - start < 10
             assert process.stderr.read() == "cosmos3-jax: interrupted\n"
             assert not [*(tmp_path / number.name).iterdir()]
     finally:

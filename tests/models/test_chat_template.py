@@ -128,11 +128,11 @@ HOSTILE = {
 def test_hostile_templates_are_stopped(monkeypatch, name):
     monkeypatch.setattr(chat_template, "MOST_WORK", 2**17)
     monkeypatch.setattr(chat_template, "MOST_SECONDS", 0.3)
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(Exception) as raised:  # what `guard.parsing` makes one line of
         ChatTemplate(HOSTILE[name]).render(messages=MESSAGES)
     assert not isinstance(raised.value, MemoryError)
-    assert time.monotonic() - start < 3
+    assert time.process_time() - start < 3
 
 
 def test_the_clock_stops_what_each_step_makes_slow(monkeypatch):

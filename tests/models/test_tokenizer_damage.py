@@ -69,10 +69,10 @@ def test_tokenizers_that_cannot_be_used(folder, fields, message):
 def test_a_tokenizer_that_takes_too_long(folder, monkeypatch):
     monkeypatch.setattr(tokenizers, "MOST_SECONDS", 0.2)
     change(folder, **regex(r"[^\u2603]*[^\u2603]*(?=\d)"))
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(ConfigError, match="takes more than 0.2 seconds"):
         Tokenizer.from_folder(folder).encode_chat(700 * "a")
-    assert time.monotonic() - start < 3
+    assert time.process_time() - start < 3
 
 
 @pytest.mark.parametrize(
