@@ -3,6 +3,7 @@
 import functools
 import gc
 import os
+import signal
 
 import jax
 import mesh_cases
@@ -25,6 +26,9 @@ os.environ["XLA_FLAGS"] = f"{quick.FLAGS} {os.environ.get('XLA_FLAGS', '')}"
 
 # Where there is a GPU, torch and other processes need a share of it.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+# A shell that runs `make test &` has it ignore Ctrl-C, and so the commands that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # At these sizes torch's second thread only waits for the first, and takes the core from others.
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that are started

@@ -151,10 +151,23 @@ def loading(report, request):
     assert [found["rates"][name]["gib"] for name in loads] == pytest.approx([size, size])
 
 
+def on_devices(count: int, name: str, out: Path, *arguments: str) -> tuple[dict, str]:
+    """What a script writes in a dry run in a process of its own, on simulated devices, and says."""
+    script = str(BENCHMARKS / f"{name}.py")
+    command = [sys.executable, script, *arguments, "--dry", "--out", str(out)]
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    return json.loads(out.read_text("utf-8")), done.stdout
+
+
 def lora(report, request):
-    found = report("lora", "--repeats", "1")
-    assert found["model"] == "dry" and found["job"]["num_frames"] == 5
-    assert found["video_tokens"] == 3 * 2 * 3 and found["text_tokens"] == 300
+    """On two devices, each with an example."""
+    out = request.getfixturevalue("tmp_path") / "lora.json"
+    found, _ = on_devices(2, "lora", out, "--mesh", "data=2", "--repeats", "1")
+    assert found["model"] == "dry" and found["job"]["num_frames"] == 5 and found["devices"] == 2
+    assert found["video_tokens"] == 2 * 3 * 2 * 3 and found["text_tokens"] == 2 * 300
     assert len(found["samples"]) == 1 and len(found["losses"]) == 3 + 1
     named = ("samples", "losses", "tflop", "product_tflops_per_second", "frozen_gib")
     assert positive([found[name] for name in named])
@@ -186,17 +199,10 @@ def random_checkpoint(report, request):
 
 
 def scaling(report, request):
-    """What the programs send is what paper says, on devices that are simulated."""
+    """What the programs send is what paper says."""
     out = request.getfixturevalue("tmp_path") / "scaling.json"
-    command = [
-        sys.executable, str(BENCHMARKS / "scaling.py"), "--dry", "--steps", str(STEPS),
-        "--repeats", "1", "--meshes", ";".join(MESHES), "--out", str(out),
-    ]  # fmt: skip
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert not done.returncode, done.stderr
-    found = json.loads(out.read_text("utf-8"))
+    arguments = ("--steps", str(STEPS), "--repeats", "1", "--meshes", ";".join(MESHES))
+    found, _ = on_devices(4, "scaling", out, *arguments)
     assert found["options"]["model"] == "dry"
     runs = {key.removeprefix("16x24 "): run for key, run in found["runs"].items()}
     assert tuple(runs) == MESHES
@@ -225,9 +231,8 @@ def scaling(report, request):
     # What is there is not made again.
     del found["runs"]["16x24 one@3"]
     out.write_text(json.dumps(found), "utf-8")
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    again = json.loads(out.read_text("utf-8"))["runs"]
-    assert done.stdout.count("16x24") == 1 and again["16x24 one"] == found["runs"]["16x24 one"]
+    again, said = on_devices(4, "scaling", out, *arguments)
+    assert said.count("16x24") == 1 and again["runs"]["16x24 one"] == found["runs"]["16x24 one"]
 
 
 RUNS = {
