@@ -222,10 +222,11 @@ def main(arguments: list[str] | None = None) -> None:
     mesh = make_mesh(parse_mesh(options.mesh)) if options.mesh else None
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         record |= run(config, job, options, dtype, mesh)
+    rate = max(record["product_tflops_per_second"])
     print(
         f"{record['video_tokens']} tokens, rank {options.rank}: {record['seconds']:.3f} s a step, "
         f"{record['tflops_per_second']:.1f} TFLOP/s, {record['share_of_products']:.1%} of "
-        f"{record['devices']} x {max(record['product_tflops_per_second']):.1f}; with what is computed twice "
+        f"{record['devices']} x {rate:.1f}; with what is computed twice "
         f"{record['share_of_products_remat_counted']:.1%}; compiled in "
         f"{record['compile_seconds']:.1f} s, peak {record['peak_gib']} GiB"
     )

@@ -114,8 +114,7 @@ def test_several_devices_train_as_one_does(mesh, with_lora, trained_alone, tmp_p
     with jax.set_mesh(placed):
         state, together, found, _ = training_mesh_cases.train(with_lora, 1, placed)
     losses = max(
-        abs(ours["loss"] / theirs["loss"] - 1)
-        for ours, theirs in zip(found, expected, strict=True)
+        abs(ours["loss"] / theirs["loss"] - 1) for ours, theirs in zip(found, expected, strict=True)
     )
     moments = max(training_mesh_cases.largest(together[x], alone[x]) for x in ("mu", "nu"))
     with capsys.disabled():
