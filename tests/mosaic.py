@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-TIMEOUT = 3  # seconds of a wait
+TIMEOUT = 60  # seconds of a wait
 _here = threading.local()  # `axes`: a thread's place in the grid; `scope`: its block's allocations
 
 
