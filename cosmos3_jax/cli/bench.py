@@ -1,5 +1,5 @@
-"""`cosmos3-jax bench`: time, memory and rate of each stage of a generation, compiled anew and
-measured warm, on random inputs.
+"""`cosmos3-jax bench`: time, energy, memory and rate of each stage of a generation, compiled anew
+and measured warm, on random inputs.
 """
 
 import math

@@ -188,7 +188,7 @@ def _parser(recorded: dict[str, Any]) -> argparse.ArgumentParser:
         ("generate", _add_generate, "turn a prompt into a video or an image"),
         ("convert", _add_convert, "write a checkpoint in the converted layout"),
         ("info", _add_info, "what a checkpoint is, its settings, and the memory of a generation"),
-        ("bench", _add_bench, "time and memory of each stage of a generation"),
+        ("bench", _add_bench, "time, energy and memory of each stage of a generation"),
     ):
         command = commands.add_parser(
             name,
