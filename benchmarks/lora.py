@@ -10,7 +10,6 @@ runs.
 """
 
 import argparse
-import contextlib
 import json
 import math
 import statistics
@@ -89,7 +88,7 @@ def products_of_a_layer(model: TransformerConfig) -> float:
     return 2 * model.hidden_size * (attention + 3 * model.intermediate_size)
 
 
-def random_towers(config: Config, dtype: jnp.dtype, apart: bool, mesh: Mesh | None) -> dict:
+def random_towers(config: Config, dtype: jnp.dtype, apart: bool, mesh: Mesh) -> dict:
     """Both towers as training holds them: layers stacked, unless they are to be `apart`."""
     params = random_params(config, dtype, mesh)
     towers = {name: params[name] for name in ("und", "gen")}
@@ -134,16 +133,15 @@ def product_rate(size: int, dtype: jnp.dtype, repeats: int = 5) -> float:
 
 
 def run(
-    config: Config, job: Job, options: argparse.Namespace, dtype: jnp.dtype, mesh: Mesh | None
+    config: Config, job: Job, options: argparse.Namespace, dtype: jnp.dtype, mesh: Mesh
 ) -> dict:
-    """Compile a step, take a few, and say what they took; on the ambient mesh, if there is one."""
+    """Compile a step, take a few, and say what they took; on the mesh, which is the ambient one."""
+    request = bench.random_request(config, job)
+    examples = options.batch * sharding.num_shards(sharding.PROMPTS)
+    batch = placement.place_batch(make_batch(config, request, examples), mesh)
     size = 128 if options.dry else PRODUCT
     rates = [product_rate(size, dtype)]
-    request = bench.random_request(config, job)
-    devices = 1 if mesh is None else mesh.size
-    examples = options.batch * sharding.num_shards(sharding.PROMPTS)
-    if mesh is not None:
-        meet(mesh)
+    meet(mesh)
     frozen = random_towers(config, dtype, options.apart, mesh)
     adapter = lora.init(jax.random.key(0), config.transformer, rank=options.rank)
     flops = {k: examples * v for k, v in step_flops(config, request, adapter).items()}
@@ -153,8 +151,6 @@ def run(
     step = make_train_step(config.transformer, optimizer, settings, combine)
     state = init_state(adapter, optimizer, jax.random.key(1))
     del adapter
-    batch = make_batch(config, request, examples)
-    batch = jax.device_put(batch) if mesh is None else placement.place_batch(batch, mesh)
     start = time.perf_counter()
     program = step.lower(state, frozen, batch).compile()
     compiling = time.perf_counter() - start
@@ -162,12 +158,12 @@ def run(
     samples = samples[WARM_UP:]
     lora.check_changes(state.params)
     rates.append(product_rate(size, dtype))
-    seconds, peak = statistics.median(samples), devices * max(rates)
+    seconds, peak = statistics.median(samples), mesh.size * max(rates)
     analysis = program.memory_analysis()
     video = math.prod(transformer.patch_grid(config.transformer, request.video_shape))
     executed = flops["useful"] + flops["again"]
     return {
-        "devices": devices,
+        "devices": mesh.size,
         "video_tokens": examples * video,
         "text_tokens": examples * job.text_tokens,
         "adapter_values": sum(x.size for x in jax.tree.leaves(state.params)),
@@ -207,8 +203,8 @@ def take_steps(
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     dry.add_options(parser, "480p")
-    parser.add_argument("--batch", type=int, default=1, help="examples of a step, for each of data")
-    parser.add_argument("--mesh", help="data=2, fsdp=2 and so on; one device if left out")
+    parser.add_argument("--batch", type=int, default=1, help="examples; data=N takes N times them")
+    parser.add_argument("--mesh", default="data=1", help="such as data=2 or fsdp=2")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--apart", action="store_true", help="layers one by one, not in a scan")
     parser.add_argument("--repeats", type=int, default=7)
@@ -219,8 +215,8 @@ def main(arguments: list[str] | None = None) -> None:
     settings = {k: v for k, v in vars(options).items() if k != "out"}
     record = environment() | {"options": settings, "job": bench.describe(job)}
     record |= {"dtype": str(dtype), "model": "dry" if options.dry else "nano"}
-    mesh = make_mesh(parse_mesh(options.mesh)) if options.mesh else None
-    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+    mesh = make_mesh(parse_mesh(options.mesh))
+    with jax.set_mesh(mesh):
         record |= run(config, job, options, dtype, mesh)
     rate = max(record["product_tflops_per_second"])
     print(
