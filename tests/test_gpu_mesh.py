@@ -35,8 +35,10 @@ DRY = {
     "cfg=2": (1, 0, (2, 4, 4)), "seq=2": (1, 5, (2, 5, 6)), "fsdp=2": (1, 5, (2, 4, 4)),
     "data=2": (2, 0, (2, 4, 4)), "cfg=2,seq=2": (1, 5, (2, 5, 6)), "seq=4": (1, 5, (2, 5, 6)),
 }  # fmt: skip
-# Of two training steps against those of one device: losses, and Adam's moments.
+# Of two training steps against those of one device: losses, and Adam's moments. On a CPU they may
+# differ as in `training/test_training_mesh.py`, which measures what rounding makes of them.
 LOSSES, MOMENTS = 1e-6, 1e-5
+DRY_LOSSES, DRY_MOMENTS = 3e-6, 2e-5
 # Other orders of summation. `parallel/test_sharding.py` has the same programs on simulated devices.
 FLOAT32 = 1e-5
 
@@ -106,7 +108,7 @@ def trained_alone():
 
 @pytest.mark.parametrize("with_lora", [False, True], ids=["all weights", "LoRA"])
 @pytest.mark.parametrize("mesh", on(["data=2", "fsdp=2"]))
-def test_several_devices_train_as_one_does(mesh, with_lora, trained_alone, tmp_path, capsys):
+def test_several_devices_train_as_one_does(mesh, with_lora, trained_alone, tmp_path, capsys, dry):
     """And what they save is read on one."""
     alone, expected = trained_alone[with_lora]
     sizes = parse_mesh(mesh)
@@ -119,7 +121,8 @@ def test_several_devices_train_as_one_does(mesh, with_lora, trained_alone, tmp_p
     moments = max(training_mesh_cases.largest(together[x], alone[x]) for x in ("mu", "nu"))
     with capsys.disabled():
         print(f"\n{mesh}, LoRA {with_lora}: losses {losses:.1e}, moments {moments:.1e} apart")
-    assert losses <= LOSSES and moments <= MOMENTS
+    assert losses <= (DRY_LOSSES if dry else LOSSES)
+    assert moments <= (DRY_MOMENTS if dry else MOMENTS)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(state)
         template = jax.tree.map(
