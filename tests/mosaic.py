@@ -1,9 +1,9 @@
 """Runs a kernel written for Hopper GPUs on a CPU: its own code, a thread for each warpgroup.
 
-`on_cpu` puts stand-ins for Pallas's names into the kernel's module. Memory is NumPy's, products are
-float32, and barriers are real ones: a wait that no arrival ends is an error, and so is a warpgroup
-that a barrier has left a phase behind. Copies and products are done when they are asked for, so a
-wait that is missing behind one of them is not seen.
+`on_cpu` puts stand-ins for Pallas's names into the kernel's module. Memory is NumPy's, and products
+are float32. Barriers are real ones: a wait that no arrival ends is an error, and so is a wait for a
+phase that is not the last one. Copies and products are done when they are asked for: a missing wait
+for one of them is not seen. Layouts, and the room in shared memory, are not looked at either.
 
 JAX's interpreter (0.10) knows neither products of registers nor accumulators that are written to.
 """
