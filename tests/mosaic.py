@@ -130,9 +130,18 @@ def _copy_out(source: Ref, target: Ref) -> None:
     target[...] = source.read()
 
 
+def _load(ref: Ref, index: tuple, layout: Any, optimized: bool = True) -> jax.Array:
+    assert index == (), index
+    return ref[...]
+
+
 def _run_scoped(function: Callable, *makers: Any, collective_axes: Any = None) -> Any:
-    made = _here.scope.together(makers) if collective_axes else jax.tree.map(lambda m: m(), makers)
+    made = _here.scope.together(makers) if collective_axes else _made(makers)
     return function(*made)
+
+
+def _made(makers: Any) -> Any:
+    return jax.tree.map(lambda maker: maker(), makers)
 
 
 class _Scope:
@@ -143,7 +152,7 @@ class _Scope:
 
     def together(self, makers: Any) -> Any:
         with self.lock:
-            self.made = self.made or jax.tree.map(lambda maker: maker(), makers)
+            self.made = self.made or _made(makers)
         self.meeting.wait(TIMEOUT)
         return self.made
 
@@ -201,13 +210,14 @@ MOSAIC = SimpleNamespace(
     SwizzleTransform=_nothing, TilingTransform=_nothing, kernel=_kernel,
     barrier_arrive=Barrier.arrive, barrier_wait=Barrier.wait,
     broadcasted_iota=lambda dtype, shape, axis, layout: lax.broadcasted_iota(dtype, shape, axis),
-    commit_smem=_nothing, copy_gmem_to_smem=_copy_in, copy_smem_to_gmem=_copy_out,
+    commit_smem=_nothing, load=_load, copy_gmem_to_smem=_copy_in, copy_smem_to_gmem=_copy_out,
     layout_cast=lambda x, layout: x, set_max_registers=_nothing, wait_smem_to_gmem=_nothing,
     wgmma=_wgmma, wgmma_accumulator_load=lambda accumulator, wait_n: accumulator[...],
 )  # fmt: skip
 LAX = SimpleNamespace(
     axis_index=lambda name: jnp.int32(_here.axes[name]), broadcast_in_dim=lax.broadcast_in_dim,
     div=lax.div, fori_loop=_fori_loop, optimization_barrier=lambda x: x, rem=lax.rem,
+    rsqrt=lax.rsqrt,
 )  # fmt: skip
 
 

@@ -12,9 +12,12 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax import Array
 
 from cosmos3_jax.models import flash_attention
+from cosmos3_jax.models.layers import rms_norm
+from cosmos3_jax.models.rope import Rope, apply_rope
 from cosmos3_jax.parallel import sharding
 from cosmos3_jax.parallel.device import AnyDevice, default_device
 
@@ -23,8 +26,42 @@ MAX_LOGIT_BYTES = 16 * 2**30
 Text = tuple[Array, Array, Array]  # keys and values [B, T', K, H], and int32 [B]: how many are real
 
 
+class RawHeads(struct.PyTreeNode):
+    """Queries as they leave their product, still to be normed and rotated: by the kernel that reads
+    them, if it can, which saves writing them down twice.
+
+    Attributes:
+        product: [B, S, >= heads, H], the queries first.
+        scale: [B, H], of their norm, in the dtype of the computation.
+        table: of their rotation.
+        heads: how many are queries.
+        epsilon: of the norm.
+    """
+
+    product: Array
+    scale: Array
+    table: Rope
+    heads: int = struct.field(pytree_node=False)
+    epsilon: float = struct.field(pytree_node=False)
+
+    def turned(self) -> Array:
+        """Normed and rotated [B, S, heads, H]."""
+        scale = self.scale[:, None, None]
+        normed = rms_norm(self.product[:, :, : self.heads], scale, self.epsilon)
+        return apply_rope(normed, self.table)
+
+    def turn(self) -> flash_attention.Turn:
+        """For the kernel."""
+        table = jnp.concatenate(self.table, axis=-1).astype(self.product.dtype)
+        return flash_attention.Turn(self.scale, table, self.epsilon, self.heads)
+
+
+def _turned(query: Array | RawHeads) -> Array:
+    return query.turned() if isinstance(query, RawHeads) else query
+
+
 def attention(
-    query: Array,
+    query: Array | RawHeads,
     key: Array,
     value: Array,
     *,
@@ -36,7 +73,7 @@ def attention(
     """Scaled dot-product attention with grouped key/value heads; scale H^-1/2, softmax in float32.
 
     Args:
-        query: [B, S, N, H].
+        query: [B, S, N, H], or what becomes of it; not where a mesh divides heads.
         key, value: [B, T, K, H]; query head i reads key head i // (N / K).
         text: further keys and values, padded on the right, and how many of them are real.
         causal: whether query i reads keys 0..i only; without `text`.
@@ -58,15 +95,19 @@ def attention(
     return sharding.over_heads(attend, query, key, value, *(text or ()), batch=batch)
 
 
-def _attention(query: Array, key: Array, value: Array, text: Text | None, causal: bool) -> Array:
+def _attention(
+    query: Array | RawHeads, key: Array, value: Array, text: Text | None, causal: bool
+) -> Array:
     """By the best kernel for arrays of one device, the default one."""
     length, device = None, default_device()
     if text is not None:
-        obstacle = flash_attention.obstacle(query, key, device)
+        raw = query.product if isinstance(query, RawHeads) else query
+        obstacle = flash_attention.obstacle(raw, key, device)
         length = key.shape[1] + text[2]
         key, value = (jnp.concatenate(pair, axis=1) for pair in ((key, text[0]), (value, text[1])))
         if obstacle is None:
             return _fused_attention(True, False, query, key, value, length)
+    query = _turned(query)
     obstacle = fused_obstacle(query.dtype, query.shape[-1], device)
     if obstacle is None:
         return _fused_attention(False, causal, query, key, value, length)
@@ -137,16 +178,28 @@ cudnn_attention = partial(_library_attention, implementation="cudnn")
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _fused_attention(
-    flash: bool, causal: bool, query: Array, key: Array, value: Array, length: Array | None
+    flash: bool,
+    causal: bool,
+    query: Array | RawHeads,
+    key: Array,
+    value: Array,
+    length: Array | None,
 ) -> Array:
     """By a kernel that holds few logits at a time: our own, or cuDNN's."""
+    if flash and isinstance(query, RawHeads):
+        return flash_attention.flash_attention(query.product, key, value, length, query.turn())
     if flash:
         return flash_attention.flash_attention(query, key, value, length)
     return cudnn_attention(query, key, value, length, causal)
 
 
 def _fused_forward(
-    flash: bool, causal: bool, query: Array, key: Array, value: Array, length: Array | None
+    flash: bool,
+    causal: bool,
+    query: Array | RawHeads,
+    key: Array,
+    value: Array,
+    length: Array | None,
 ) -> tuple[Array, Callable]:
     """cuDNN's, whatever runs without a derivative: its backward pass starts from its own result and
     log-sum-exps, and for any others it would have to run its forward pass again.
@@ -157,7 +210,8 @@ def _fused_forward(
     if length is None and key.shape[1] % 2:
         length = jnp.full(key.shape[0], key.shape[1], jnp.int32)
 
-    def padded(query: Array, key: Array, value: Array) -> Array:
+    def padded(query: Array | RawHeads, key: Array, value: Array) -> Array:
+        query = _turned(query)
         mixed = cudnn_attention(_even(query), _even(key), _even(value), length, causal)
         return mixed[:, : query.shape[1]]
 

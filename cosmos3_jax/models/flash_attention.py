@@ -5,13 +5,15 @@ each, and a third does nothing but copy keys and values ahead of them. Within a 
 product of the scores of one key block and that of the values of the block before are in flight
 together, and the second runs on under the softmax of the first. Only the last key block is masked:
 neither text padding nor a number of keys that is no multiple of a block costs anything, as both do
-in cuDNN's kernel.
+in cuDNN's kernel. Queries may come as they leave their product: each is read by one block alone,
+which norms and rotates it first.
 
 Axes: B batch, S queries, T keys, N query heads, K key/value heads, H head dimension.
 """
 
 import math
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,56 +51,84 @@ def obstacle(query: Array, key: Array, device: AnyDevice) -> str | None:
     return None
 
 
-@jax.custom_batching.custom_vmap
-def flash_attention(query: Array, key: Array, value: Array, length: Array) -> Array:
+class Turn(NamedTuple):
+    """What norms (`layers.rms_norm`) and rotates (`rope.apply_rope`) queries, in their dtype.
+
+    Attributes:
+        scale: [B, H], the norm's.
+        table: [B, S, H], cosines and sines of the rotation side by side.
+        epsilon: the norm's.
+        heads: how many of the query's heads are queries; what follows them is not read.
+    """
+
+    scale: Array
+    table: Array
+    epsilon: float
+    heads: int
+
+
+def flash_attention(
+    query: Array, key: Array, value: Array, length: Array, turn: Turn | None = None
+) -> Array:
     """Scaled dot-product attention over the first `length` keys; scale H^-1/2, softmax in float32.
 
     Args:
-        query: [B, S, N, 128] in bfloat16 or float16.
+        query: [B, S, N, 128] in bfloat16 or float16; with a `turn`, of more heads than N.
         key, value: [B, T, K, 128]; query head i reads key head i // (N / K). What stands behind
             `length` must be finite.
         length: int32 [B], from `KEY_BLOCK` to T.
+        turn: what queries still need; None for nothing.
 
     Returns:
         [B, S, N, 128] in the query's dtype. It has no derivative of its own.
     """
-    queries = query.shape[1]
-    query, key, value = (_pad_to_tile(x) for x in (query, key, value))
-    return run_tiles(query, key, value, length)[:, :queries]
+    fixed = {} if turn is None else {"epsilon": turn.epsilon, "heads": turn.heads}
+
+    @jax.custom_batching.custom_vmap
+    def attend(*arrays: Array) -> Array:
+        return run_tiles(*arrays, **fixed)
+
+    @attend.def_vmap
+    def fold_into_batch(size: int, is_batched: list[bool], *arrays: Array) -> tuple[Array, bool]:
+        """vmap is more batch."""
+
+        def fold(x: Array, batched: bool) -> Array:
+            x = x if batched else jnp.broadcast_to(x, (size, *x.shape))
+            return x.reshape(-1, *x.shape[2:])
+
+        out = attend(*map(fold, arrays, is_batched))
+        return out.reshape(size, -1, *out.shape[1:]), True
+
+    arrays = [_pad_to_tile(x) for x in (query, key, value)]
+    turning = () if turn is None else (turn.scale, _pad_to_tile(turn.table))
+    return attend(*arrays, length, *turning)[:, : query.shape[1]]
 
 
-@jax.jit
-def run_tiles(query: Array, key: Array, value: Array, length: Array) -> Array:
+@partial(jax.jit, static_argnames=("epsilon", "heads"))
+def run_tiles(
+    query: Array, key: Array, value: Array, length: Array, *turning: Array,
+    epsilon: float = 0.0, heads: int | None = None,
+) -> Array:  # fmt: skip
     """The kernel for whole tiles: one in a program, however many layers call it.
 
     JAX 0.11 numbers the kernels that a process lowers, and the number is part of the compilation
     cache's key. A program is found there by a process that lowered as many kernels before.
     """
-    batch, queries, heads, _ = query.shape
+    batch, queries, heads_there, _ = query.shape
+    heads = heads or heads_there
+    shape = (batch, queries, heads, HEAD_DIM)
     kernel = plgpu.kernel(
-        partial(_allocate, heads_per_key=heads // key.shape[2]),
-        out_type=jax.ShapeDtypeStruct(query.shape, query.dtype),
+        partial(_allocate, heads_per_key=heads // key.shape[2], epsilon=epsilon),
+        out_type=jax.ShapeDtypeStruct(shape, query.dtype),
         # Blocks that run together share a head, and find its keys and values in the L2 cache.
         grid=(batch, heads, pl.cdiv(queries, COMPUTE_WARPGROUPS * WARPGROUP_ROWS)),
         grid_names=("batch", "head", "tile"),
         num_threads=COMPUTE_WARPGROUPS + 1,
         thread_name="warpgroup",
-        kernel_name="flash_attention_" + "x".join(map(str, (*query.shape, *key.shape[1:3]))),
+        kernel_name="flash_attention_" + "x".join(map(str, (*shape, *key.shape[1:3]))),
         compiler_params=plgpu.CompilerParams(approx_math=True),  # exp2 of the GPU, 2 ulp
     )
-    return kernel(query, key, value, length)
-
-
-@flash_attention.def_vmap
-def _fold_into_batch(size: int, is_batched: list[bool], *arrays: Array) -> tuple[Array, bool]:
-    """vmap is more batch."""
-
-    def fold(x: Array, batched: bool) -> Array:
-        x = x if batched else jnp.broadcast_to(x, (size, *x.shape))
-        return x.reshape(-1, *x.shape[2:])
-
-    out = flash_attention(*map(fold, arrays, is_batched))
-    return out.reshape(size, -1, *out.shape[1:]), True
+    return kernel(query, key, value, length, *turning)
 
 
 def _pad_to_tile(x: Array) -> Array:
@@ -106,21 +136,22 @@ def _pad_to_tile(x: Array) -> Array:
 
     Nothing else need be whole: it reads zeros behind the end of an array and writes nothing there.
     """
-    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0)])
+    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % 8), *[(0, 0)] * (x.ndim - 2)])
 
 
-def _allocate(query, key, value, length, out, *, heads_per_key: int) -> None:
+def _allocate(query, key, value, length, *others, heads_per_key: int, epsilon: float) -> None:
     """Shared memory and barriers of one block, then its warpgroups' work."""
+    *turning, out = others
     transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
     def shared(count: int, rows: int):
         return plgpu.SMEM((count, rows, HEAD_DIM), query.dtype, transforms=transforms)
 
-    tile_ready = plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS)
+    tile_ready = plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS, num_arrivals=1 + bool(turning))
     ready = plgpu.Barrier(num_barriers=SLOTS)  # by the copy engine
     free = plgpu.Barrier(num_barriers=SLOTS, num_arrivals=COMPUTE_WARPGROUPS)
 
-    def run(tiles, keys, values):
+    def run(tiles, tables, keys, values):
         index = lax.axis_index("warpgroup")
         count = length[lax.axis_index("batch")]
 
@@ -128,7 +159,15 @@ def _allocate(query, key, value, length, out, *, heads_per_key: int) -> None:
         def _():
             plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
             tile, ready = (x.at[index] for x in tiles)
-            _attend(query, out, tile, ready, keys, values, count)
+            rows = _rows(lax.axis_index("warpgroup"))
+            plgpu.copy_gmem_to_smem(query.at[rows], tile, ready)
+            if turning:
+                scale, table = turning
+                plgpu.copy_gmem_to_smem(table.at[rows[:2]], tables.at[index], ready)
+            plgpu.barrier_wait(ready)
+            if turning:
+                _turn(tile, tables.at[index], scale.at[rows[0]], epsilon)
+            _attend(out.at[rows], tile, keys, values, count)
 
         @pl.when(index == COMPUTE_WARPGROUPS)
         def _():
@@ -138,6 +177,7 @@ def _allocate(query, key, value, length, out, *, heads_per_key: int) -> None:
     pl.run_scoped(
         run,
         (shared(COMPUTE_WARPGROUPS, WARPGROUP_ROWS), tile_ready),
+        shared(COMPUTE_WARPGROUPS, WARPGROUP_ROWS) if turning else None,
         (shared(SLOTS, KEY_BLOCK), ready, free),
         (shared(SLOTS, KEY_BLOCK), ready, free),
         collective_axes="warpgroup",
@@ -161,17 +201,40 @@ def _copy_ahead(key, value, keys, values, count: Array, heads_per_key: int) -> N
     lax.fori_loop(SLOTS, steps, lambda i, _: fill(i, _, True), None)
 
 
-def _attend(query, out, tile, tile_ready, keys, values, count: Array) -> None:
-    """One warpgroup: 64 queries over all key blocks, in their order."""
+def _rows(warpgroup: Array) -> tuple:
+    """Which queries are a warpgroup's."""
+    tile = lax.axis_index("tile") * COMPUTE_WARPGROUPS + warpgroup
+    rows = pl.ds(tile * WARPGROUP_ROWS, WARPGROUP_ROWS)
+    return lax.axis_index("batch"), rows, lax.axis_index("head")
+
+
+def _turn(tile, table, scale, epsilon: float) -> None:
+    """Norm and rotate a warpgroup's queries where they lie: as `layers.rms_norm` and
+    `rope.apply_rope` do, but for the rotation's products, which are summed in float32.
+    """
+    half = HEAD_DIM // 2
+    shape, halves = (WARPGROUP_ROWS, half), (pl.ds(0, half), pl.ds(half, half))
+
+    def load(ref) -> list[Array]:
+        return [plgpu.load(ref.at[:, x], (), layout=_LAYOUT).astype(jnp.float32) for x in halves]
+
+    query = load(tile)
+    square = sum(x * x for x in query).sum(axis=1)
+    rms = lax.broadcast_in_dim(lax.rsqrt(square / HEAD_DIM + epsilon), shape, [0])
+    normed = []
+    for x, part in zip(query, halves, strict=True):
+        scales = plgpu.load(scale.at[part], (), layout=_LAYOUT.reduce(0), optimized=False)
+        x = (x * rms).astype(tile.dtype) * lax.broadcast_in_dim(scales, shape, [1])
+        normed.append(x.astype(jnp.float32))
+    (first, second), (cos, sin) = normed, load(table)
+    tile.at[:, halves[0]][...] = (first * cos - second * sin).astype(tile.dtype)
+    tile.at[:, halves[1]][...] = (second * cos + first * sin).astype(tile.dtype)
+    plgpu.commit_smem()
+
+
+def _attend(out, tile, keys, values, count: Array) -> None:
+    """One warpgroup: its 64 queries over all key blocks, in their order."""
     (keys, key_ready, key_free), (values, value_ready, value_free) = keys, values
-    warpgroup = lax.axis_index("tile") * COMPUTE_WARPGROUPS + lax.axis_index("warpgroup")
-    rows = (
-        lax.axis_index("batch"),
-        pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS),
-        lax.axis_index("head"),
-    )
-    plgpu.copy_gmem_to_smem(query.at[rows], tile, tile_ready)
-    plgpu.barrier_wait(tile_ready)
 
     def first_scores(scores):
         plgpu.barrier_wait(key_ready.at[0])
@@ -185,7 +248,7 @@ def _attend(query, out, tile, tile_ready, keys, values, count: Array) -> None:
         start = (plgpu.layout_cast(x, _LAYOUT.reduce(1)) for x in start)
         probabilities, maximum, total, _ = _softmax(scores, *start)
         mixed = plgpu.layout_cast(jnp.zeros(_MIXED), _LAYOUT)
-        return mixed, probabilities.astype(query.dtype), maximum, total
+        return mixed, probabilities.astype(tile.dtype), maximum, total
 
     def block(step, carry, last: bool):
         mixed, probabilities, maximum, total = carry
@@ -212,7 +275,7 @@ def _attend(query, out, tile, tile_ready, keys, values, count: Array) -> None:
             )
             plgpu.barrier_arrive(value_free.at[before])
             new_mixed *= lax.broadcast_in_dim(decay, _MIXED, [0])
-            return new_mixed, new_probabilities.astype(query.dtype), new_maximum, new_total
+            return new_mixed, new_probabilities.astype(tile.dtype), new_maximum, new_total
 
         return pl.run_scoped(
             products, plgpu.ACC(_SCORES, jnp.float32), plgpu.ACC(_MIXED, jnp.float32)
@@ -231,9 +294,9 @@ def _attend(query, out, tile, tile_ready, keys, values, count: Array) -> None:
         return mixed_ref[...]
 
     mixed = pl.run_scoped(last_values, plgpu.ACC(_MIXED, jnp.float32))
-    tile[...] = (mixed * lax.broadcast_in_dim(1 / total, _MIXED, [0])).astype(query.dtype)
+    tile[...] = (mixed * lax.broadcast_in_dim(1 / total, _MIXED, [0])).astype(tile.dtype)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(tile, out.at[rows])
+    plgpu.copy_smem_to_gmem(tile, out)
     plgpu.wait_smem_to_gmem(0)
 
 

@@ -77,8 +77,29 @@ def over_last(vector: Array, x: Array) -> Array:
     return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
 
 
+def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
+    """x / rms(x) over the last axis in float32, rounded to the dtype of `scale`, times it (Zhang &
+    Sennrich, 2019). The scale has as many axes as x.
+    """
+    x = x.astype(jnp.float32)
+    x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + epsilon)
+    return x.astype(scale.dtype) * scale
+
+
+class Scale(nn.Module):
+    """The learned scale of `rms_norm` over this many features."""
+
+    features: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self) -> Array:
+        scale = self.param("scale", nn.initializers.ones, (self.features,))
+        return scale.astype(self.dtype)
+
+
 class RMSNorm(nn.Module):
-    """x / rms(x) in float32, rounded to `dtype`, times a learned scale (Zhang & Sennrich, 2019)."""
+    """`rms_norm` with a learned scale, in `dtype`."""
 
     epsilon: float
     dtype: jnp.dtype
@@ -86,9 +107,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        x = x.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
-        return x.astype(self.dtype) * over_last(scale.astype(self.dtype), x)
+        return rms_norm(x, over_last(scale.astype(self.dtype), x), self.epsilon)
 
 
 class SwiGLU(nn.Module):

@@ -20,9 +20,10 @@ from jax.typing import ArrayLike
 
 from cosmos3_jax.config import TransformerConfig
 from cosmos3_jax.models import rope
-from cosmos3_jax.models.attention import attention, keeps_attention
+from cosmos3_jax.models.attention import RawHeads, attention, keeps_attention
 from cosmos3_jax.models.layers import (
     RMSNorm,
+    Scale,
     SwiGLU,
     TimestepEmbedding,
     dense,
@@ -31,7 +32,7 @@ from cosmos3_jax.models.layers import (
 )
 from cosmos3_jax.models.patches import patch_grid, patchify, unpatchify
 from cosmos3_jax.parallel import sharding
-from cosmos3_jax.parallel.sharding import BRANCHES, HEADS, PROMPTS, TOKENS, constrain
+from cosmos3_jax.parallel.sharding import BRANCHES, HEADS, PROMPTS, TOKENS, constrain, num_shards
 
 # Arrays of all modalities: normalised latents, or anything of their shape (noise, velocity, a
 # prediction of the clean latents). `video` is [B, t, h, w, C], `sound`, where there is any,
@@ -87,16 +88,18 @@ class Attention(nn.Module):
     ):
         config = self.config
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        qkv = dense((heads + 2 * kv_heads, config.head_dim), self.dtype, "qkv")(x)
-        query, key, value = jnp.split(qkv, [heads, heads + kv_heads], axis=2)
-        query = rope.apply_rope(
-            RMSNorm(config.rms_norm_eps, self.dtype, name="q_norm")(query), table
-        )
-        key = rope.apply_rope(RMSNorm(config.rms_norm_eps, self.dtype, name="k_norm")(key), table)
         batch = PROMPTS if text is None else BRANCHES
-        query, key, value = (
-            constrain(tokens, batch, TOKENS, None, None) for tokens in (query, key, value)
-        )
+        qkv = dense((heads + 2 * kv_heads, config.head_dim), self.dtype, "qkv")(x)
+        scale = Scale(config.head_dim, self.dtype, name="q_norm")()
+        query = RawHeads(
+            qkv, jnp.broadcast_to(scale, (len(x), config.head_dim)), table, heads,
+            config.rms_norm_eps,
+        )  # fmt: skip
+        key, value = jnp.split(qkv[:, :, heads:], 2, axis=2)
+        key = rope.apply_rope(RMSNorm(config.rms_norm_eps, self.dtype, name="k_norm")(key), table)
+        key, value = (constrain(x, batch, TOKENS, None, None) for x in (key, value))
+        if text is None or num_shards(HEADS) > 1:  # else the media tower's kernel may do it
+            query = constrain(query.turned(), batch, TOKENS, None, None)
         if text is None:
             mixed = attention(query, key, value, causal=True)
         else:

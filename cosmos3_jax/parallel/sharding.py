@@ -17,6 +17,7 @@ picture, see `rows`.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -162,14 +163,15 @@ def pad_tokens(x: Array) -> Array:
     return jnp.pad(x, [(0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)]) if missing else x
 
 
-def over_heads(function: Callable, *arrays: Array | None, batch: tuple[str, ...]) -> Array:
+def over_heads(function: Callable, *arrays: Any, batch: tuple[str, ...]) -> Array:
     """`function` of the arrays, each device on its own examples and heads; nothing moves inside.
 
     Kernels that XLA cannot divide, it need not.
 
     Args:
-        function: from arrays like these to one of the first's shape.
-        arrays: [B, S, heads, H], or [B], or None.
+        function: from arrays like these to [B, S, heads, H].
+        arrays: [B, S, heads, H], or of another number of axes, of which the first is B; or trees of
+            such.
         batch: what divides their examples.
 
     Raises:
@@ -177,17 +179,15 @@ def over_heads(function: Callable, *arrays: Array | None, batch: tuple[str, ...]
     """
     if not mesh_sizes():
         return function(*arrays)
-    for x in arrays:
-        if x is not None and x.ndim == 4:
+    leaves = jax.tree.leaves(arrays)
+    for x in leaves:
+        if x.ndim == 4:
             check_heads(x.shape[2], mesh_sizes())
-    batch_axes = batch if arrays[0].shape[0] % num_shards(batch) == 0 else None
-    specs = [
-        None if x is None else spec(batch_axes) if x.ndim == 1 else spec(batch_axes, None, HEADS)
-        for x in arrays
-    ]
+    batch_axes = batch if len(leaves[0]) % num_shards(batch) == 0 else None
+    heads = spec(batch_axes, None, HEADS)
+    specs = jax.tree.map(lambda x: heads if x.ndim == 4 else spec(batch_axes), arrays)
     # Not checked: a kernel does not say over which axes its result varies.
-    mapped = jax.shard_map(function, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)
-    return mapped(*arrays)
+    return jax.shard_map(function, in_specs=specs, out_specs=heads, check_vma=False)(*arrays)
 
 
 def check_heads(heads: int, sizes: dict[str, int]) -> None:

@@ -56,14 +56,56 @@ def test_the_kernels_own_code_attends(monkeypatch, queries, lengths):
         jnp.where((jnp.arange(400) < length[:, None])[..., None, None], x, 1e4).astype(x.dtype)
         for x in (key, value)
     )
-    with monkeypatch.context() as patch:
-        mosaic.on_cpu(patch, flash_attention)
-        patch.setattr(flash_attention, "run_tiles", flash_attention.run_tiles.__wrapped__)
-        found = flash_attention.flash_attention.fun(query, key, value, length)
+    found = on_cpu(monkeypatch, query, key, value, length)
     assert found.shape == query.shape and found.dtype == query.dtype
     exact = attention_in_float64(query, key, value, lengths)
     library = attention_module.xla_attention(query, key, value, length)
     assert distance(found, exact) < 1.2 * distance(library, exact)
+
+
+class Untraced:
+    """`custom_vmap` of a function that is called with values."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, *arguments):
+        return self.function(*arguments)
+
+    def def_vmap(self, rule):
+        return rule
+
+
+def on_cpu(monkeypatch, *arrays):
+    """The kernel's result, by its own code."""
+    with monkeypatch.context() as patch:
+        mosaic.on_cpu(patch, flash_attention)
+        patch.setattr(jax.custom_batching, "custom_vmap", Untraced)
+        patch.setattr(flash_attention, "run_tiles", flash_attention.run_tiles.__wrapped__)
+        return flash_attention.flash_attention(*arrays)
+
+
+@pytest.mark.parametrize("tokens", [37, 130])
+def test_queries_are_normed_and_rotated_within(monkeypatch, tokens):
+    """As far from float64 as those that come ready; heads behind the queries are not read."""
+    product = 3 * jax.random.normal(jax.random.key(0), (2, tokens, 6, 128), jnp.bfloat16)
+    product = product.at[:, :, 2:].set(jnp.nan)
+    key, value = (
+        jax.random.normal(jax.random.key(i), (2, 136, 1, 128), jnp.bfloat16) for i in (1, 2)
+    )
+    length, scale = jnp.array([128, 135]), jnp.linspace(0.5, 2, 128, dtype=jnp.bfloat16)
+    angles = 50 * jax.random.normal(jax.random.key(3), (2, tokens, 64))
+    queries = attention_module.RawHeads(
+        product, jnp.stack([scale, scale[::-1]]), (jnp.cos(angles), jnp.sin(angles)), heads=2, epsilon=1e-3
+    )
+    found = on_cpu(monkeypatch, product, key, value, length, queries.turn())
+    assert found.shape == (2, tokens, 2, 128)
+    in_float32 = queries.replace(
+        product=product.astype(jnp.float32), scale=queries.scale.astype(jnp.float32)
+    )
+    exact = attention_in_float64(in_float32.turned(), key, value, length.tolist())
+    apart = on_cpu(monkeypatch, queries.turned(), key, value, length)
+    assert distance(found, exact) < 1.1 * distance(apart, exact)
 
 
 def attention_in_float64(query, key, value, lengths) -> np.ndarray:
@@ -80,10 +122,19 @@ def distance(found, exact: np.ndarray) -> float:
     return float(np.linalg.norm(np.asarray(found, np.float64) - exact) / np.linalg.norm(exact))
 
 
-def test_vmap_is_one_kernel_over_a_larger_batch():
+@pytest.mark.parametrize("turned", [False, True])
+def test_vmap_is_one_kernel_over_a_larger_batch(turned):
     query, key, value, length = arrays(256, 384)
     query, length = (jax.ShapeDtypeStruct((3, *x.shape), x.dtype) for x in (query, length))
-    mapped = jax.vmap(flash_attention.flash_attention, in_axes=(0, None, None, 0))
+
+    def attend(query, key, value, length):
+        turn = None
+        if turned:
+            scale, table = jnp.ones((2, 128), query.dtype), jnp.ones((2, 256, 128), query.dtype)
+            turn = flash_attention.Turn(scale, table, 1e-6, 8)
+        return flash_attention.flash_attention(query, key, value, length, turn)
+
+    mapped = jax.vmap(attend, in_axes=(0, None, None, 0))
     traced = jax.jit(mapped).trace(query, key, value, length)
     assert traced.out_info.shape == (3, 2, 256, 8, 128)
     assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu") == 1
