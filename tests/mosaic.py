@@ -2,7 +2,8 @@
 
 `on_cpu` puts stand-ins for Pallas's names into the kernel's module. Memory is NumPy's, and products
 are float32. Barriers are real ones: a wait that no arrival ends is an error, and so is a wait for a
-phase that is not the last one. Copies and products are done when they are asked for: a missing wait
+phase that is not the last one. The blocks of a cluster run at the same time, and of a copy for all
+of them each makes its share. Copies and products are done when they are asked for: a missing wait
 for one of them is not seen. Layouts, and the room in shared memory, are not looked at either.
 
 JAX's interpreter (0.10) knows neither products of registers nor accumulators that are written to.
@@ -21,7 +22,9 @@ import pytest
 from jax import lax
 
 TIMEOUT = 60  # seconds of a wait
-_here = threading.local()  # `axes`: a thread's place in the grid; `scope`: its block's allocations
+# Of a thread: `axes`, its place in the grid; `member`, its block's in the cluster; `scope`, what
+# the blocks of the cluster allocate.
+_here = threading.local()
 
 
 class Slice:
@@ -30,14 +33,22 @@ class Slice:
 
 
 class Ref:
-    """Memory, or a part of it; what lies behind its end reads as zeros and is not written."""
+    """Memory, or a part of it; what lies behind its end reads as zeros and is not written.
 
-    def __init__(self, array: np.ndarray, shape: tuple[int, ...] | None = None):
-        self.array, self.shape, self.dtype = array, shape or array.shape, array.dtype
+    Shared memory is an array for each block of a cluster.
+    """
+
+    def __init__(self, *arrays: np.ndarray, shape: tuple[int, ...] | None = None):
+        self.arrays = arrays
+        self.shape, self.dtype = shape or arrays[0].shape, arrays[0].dtype
 
     @property
     def at(self) -> "Ref":
         return self
+
+    @property
+    def array(self) -> np.ndarray:
+        return self.arrays[_here.member if len(self.arrays) > 1 else 0]
 
     def __getitem__(self, index: Any) -> Any:
         """A part of it; of `ref[...]`, the values."""
@@ -56,8 +67,8 @@ class Ref:
                 shape.append(size)
             else:
                 places.append(int(each))
-        part = self.array[tuple(places)]
-        return Ref(part, tuple(shape)) if shape else jnp.asarray(part)
+        parts = [array[tuple(places)] for array in self.arrays]
+        return Ref(*parts, shape=tuple(shape)) if shape else jnp.asarray(parts[0])
 
     def __setitem__(self, index: Any, value: Any) -> None:
         assert index is Ellipsis, index
@@ -71,17 +82,19 @@ class Ref:
         return whole
 
     def transpose(self, axes: tuple[int, ...]) -> "Ref":
-        return Ref(self.array.transpose(axes))
+        return Ref(*(array.transpose(axes) for array in self.arrays))
 
 
 class Barrier:
-    def __init__(self, arrivals: int):
-        self.arrivals, self.arrived, self.phase = arrivals, 0, 0
+    """One of a block of a cluster of `members`, each of which may make a part of an arrival."""
+
+    def __init__(self, arrivals: int, members: int):
+        self.members, self.arrivals, self.arrived, self.phase = members, arrivals * members, 0, 0
         self.changed, self.waits = threading.Condition(), {}
 
-    def arrive(self) -> None:
+    def arrive(self, parts: int) -> None:
         with self.changed:
-            self.arrived += 1
+            self.arrived += parts
             if self.arrived == self.arrivals:
                 self.arrived, self.phase = 0, self.phase + 1
                 self.changed.notify_all()
@@ -95,35 +108,63 @@ class Barrier:
             self.waits[me] = phase + 1
 
 
-class Barriers(list):
+class Barriers:
+    """Those of each block of a cluster, or a part of them. With `everyone` all hear of an arrival."""
+
+    def __init__(self, blocks: list[list[Barrier]], everyone: bool):
+        self.blocks, self.everyone = blocks, everyone
+
     @property
     def at(self) -> "Barriers":
         return self
 
-    def __getitem__(self, index: Any) -> Barrier:
-        return super().__getitem__(int(index))
+    def __getitem__(self, index: Any) -> "Barriers":
+        return Barriers([[block[int(index)]] for block in self.blocks], self.everyone)
+
+    def arrive(self) -> None:
+        for [barrier] in self.blocks if self.everyone else [self.blocks[_here.member]]:
+            barrier.arrive(barrier.members)
+
+    def wait(self) -> None:
+        [barrier] = self.blocks[_here.member]
+        barrier.wait()
 
 
-def _shared(shape: tuple[int, ...], dtype: Any, transforms: tuple = ()) -> Callable[[], Ref]:
-    return lambda: Ref(np.full(shape, np.nan, dtype))
+def _shared(shape: tuple[int, ...], dtype: Any, transforms: tuple = ()) -> Callable[[int], Ref]:
+    return lambda members: Ref(*(np.full(shape, np.nan, dtype) for _ in range(members)))
 
 
-def _barriers(num_arrivals: int = 1, num_barriers: int = 1) -> Callable[[], Barriers]:
-    return lambda: Barriers(Barrier(num_arrivals) for _ in range(num_barriers))
+def _barriers(
+    num_arrivals: int = 1, num_barriers: int = 1, collective_axes: Any = None
+) -> Callable[[int], Barriers]:
+    def make(members: int) -> Barriers:
+        arrivals = num_arrivals * (members if collective_axes else 1)
+        blocks = [[Barrier(arrivals, members) for _ in range(num_barriers)] for _ in range(members)]
+        return Barriers(blocks, everyone=bool(collective_axes))
+
+    return make
 
 
-def _accumulator(shape: tuple[int, int], dtype: Any) -> Callable[[], Ref]:
-    return lambda: Ref(np.zeros(shape, dtype))
+def _accumulator(shape: tuple[int, int], dtype: Any) -> Callable[[int], Ref]:
+    return lambda members: Ref(np.zeros(shape, dtype))
 
 
 def _wgmma(accumulator: Ref, a: Any, b: Ref) -> None:
     a = a.read() if isinstance(a, Ref) else np.asarray(a)
-    accumulator.array += a.astype(np.float32) @ b.read().astype(np.float32)
+    accumulator.array[...] += a.astype(np.float32) @ b.read().astype(np.float32)
 
 
-def _copy_in(source: Ref, target: Ref, barrier: Barrier) -> None:
-    target[...] = source.read()
-    barrier.arrive()
+def _copy_in(source: Ref, target: Ref, barrier: Barriers, collective_axes: Any = None) -> None:
+    whole = source.read()
+    if not collective_axes:
+        target[...] = whole
+        barrier.arrive()
+        return
+    share = len(whole) // len(target.arrays)
+    rows = slice(_here.member * share, (_here.member + 1) * share)
+    for array, [each] in zip(target.arrays, barrier.blocks, strict=True):
+        array[rows] = whole[rows]
+        each.arrive(1)
 
 
 def _copy_out(source: Ref, target: Ref) -> None:
@@ -136,54 +177,61 @@ def _load(ref: Ref, index: tuple, layout: Any, optimized: bool = True) -> jax.Ar
 
 
 def _run_scoped(function: Callable, *makers: Any, collective_axes: Any = None) -> Any:
-    made = _here.scope.together(makers) if collective_axes else _made(makers)
-    return function(*made)
+    return function(*(_here.scope.together(makers) if collective_axes else _made(makers, 1)))
 
 
-def _made(makers: Any) -> Any:
-    return jax.tree.map(lambda maker: maker(), makers)
+def _made(makers: Any, members: int) -> Any:
+    return jax.tree.map(lambda maker: maker(members), makers)
 
 
 class _Scope:
-    """What the warpgroups of one block allocate together."""
+    """What the blocks of one cluster allocate, all of it once."""
 
-    def __init__(self, warpgroups: int):
-        self.meeting, self.lock, self.made = threading.Barrier(warpgroups), threading.Lock(), None
+    def __init__(self, members: int, warpgroups: int):
+        self.members, self.meeting = members, threading.Barrier(members * warpgroups)
+        self.lock, self.made = threading.Lock(), None
 
     def together(self, makers: Any) -> Any:
         with self.lock:
-            self.made = self.made or _made(makers)
+            self.made = self.made or _made(makers, self.members)
         self.meeting.wait(TIMEOUT)
         return self.made
 
 
 def _kernel(
     body: Callable, *, out_type: Any, grid: tuple[int, ...], grid_names: tuple[str, ...],
-    num_threads: int, thread_name: str, **_: Any,
+    num_threads: int, thread_name: str, cluster: tuple[int, ...] = (1,),
+    cluster_names: tuple[str, ...] = ("member",), **_: Any,
 ) -> Callable:  # fmt: skip
+    [members], [member_name] = cluster, cluster_names
+
     def call(*arrays: Any) -> Any:
         inputs = [Ref(np.array(array)) for array in arrays]
         outputs = jax.tree.map(lambda out: Ref(np.full(out.shape, np.nan, out.dtype)), out_type)
         for point in itertools.product(*map(range, grid)):
-            scope, errors = _Scope(num_threads), []
+            scope, errors = _Scope(members, num_threads), []
+            place = dict(zip(grid_names, point, strict=True))
 
-            def warpgroup(index: int, point=point, scope=scope, errors=errors) -> None:
-                _here.scope = scope
-                _here.axes = {**dict(zip(grid_names, point, strict=True)), thread_name: index}
+            def warpgroup(member: int, index: int, place=place, scope=scope, errors=errors):
+                _here.scope, _here.member = scope, member
+                _here.axes = {**place, member_name: member, thread_name: index}
                 try:
                     body(*inputs, *jax.tree.leaves(outputs))
                 except BaseException as error:
                     errors.append(error)
                     scope.meeting.abort()
 
-            threads = [threading.Thread(target=warpgroup, args=(i,)) for i in range(num_threads)]
+            threads = [
+                threading.Thread(target=warpgroup, args=each)
+                for each in itertools.product(range(members), range(num_threads))
+            ]
             for thread in threads:
                 thread.start()
             for thread in threads:
                 thread.join()
             if errors:
                 raise errors[0]
-        return jax.tree.map(lambda out: jnp.asarray(out.array), outputs)
+        return jax.tree.map(lambda out: jnp.asarray(out.arrays[0]), outputs)
 
     return call
 
@@ -206,13 +254,14 @@ PALLAS = SimpleNamespace(
     cdiv=lambda a, b: -(-a // b), ds=Slice, run_scoped=_run_scoped, when=_when
 )  # fmt: skip
 MOSAIC = SimpleNamespace(
-    ACC=_accumulator, Barrier=_barriers, CompilerParams=_nothing, SMEM=_shared,
+    ACC=_accumulator, Barrier=_barriers, ClusterBarrier=_barriers, CompilerParams=_nothing,
+    SMEM=_shared,
     SwizzleTransform=_nothing, TilingTransform=_nothing, kernel=_kernel,
-    barrier_arrive=Barrier.arrive, barrier_wait=Barrier.wait,
+    barrier_arrive=Barriers.arrive, barrier_wait=Barriers.wait,
     broadcasted_iota=lambda dtype, shape, axis, layout: lax.broadcasted_iota(dtype, shape, axis),
     commit_smem=_nothing, load=_load, copy_gmem_to_smem=_copy_in, copy_smem_to_gmem=_copy_out,
     layout_cast=lambda x, layout: x, set_max_registers=_nothing, wait_smem_to_gmem=_nothing,
-    wgmma=_wgmma, wgmma_accumulator_load=lambda accumulator, wait_n: accumulator[...],
+    wgmma=_wgmma, wgmma_wait=_nothing, wgmma_accumulator_load=lambda ref, wait_n: ref[...],
 )  # fmt: skip
 LAX = SimpleNamespace(
     axis_index=lambda name: jnp.int32(_here.axes[name]), broadcast_in_dim=lax.broadcast_in_dim,

@@ -35,15 +35,22 @@ _MIXED = (WARPGROUP_ROWS, HEAD_DIM)
 _LAYOUT = plgpu.Layout.WGMMA
 
 
+def device_obstacle(dtype: jnp.dtype, device: AnyDevice) -> str | None:
+    """Why no kernel for Hopper can run on a device with arrays of a dtype, or None if it can."""
+    if device.platform != "gpu" or getattr(device, "compute_capability", None) != "9.0":
+        return "it is written for Hopper GPUs (compute capability 9.0)"
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"the dtype is {dtype}, not bfloat16 or float16"
+    return None
+
+
 def obstacle(query: Array, key: Array, device: AnyDevice) -> str | None:
     """Why the kernel cannot run on a device, or None if it can.
 
     Of the keys, all have to be real: padding comes on top.
     """
-    if device.platform != "gpu" or getattr(device, "compute_capability", None) != "9.0":
-        return "it is written for Hopper GPUs (compute capability 9.0)"
-    if query.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"the dtype is {query.dtype}, not bfloat16 or float16"
+    if (found := device_obstacle(query.dtype, device)) is not None:
+        return found
     if query.shape[-1] != HEAD_DIM:
         return f"the head dimension is {query.shape[-1]}, not {HEAD_DIM}"
     if key.shape[1] < KEY_BLOCK:

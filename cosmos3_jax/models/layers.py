@@ -1,4 +1,4 @@
-"""Layers of both towers beside attention: RMSNorm, SwiGLU, timestep embedding.
+"""Layers of both towers beside attention and MLP: linear maps, RMSNorm, timestep embedding.
 
 Axes: B batch, S tokens, D model. Weights are cast to a module's `dtype` when they are used, so they
 may be stored in any.
@@ -38,6 +38,10 @@ def precision(dtype: DTypeLike) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
 
 
+def _dot_general(x: Array, kernel: Array, *args, **kwargs) -> Array:
+    return jax.lax.dot_general(x, sharding.whole(kernel), *args, **kwargs)
+
+
 class Dense(nn.DenseGeneral):
     """y = W x, and + B A x where `lora.attach` has put a low-rank pair beside the kernel (Hu et
     al., 2021).
@@ -45,6 +49,8 @@ class Dense(nn.DenseGeneral):
     The product B A is never formed. So a training step holds no second copy of the weights, and
     computes no gradient of their size.
     """
+
+    dot_general: Callable = _dot_general
 
     def __call__(self, x: Array) -> Array:
         y = super().__call__(x)
@@ -60,13 +66,8 @@ def dense(
 ) -> Dense:
     """A linear map over `axis`, without bias unless asked for."""
     return Dense(
-        features, axis=axis, use_bias=bias, dtype=dtype, precision=precision(dtype), name=name,
-        dot_general=_dot_general,
-    )  # fmt: skip
-
-
-def _dot_general(x: Array, kernel: Array, *args, **kwargs) -> Array:
-    return jax.lax.dot_general(x, sharding.whole(kernel), *args, **kwargs)
+        features, axis=axis, use_bias=bias, dtype=dtype, precision=precision(dtype), name=name
+    )
 
 
 def over_last(vector: Array, x: Array) -> Array:
@@ -108,19 +109,6 @@ class RMSNorm(nn.Module):
     def __call__(self, x: Array) -> Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         return rms_norm(x, over_last(scale.astype(self.dtype), x), self.epsilon)
-
-
-class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)), gate and up in one product (Shazeer, 2020)."""
-
-    config: TransformerConfig
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        gate_up = dense((2, self.config.intermediate_size), self.dtype, "gate_up")(x)
-        hidden = nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
-        return dense(self.config.hidden_size, self.dtype, "down")(hidden)
 
 
 class TimestepEmbedding(nn.Module):

@@ -24,12 +24,12 @@ from cosmos3_jax.models.attention import RawHeads, attention, keeps_attention
 from cosmos3_jax.models.layers import (
     RMSNorm,
     Scale,
-    SwiGLU,
     TimestepEmbedding,
     dense,
     over_last,
     traced_once,
 )
+from cosmos3_jax.models.mlp import SwiGLU
 from cosmos3_jax.models.patches import patch_grid, patchify, unpatchify
 from cosmos3_jax.parallel import sharding
 from cosmos3_jax.parallel.sharding import BRANCHES, HEADS, PROMPTS, TOKENS, constrain, num_shards
@@ -128,7 +128,7 @@ class Block(nn.Module):
         )
         x = constrain(x + mixed, batch, TOKENS, None)
         normed = RMSNorm(epsilon, self.dtype, name="post_attention_norm")(x)
-        x = x + SwiGLU(self.config, self.dtype, name="mlp")(normed)
+        x = x + SwiGLU(self.config, self.dtype, batch, name="mlp")(normed)
         x = constrain(x, batch, TOKENS, None)
         return x, key_value if text is None else None
 

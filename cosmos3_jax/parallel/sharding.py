@@ -190,6 +190,18 @@ def over_heads(function: Callable, *arrays: Any, batch: tuple[str, ...]) -> Arra
     return jax.shard_map(function, in_specs=specs, out_specs=heads, check_vma=False)(*arrays)
 
 
+def over_tokens(function: Callable, x: Array, weights: Array, *, batch: tuple[str, ...]) -> Array:
+    """`function` of x [B, S, D] and of weights that are whole, each device on its own tokens."""
+    if not mesh_sizes():
+        return function(x, weights)
+    batch_axes = batch if len(x) % num_shards(batch) == 0 else None
+    tokens = TOKENS if x.shape[1] % num_shards(TOKENS) == 0 else None
+    own = spec(batch_axes, tokens, None)
+    return jax.shard_map(function, in_specs=(own, spec()), out_specs=own, check_vma=False)(
+        x, weights
+    )
+
+
 def check_heads(heads: int, sizes: dict[str, int]) -> None:
     """Raise ValueError if this many key/value heads do not divide over the mesh."""
     divided = math.prod(sizes.get(name, 1) for name in HEADS)

@@ -96,7 +96,11 @@ def test_queries_are_normed_and_rotated_within(monkeypatch, tokens):
     length, scale = jnp.array([128, 135]), jnp.linspace(0.5, 2, 128, dtype=jnp.bfloat16)
     angles = 50 * jax.random.normal(jax.random.key(3), (2, tokens, 64))
     queries = attention_module.RawHeads(
-        product, jnp.stack([scale, scale[::-1]]), (jnp.cos(angles), jnp.sin(angles)), heads=2, epsilon=1e-3
+        product,
+        jnp.stack([scale, scale[::-1]]),
+        (jnp.cos(angles), jnp.sin(angles)),
+        heads=2,
+        epsilon=1e-3,
     )
     found = on_cpu(monkeypatch, product, key, value, length, queries.turn())
     assert found.shape == (2, tokens, 2, 128)
