@@ -20,16 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental import pallas as pl
 
 TIMEOUT = 60  # seconds of a wait
 # Of a thread: `axes`, its place in the grid; `member`, its block's in the cluster; `scope`, what
 # the blocks of the cluster allocate.
 _here = threading.local()
-
-
-class Slice:
-    def __init__(self, start: Any, size: int):
-        self.start, self.size = int(start), size
 
 
 class Ref:
@@ -58,8 +54,8 @@ class Ref:
         index += (slice(None),) * (self.array.ndim - len(index))
         places, shape = [], []
         for each, size in zip(index, self.shape, strict=True):
-            if isinstance(each, Slice):
-                places.append(slice(each.start, each.start + each.size))
+            if isinstance(each, pl.Slice):
+                places.append(slice(int(each.start), int(each.start) + each.size))
                 shape.append(each.size)
             elif isinstance(each, slice):
                 assert each == slice(None), each
@@ -109,7 +105,7 @@ class Barrier:
 
 
 class Barriers:
-    """Those of each block of a cluster, or a part of them. With `everyone` all hear of an arrival."""
+    """Those of each block of a cluster, or a part of them; with `everyone` all hear an arrival."""
 
     def __init__(self, blocks: list[list[Barrier]], everyone: bool):
         self.blocks, self.everyone = blocks, everyone
@@ -251,7 +247,7 @@ def _nothing(*_: Any, **__: Any) -> None:
 
 
 PALLAS = SimpleNamespace(
-    cdiv=lambda a, b: -(-a // b), ds=Slice, run_scoped=_run_scoped, when=_when
+    cdiv=lambda a, b: -(-a // b), ds=pl.ds, run_scoped=_run_scoped, when=_when
 )  # fmt: skip
 MOSAIC = SimpleNamespace(
     ACC=_accumulator, Barrier=_barriers, ClusterBarrier=_barriers, CompilerParams=_nothing,

@@ -5,8 +5,9 @@ each, and a third does nothing but copy keys and values ahead of them. Within a 
 product of the scores of one key block and that of the values of the block before are in flight
 together, and the second runs on under the softmax of the first. Only the last key block is masked:
 neither text padding nor a number of keys that is no multiple of a block costs anything, as both do
-in cuDNN's kernel. Queries may come as they leave their product: each is read by one block alone,
-which norms and rotates it first.
+in cuDNN's kernel. Two blocks read the same keys and values, each of which crosses from the L2 cache
+once for both. Queries stay in registers. They may come as they leave their product: each is read by
+one block alone, which norms and rotates it first.
 
 Axes: B batch, S queries, T keys, N query heads, K key/value heads, H head dimension.
 """
@@ -28,11 +29,13 @@ COMPUTE_WARPGROUPS = 2
 WARPGROUP_ROWS = 64  # queries of a warpgroup: the rows of Hopper's matrix instruction
 KEY_BLOCK = 128  # two score and value tiles, 64 registers each, leave room for the probabilities
 SLOTS = 2  # blocks of keys, and of values, that wait in shared memory
+CLUSTER = 2  # blocks that read keys and values together: each copies half, for both
 COMPUTE_REGISTERS, COPY_REGISTERS = 232, 40  # a thread's, of the 168 that each would get
 
 _SCORES = (WARPGROUP_ROWS, KEY_BLOCK)
 _MIXED = (WARPGROUP_ROWS, HEAD_DIM)
 _LAYOUT = plgpu.Layout.WGMMA
+_HALVES = pl.ds(0, HEAD_DIM // 2), pl.ds(HEAD_DIM // 2, HEAD_DIM // 2)  # of a head
 
 
 def device_obstacle(dtype: jnp.dtype, device: AnyDevice) -> str | None:
@@ -128,8 +131,10 @@ def run_tiles(
         partial(_allocate, heads_per_key=heads // key.shape[2], epsilon=epsilon),
         out_type=jax.ShapeDtypeStruct(shape, query.dtype),
         # Blocks that run together share a head, and find its keys and values in the L2 cache.
-        grid=(batch, heads, pl.cdiv(queries, COMPUTE_WARPGROUPS * WARPGROUP_ROWS)),
+        grid=(batch, heads, pl.cdiv(queries, CLUSTER * COMPUTE_WARPGROUPS * WARPGROUP_ROWS)),
         grid_names=("batch", "head", "tile"),
+        cluster=(CLUSTER,),
+        cluster_names=("member",),
         num_threads=COMPUTE_WARPGROUPS + 1,
         thread_name="warpgroup",
         kernel_name="flash_attention_" + "x".join(map(str, (*shape, *key.shape[1:3]))),
@@ -156,9 +161,12 @@ def _allocate(query, key, value, length, *others, heads_per_key: int, epsilon: f
 
     tile_ready = plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS, num_arrivals=1 + bool(turning))
     ready = plgpu.Barrier(num_barriers=SLOTS)  # by the copy engine
-    free = plgpu.Barrier(num_barriers=SLOTS, num_arrivals=COMPUTE_WARPGROUPS)
+    free = plgpu.ClusterBarrier(
+        collective_axes=("member",), num_barriers=SLOTS, num_arrivals=COMPUTE_WARPGROUPS
+    )
+    done = plgpu.ClusterBarrier(collective_axes=("member",), num_arrivals=COMPUTE_WARPGROUPS + 1)
 
-    def run(tiles, tables, keys, values):
+    def run(tiles, tables, keys, values, done):
         index = lax.axis_index("warpgroup")
         count = length[lax.axis_index("batch")]
 
@@ -166,20 +174,27 @@ def _allocate(query, key, value, length, *others, heads_per_key: int, epsilon: f
         def _():
             plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
             tile, ready = (x.at[index] for x in tiles)
-            rows = _rows(lax.axis_index("warpgroup"))
+            rows = _rows(index)
             plgpu.copy_gmem_to_smem(query.at[rows], tile, ready)
             if turning:
                 scale, table = turning
                 plgpu.copy_gmem_to_smem(table.at[rows[:2]], tables.at[index], ready)
             plgpu.barrier_wait(ready)
+            own = _load(tile)
             if turning:
-                _turn(tile, tables.at[index], scale.at[rows[0]], epsilon)
-            _attend(out.at[rows], tile, keys, values, count)
+                own = _turn(own, _load(tables.at[index]), scale.at[rows[0]], epsilon)
+            _attend(own, keys, values, count, tile)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(tile, out.at[rows])
+            plgpu.wait_smem_to_gmem(0)
 
         @pl.when(index == COMPUTE_WARPGROUPS)
         def _():
             plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
             _copy_ahead(key, value, keys, values, count, heads_per_key)
+
+        plgpu.barrier_arrive(done)  # the other member may still write into this one's memory
+        plgpu.barrier_wait(done)
 
     pl.run_scoped(
         run,
@@ -187,6 +202,7 @@ def _allocate(query, key, value, length, *others, heads_per_key: int, epsilon: f
         shared(COMPUTE_WARPGROUPS, WARPGROUP_ROWS) if turning else None,
         (shared(SLOTS, KEY_BLOCK), ready, free),
         (shared(SLOTS, KEY_BLOCK), ready, free),
+        done,
         collective_axes="warpgroup",
     )
 
@@ -201,7 +217,9 @@ def _copy_ahead(key, value, keys, values, count: Array, heads_per_key: int) -> N
         for source, (target, ready, free) in ((key, keys), (value, values)):
             if wait:
                 plgpu.barrier_wait(free.at[slot])
-            plgpu.copy_gmem_to_smem(source.at[block], target.at[slot], ready.at[slot])
+            plgpu.copy_gmem_to_smem(
+                source.at[block], target.at[slot], ready.at[slot], collective_axes="member"
+            )
 
     steps = _steps(count)
     lax.fori_loop(0, jnp.minimum(steps, SLOTS), lambda i, _: fill(i, _, False), None)
@@ -210,42 +228,45 @@ def _copy_ahead(key, value, keys, values, count: Array, heads_per_key: int) -> N
 
 def _rows(warpgroup: Array) -> tuple:
     """Which queries are a warpgroup's."""
-    tile = lax.axis_index("tile") * COMPUTE_WARPGROUPS + warpgroup
-    rows = pl.ds(tile * WARPGROUP_ROWS, WARPGROUP_ROWS)
-    return lax.axis_index("batch"), rows, lax.axis_index("head")
+    block = lax.axis_index("tile") * CLUSTER + lax.axis_index("member")
+    first = (block * COMPUTE_WARPGROUPS + warpgroup) * WARPGROUP_ROWS
+    return lax.axis_index("batch"), pl.ds(first, WARPGROUP_ROWS), lax.axis_index("head")
 
 
-def _turn(tile, table, scale, epsilon: float) -> None:
-    """Norm and rotate a warpgroup's queries where they lie: as `layers.rms_norm` and
-    `rope.apply_rope` do, but for the rotation's products, which are summed in float32.
+def _load(tile) -> list[Array]:
+    """Both halves of each row, in registers: the matrix unit then reads no queries from memory."""
+    return [plgpu.load(tile.at[:, half], (), layout=_LAYOUT) for half in _HALVES]
+
+
+def _turn(query: list[Array], table: list[Array], scale, epsilon: float) -> list[Array]:
+    """Norm and rotate a warpgroup's queries: as `layers.rms_norm` and `rope.apply_rope` do, but for
+    the rotation's products, which are summed in float32.
     """
-    half = HEAD_DIM // 2
-    shape, halves = (WARPGROUP_ROWS, half), (pl.ds(0, half), pl.ds(half, half))
-
-    def load(ref) -> list[Array]:
-        return [plgpu.load(ref.at[:, x], (), layout=_LAYOUT).astype(jnp.float32) for x in halves]
-
-    query = load(tile)
+    dtype, shape = query[0].dtype, (WARPGROUP_ROWS, HEAD_DIM // 2)
+    query, (cos, sin) = ([x.astype(jnp.float32) for x in halves] for halves in (query, table))
     square = sum(x * x for x in query).sum(axis=1)
     rms = lax.broadcast_in_dim(lax.rsqrt(square / HEAD_DIM + epsilon), shape, [0])
     normed = []
-    for x, part in zip(query, halves, strict=True):
-        scales = plgpu.load(scale.at[part], (), layout=_LAYOUT.reduce(0), optimized=False)
-        x = (x * rms).astype(tile.dtype) * lax.broadcast_in_dim(scales, shape, [1])
+    for x, half in zip(query, _HALVES, strict=True):
+        scales = plgpu.load(scale.at[half], (), layout=_LAYOUT.reduce(0), optimized=False)
+        x = (x * rms).astype(dtype) * lax.broadcast_in_dim(scales, shape, [1])
         normed.append(x.astype(jnp.float32))
-    (first, second), (cos, sin) = normed, load(table)
-    tile.at[:, halves[0]][...] = (first * cos - second * sin).astype(tile.dtype)
-    tile.at[:, halves[1]][...] = (second * cos + first * sin).astype(tile.dtype)
-    plgpu.commit_smem()
+    first, second = normed
+    return [(first * cos - second * sin).astype(dtype), (second * cos + first * sin).astype(dtype)]
 
 
-def _attend(out, tile, keys, values, count: Array) -> None:
+def _attend(query: list[Array], keys, values, count: Array, out) -> None:
     """One warpgroup: its 64 queries over all key blocks, in their order."""
     (keys, key_ready, key_free), (values, value_ready, value_free) = keys, values
+    dtype = out.dtype
+
+    def add_scores(scores, slot) -> None:
+        for x, half in zip(query, _HALVES, strict=True):
+            plgpu.wgmma(scores, x, keys.at[slot, :, half].transpose((1, 0)))
 
     def first_scores(scores):
         plgpu.barrier_wait(key_ready.at[0])
-        plgpu.wgmma(scores, tile, keys.at[0].transpose((1, 0)))
+        add_scores(scores, 0)
         return scores[...]
 
     def first_block():
@@ -255,7 +276,7 @@ def _attend(out, tile, keys, values, count: Array) -> None:
         start = (plgpu.layout_cast(x, _LAYOUT.reduce(1)) for x in start)
         probabilities, maximum, total, _ = _softmax(scores, *start)
         mixed = plgpu.layout_cast(jnp.zeros(_MIXED), _LAYOUT)
-        return mixed, probabilities.astype(tile.dtype), maximum, total
+        return mixed, probabilities.astype(dtype), maximum, total
 
     def block(step, carry, last: bool):
         mixed, probabilities, maximum, total = carry
@@ -264,7 +285,7 @@ def _attend(out, tile, keys, values, count: Array) -> None:
         def products(scores_ref, mixed_ref):
             mixed_ref[...] = mixed
             plgpu.barrier_wait(key_ready.at[slot])
-            plgpu.wgmma(scores_ref, tile, keys.at[slot].transpose((1, 0)))
+            add_scores(scores_ref, slot)
             plgpu.barrier_wait(value_ready.at[before])
             plgpu.wgmma(mixed_ref, probabilities, values.at[before])
             scores = plgpu.wgmma_accumulator_load(scores_ref, wait_n=1)
@@ -282,7 +303,7 @@ def _attend(out, tile, keys, values, count: Array) -> None:
             )
             plgpu.barrier_arrive(value_free.at[before])
             new_mixed *= lax.broadcast_in_dim(decay, _MIXED, [0])
-            return new_mixed, new_probabilities.astype(tile.dtype), new_maximum, new_total
+            return new_mixed, new_probabilities.astype(dtype), new_maximum, new_total
 
         return pl.run_scoped(
             products, plgpu.ACC(_SCORES, jnp.float32), plgpu.ACC(_MIXED, jnp.float32)
@@ -301,10 +322,7 @@ def _attend(out, tile, keys, values, count: Array) -> None:
         return mixed_ref[...]
 
     mixed = pl.run_scoped(last_values, plgpu.ACC(_MIXED, jnp.float32))
-    tile[...] = (mixed * lax.broadcast_in_dim(1 / total, _MIXED, [0])).astype(tile.dtype)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(tile, out)
-    plgpu.wait_smem_to_gmem(0)
+    out[...] = (mixed * lax.broadcast_in_dim(1 / total, _MIXED, [0])).astype(dtype)
 
 
 def _softmax(scores: Array, maximum: Array, total: Array) -> tuple[Array, Array, Array, Array]:

@@ -25,7 +25,7 @@ COMPUTE_WARPGROUPS = 2
 ROWS, COLUMNS, DEPTH = 64, 128, 64  # of a warpgroup's tile, and of one step of its sums
 SLOTS = 4  # steps that wait in shared memory
 CLUSTER = 2
-GROUP = 16  # clusters of rows that pass over the columns together, and find them in the L2 cache
+GROUP = 8  # clusters of rows that pass over the columns together, and find them in the L2 cache
 MULTIPROCESSORS = 132  # of a device that does not say how many it has
 COMPUTE_REGISTERS, COPY_REGISTERS = 232, 40
 
