@@ -327,7 +327,9 @@ def test_who_waits_for_a_dead_process_fails(run_command, victim):
     two[victim].process.send_signal(signal.SIGKILL)
     assert other.wait(60) == 1, other.log()
     ended = f"cosmos3-jax: error: process {victim} has ended: this one cannot go on without it"
-    last = other.log().splitlines()[-1]  # on a busy machine the devices' own error may be first
-    assert last == ended or last.endswith("one of them ended, see what the others say"), other.log()
+    # On a busy machine the devices' own error may be first, and JAX's own lines may follow ours.
+    lines = other.log().splitlines()
+    alone = lines[-1].endswith("one of them ended, see what the others say")
+    assert ended in lines or alone, other.log()
     assert "Check failure stack trace" not in other.log(), other.log()
     assert not (other.folder / "out.mp4").exists()
