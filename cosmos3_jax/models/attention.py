@@ -18,8 +18,9 @@ from jax import Array
 from cosmos3_jax.models import flash_attention
 from cosmos3_jax.models.layers import rms_norm
 from cosmos3_jax.models.rope import Rope, apply_rope
+from cosmos3_jax.parallel import device as devices
 from cosmos3_jax.parallel import sharding
-from cosmos3_jax.parallel.device import AnyDevice, default_device
+from cosmos3_jax.parallel.device import AnyDevice
 
 MAX_LOGIT_BYTES = 16 * 2**30
 
@@ -56,12 +57,15 @@ class RawHeads(struct.PyTreeNode):
         return flash_attention.Turn(self.scale, table, self.epsilon, self.heads)
 
 
-def _turned(query: Array | RawHeads) -> Array:
+Query = Array | RawHeads
+
+
+def _turned(query: Query) -> Array:
     return query.turned() if isinstance(query, RawHeads) else query
 
 
 def attention(
-    query: Array | RawHeads,
+    query: Query,
     key: Array,
     value: Array,
     *,
@@ -73,7 +77,7 @@ def attention(
     """Scaled dot-product attention with grouped key/value heads; scale H^-1/2, softmax in float32.
 
     Args:
-        query: [B, S, N, H], or what becomes of it; not where a mesh divides heads.
+        query: [B, S, N, H]; or `RawHeads`, unless a mesh divides heads.
         key, value: [B, T, K, H]; query head i reads key head i // (N / K).
         text: further keys and values, padded on the right, and how many of them are real.
         causal: whether query i reads keys 0..i only; without `text`.
@@ -95,11 +99,9 @@ def attention(
     return sharding.over_heads(attend, query, key, value, *(text or ()), batch=batch)
 
 
-def _attention(
-    query: Array | RawHeads, key: Array, value: Array, text: Text | None, causal: bool
-) -> Array:
+def _attention(query: Query, key: Array, value: Array, text: Text | None, causal: bool) -> Array:
     """By the best kernel for arrays of one device, the default one."""
-    length, device = None, default_device()
+    length, device = None, devices.default_device()
     if text is not None:
         raw = query.product if isinstance(query, RawHeads) else query
         obstacle = flash_attention.obstacle(raw, key, device)
@@ -121,7 +123,7 @@ def fused_obstacle(dtype: jnp.dtype, head_dim: int, device: AnyDevice | None = N
 
     Without a `device`, on the default one.
     """
-    device = device or default_device()
+    device = device or devices.default_device()
     if device.platform != "gpu":
         return f"the device is a {device.platform.upper()}, not an NVIDIA GPU"
     if dtype not in (jnp.bfloat16, jnp.float16):
@@ -178,12 +180,7 @@ cudnn_attention = partial(_library_attention, implementation="cudnn")
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _fused_attention(
-    flash: bool,
-    causal: bool,
-    query: Array | RawHeads,
-    key: Array,
-    value: Array,
-    length: Array | None,
+    flash: bool, causal: bool, query: Query, key: Array, value: Array, length: Array | None
 ) -> Array:
     """By a kernel that holds few logits at a time: our own, or cuDNN's."""
     if flash and isinstance(query, RawHeads):
@@ -194,12 +191,7 @@ def _fused_attention(
 
 
 def _fused_forward(
-    flash: bool,
-    causal: bool,
-    query: Array | RawHeads,
-    key: Array,
-    value: Array,
-    length: Array | None,
+    flash: bool, causal: bool, query: Query, key: Array, value: Array, length: Array | None
 ) -> tuple[Array, Callable]:
     """cuDNN's, whatever runs without a derivative: its backward pass starts from its own result and
     log-sum-exps, and for any others it would have to run its forward pass again.
@@ -210,7 +202,7 @@ def _fused_forward(
     if length is None and key.shape[1] % 2:
         length = jnp.full(key.shape[0], key.shape[1], jnp.int32)
 
-    def padded(query: Array | RawHeads, key: Array, value: Array) -> Array:
+    def padded(query: Query, key: Array, value: Array) -> Array:
         query = _turned(query)
         mixed = cudnn_attention(_even(query), _even(key), _even(value), length, causal)
         return mixed[:, : query.shape[1]]

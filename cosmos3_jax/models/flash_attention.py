@@ -22,7 +22,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from cosmos3_jax.parallel.device import AnyDevice
+from cosmos3_jax.parallel.device import AnyDevice, hopper_obstacle
 
 HEAD_DIM = 128
 COMPUTE_WARPGROUPS = 2
@@ -38,21 +38,12 @@ _LAYOUT = plgpu.Layout.WGMMA
 _HALVES = pl.ds(0, HEAD_DIM // 2), pl.ds(HEAD_DIM // 2, HEAD_DIM // 2)  # of a head
 
 
-def device_obstacle(dtype: jnp.dtype, device: AnyDevice) -> str | None:
-    """Why no kernel for Hopper can run on a device with arrays of a dtype, or None if it can."""
-    if device.platform != "gpu" or getattr(device, "compute_capability", None) != "9.0":
-        return "it is written for Hopper GPUs (compute capability 9.0)"
-    if dtype not in (jnp.bfloat16, jnp.float16):
-        return f"the dtype is {dtype}, not bfloat16 or float16"
-    return None
-
-
 def obstacle(query: Array, key: Array, device: AnyDevice) -> str | None:
     """Why the kernel cannot run on a device, or None if it can.
 
     Of the keys, all have to be real: padding comes on top.
     """
-    if (found := device_obstacle(query.dtype, device)) is not None:
+    if (found := hopper_obstacle(query.dtype, device)) is not None:
         return found
     if query.shape[-1] != HEAD_DIM:
         return f"the head dimension is {query.shape[-1]}, not {HEAD_DIM}"

@@ -18,8 +18,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from cosmos3_jax.models import flash_attention
-from cosmos3_jax.parallel.device import AnyDevice
+from cosmos3_jax.parallel.device import AnyDevice, hopper_obstacle
 
 COMPUTE_WARPGROUPS = 2
 ROWS, COLUMNS, DEPTH = 64, 128, 64  # of a warpgroup's tile, and of one step of its sums
@@ -34,7 +33,7 @@ _TILE_ROWS = COMPUTE_WARPGROUPS * ROWS
 
 def obstacle(x: Array, kernel: Array, device: AnyDevice) -> str | None:
     """Why the kernel cannot run on a device, or None if it can."""
-    if (found := flash_attention.device_obstacle(x.dtype, device)) is not None:
+    if (found := hopper_obstacle(x.dtype, device)) is not None:
         return found
     depth, _, features = kernel.shape
     if depth % DEPTH or features % COLUMNS:

@@ -3,7 +3,7 @@
 Axes: B batch, S tokens, D model, F features of the hidden layer.
 """
 
-from collections.abc import Callable
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -12,8 +12,8 @@ from jax import Array
 from cosmos3_jax.config import TransformerConfig
 from cosmos3_jax.models import gated_product
 from cosmos3_jax.models.layers import Dense, dense, precision
+from cosmos3_jax.parallel import device as devices
 from cosmos3_jax.parallel import sharding
-from cosmos3_jax.parallel.device import default_device
 
 
 class SwiGLU(nn.Module):
@@ -54,7 +54,7 @@ def _activated(both: Array) -> Array:
 @jax.custom_vjp
 def _gated(x: Array, kernel: Array) -> Array:
     """By our kernel, where it can run, which does not write the product down."""
-    device = default_device()
+    device = devices.default_device()
     if gated_product.obstacle(x, kernel, device) is None:
         return gated_product.gated_product(x, kernel, device)
     return _plainly(x, kernel)
@@ -65,12 +65,4 @@ def _plainly(x: Array, kernel: Array) -> Array:
     return _activated(jax.lax.dot_general(x, kernel, axes, precision=precision(x.dtype)))
 
 
-def _forward(x: Array, kernel: Array) -> tuple[Array, Callable]:
-    return jax.vjp(_plainly, x, kernel)
-
-
-def _backward(transpose: Callable, gradient: Array) -> tuple[Array, Array]:
-    return transpose(gradient)
-
-
-_gated.defvjp(_forward, _backward)
+_gated.defvjp(partial(jax.vjp, _plainly), lambda transpose, gradient: transpose(gradient))

@@ -123,7 +123,7 @@ class EnlargingConv(nn.Module):
             height, width = x.shape[2] - 2 * apart, x.shape[3]
 
             def pixel(row: int, column: int) -> jax.Array:
-                two = _met(_met(kernel, row, 0), column, 1).astype(plan.dtype)
+                two = _as_two(_as_two(kernel, row, 0), column, 1).astype(plan.dtype)
                 y = plan.convolve(frames, two, padding)
                 return y[:, row : row + height, column : column + width]
 
@@ -134,10 +134,10 @@ class EnlargingConv(nn.Module):
         return divide_rows((y + over_last(bias, y)).astype(plan.dtype))
 
 
-def _met(kernel: jax.Array, place: int, axis: int) -> jax.Array:
-    """Three weights along an axis as two: those that read the same pixel, doubled, are added. The
-    first of a pair of pixels (`place` 0) reads the last one's neighbour before, the second the one
-    behind.
+def _as_two(kernel: jax.Array, place: int, axis: int) -> jax.Array:
+    """The three weights along an axis as two, for one of a pair of enlarged pixels. The first
+    (`place` 0) reads the small pixel before its own once and its own twice; the second reads its
+    own twice and the one after once. The two weights of one small pixel are added.
     """
     first, second, third = jnp.split(kernel, 3, axis)
     parts = (first + second, third) if place else (first, second + third)

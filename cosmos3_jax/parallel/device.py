@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from cosmos3_jax import guard
 
@@ -29,6 +31,15 @@ class PlannedGPU:
 
 
 AnyDevice = jax.Device | PlannedGPU
+
+
+def hopper_obstacle(dtype: DTypeLike, device: AnyDevice) -> str | None:
+    """Why a kernel for Hopper cannot run on a device with arrays of a dtype, or None if it can."""
+    if device.platform != "gpu" or getattr(device, "compute_capability", None) != "9.0":
+        return "it is written for Hopper GPUs (compute capability 9.0)"
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"the dtype is {dtype}, not bfloat16 or float16"
+    return None
 
 
 def default_device() -> jax.Device:

@@ -141,7 +141,8 @@ def generation_bytes(config: Config, job: Job) -> dict[str, int]:
         "logits": logits,
     }
 
-    # A token at the end of the SwiGLU: residual, gate and up, their product.
+    # A token at the end of the SwiGLU: residual, gate and up, their product. On Hopper gate and up
+    # are not written: the estimate is too large there by what they take.
     token = itemsize * (model.hidden_size + 3 * model.intermediate_size)
     layer, decoder = sizes["text layers"], sizes["video decoder"]
     chunk = job.decode_chunk_size or video_vae.decode_chunk_size(*shape[1:], job.device)

@@ -14,6 +14,7 @@ import oracle_model
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, Cosmos3OmniTransformer
+from hopper import Hopper
 
 from cosmos3_jax.checkpoint import random_checkpoint
 from cosmos3_jax.cli import bench
@@ -124,7 +125,7 @@ def test_a_file_of_anything_else_is_refused(bench_file, config, tmp_path, place,
 def test_the_command_that_makes_such_a_file(config, monkeypatch, tmp_path, size):
     """The options that a refusal names lead `cosmos3-jax bench` to the job that is wanted."""
     jobs = {SIZE: compare.TINY_JOB} if size == SIZE else bench.jobs(config, sizes=size)
-    monkeypatch.setattr("cosmos3_jax.models.attention.default_device", device.PlannedGPU)
+    monkeypatch.setattr(device, "default_device", Hopper)
     ran = []
 
     def run_bench(config, params, job, repeats):

@@ -7,6 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import pytest
+from hopper import Hopper
 from jax.extend.core import jaxprs_in_params
 from small_config import CONFIG
 
@@ -158,7 +159,7 @@ def test_the_command_line_end_to_end(tmp_path, capsys, monkeypatch):
 
 def test_each_size_is_written_when_it_is_done(tmp_path, capsys, monkeypatch):
     """Random weights of Nano's sizes, in words: nothing is made of them here."""
-    monkeypatch.setattr("cosmos3_jax.models.attention.default_device", device.PlannedGPU)
+    monkeypatch.setattr(device, "default_device", Hopper)
     out, done = tmp_path / "a.json", []
 
     def stop_at_the_second(config, params, job, repeats):

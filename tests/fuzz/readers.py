@@ -24,8 +24,8 @@ from cosmos3_jax.io import captions, media_read, prompt
 from cosmos3_jax.io.noise import load_noise
 from cosmos3_jax.io.prepare import resolve_settings
 from cosmos3_jax.io.settings import Settings
-from cosmos3_jax.models import attention, mlp
 from cosmos3_jax.models.tokenizer import Tokenizer
+from cosmos3_jax.parallel import device
 from cosmos3_jax.recipes import MODES
 from cosmos3_jax.runtime.sampler_state import StateFile
 from fuzz import hostile, mutate, originals
@@ -363,10 +363,7 @@ def checkpoint_of(valid: Path) -> tuple[Any, Tokenizer]:
 def no_device() -> Iterator[None]:
     """Shapes of parameters are asked for without a device to compute on."""
     cpu = types.SimpleNamespace(platform="cpu", device_kind="cpu")
-    with (
-        mock.patch.object(attention, "default_device", lambda: cpu),
-        mock.patch.object(mlp, "default_device", lambda: cpu),
-    ):
+    with mock.patch.object(device, "default_device", lambda: cpu):
         yield
 
 

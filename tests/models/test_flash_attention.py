@@ -12,13 +12,15 @@ import jax.numpy as jnp
 import mosaic
 import numpy as np
 import pytest
+from hopper import Hopper
 from rounding import check, farthest
 
 from cosmos3_jax.cli import bench
 from cosmos3_jax.config import Config
 from cosmos3_jax.models import attention as attention_module
-from cosmos3_jax.models import flash_attention, mlp
+from cosmos3_jax.models import flash_attention
 from cosmos3_jax.models.attention import attention
+from cosmos3_jax.parallel import device
 from cosmos3_jax.runtime import random_inputs
 from cosmos3_jax.sampling import denoise, stages
 
@@ -159,10 +161,6 @@ def test_layers_share_a_kernel():
     assert all(f"flash_attention_2x256x8x128x{keys}x2" in text for keys in (384, 256))
 
 
-class Hopper:
-    platform, compute_capability = "gpu", "9.0"
-
-
 class Ampere:
     platform, compute_capability = "gpu", "8.0"
 
@@ -186,7 +184,7 @@ def test_obstacles(device, change, reason):
 @pytest.mark.parametrize("media, taken", [(60, False), (127, False), (128, True)])
 def test_padding_makes_no_keys(monkeypatch, media, taken):
     """60 media tokens and 30 of text are 90 keys, however far the text is padded."""
-    monkeypatch.setattr(attention_module, "default_device", Hopper)
+    monkeypatch.setattr(device, "default_device", Hopper)
     monkeypatch.setattr(attention_module, "cudnn_attention", lambda query, *_: query)
     seen = []
 
@@ -241,8 +239,7 @@ print(text.count("@mosaic_gpu"), hashlib.sha256(text.encode()).hexdigest())
 
 def lowered_loop(monkeypatch) -> str:
     """The denoising loop for a Hopper GPU, as the compilation cache sees it."""
-    for module in (attention_module, mlp):
-        monkeypatch.setattr(module, "default_device", Hopper)
+    monkeypatch.setattr(device, "default_device", Hopper)
     monkeypatch.setattr(attention_module, "cudnn_attention", lambda query, *_: query)  # the text's
     model = dataclasses.replace(Config().transformer, num_hidden_layers=2, vocab_size=512)
     config = dataclasses.replace(Config(), transformer=model).silent()

@@ -5,12 +5,9 @@ import jax.numpy as jnp
 import mosaic
 import numpy as np
 import pytest
+from hopper import Hopper
 
 from cosmos3_jax.models import gated_product
-
-
-class Hopper:
-    platform, compute_capability, core_count = "gpu", "9.0", 132
 
 
 def arrays(tokens, depth, features, dtype=jnp.bfloat16):
