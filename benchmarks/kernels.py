@@ -185,8 +185,10 @@ def attention(sizes: Sizes) -> Iterator[dict]:
             form = partial(split if "large" in told else attend, **told)
             yield row(f"attention {size} {name}", attention_seconds(form, q, k, v), flops)
             if "large" not in told:
-                real = jnp.full((batch,), told.get("length", keys), jnp.int32)
-                duration = attention_seconds(flash_attention, q, k, v, real)
+                media = [draw((batch, tokens, 8, 128), i) for i in (1, 2)]
+                text = [draw((batch, max(keys - tokens, 8), 8, 128), i) for i in (3, 4)]
+                real = jnp.full((batch,), told.get("length", keys) - tokens, jnp.int32)
+                duration = attention_seconds(flash_attention, q, *media, *text, real)
                 yield row(f"attention {size} {name}, our kernel", duration, flops)
 
 

@@ -15,9 +15,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from cosmos3_jax.models import flash_attention
+from cosmos3_jax.models import flash_attention, rope
 from cosmos3_jax.models.layers import rms_norm
-from cosmos3_jax.models.rope import Rope, apply_rope
 from cosmos3_jax.parallel import device as devices
 from cosmos3_jax.parallel import sharding
 from cosmos3_jax.parallel.device import AnyDevice
@@ -27,45 +26,47 @@ MAX_LOGIT_BYTES = 16 * 2**30
 Text = tuple[Array, Array, Array]  # keys and values [B, T', K, H], and int32 [B]: how many are real
 
 
-class RawHeads(struct.PyTreeNode):
-    """Queries as they leave their product, still to be normed and rotated: by the kernel that reads
-    them, if it can, which saves writing them down twice.
+class Projected(struct.PyTreeNode):
+    """Queries, keys and values of media as they leave their product, the first two still to be
+    normed and rotated: by the kernels that read them, where there are such, which saves writing
+    them down again.
 
     Attributes:
-        product: [B, S, >= heads, H], the queries first.
-        scale: [B, H], of their norm, in the dtype of the computation.
+        product: [B, S, N + 2 K, H].
+        query_scale, key_scale: [B, H], of their norms, in the dtype of the computation.
         table: of their rotation.
-        heads: how many are queries.
-        epsilon: of the norm.
+        key_heads: K.
+        epsilon: of the norms.
     """
 
     product: Array
-    scale: Array
-    table: Rope
-    heads: int = struct.field(pytree_node=False)
+    query_scale: Array
+    key_scale: Array
+    table: rope.Rope
+    key_heads: int = struct.field(pytree_node=False)
     epsilon: float = struct.field(pytree_node=False)
 
-    def turned(self) -> Array:
-        """Normed and rotated [B, S, heads, H]."""
-        scale = self.scale[:, None, None]
-        normed = rms_norm(self.product[:, :, : self.heads], scale, self.epsilon)
-        return apply_rope(normed, self.table)
+    def parts(self) -> tuple[Array, Array, Array]:
+        """Queries [B, S, N, H], and keys and values [B, S, K, H]."""
+        heads = self.product.shape[2] - 2 * self.key_heads
+        query, key, value = jnp.split(self.product, (heads, heads + self.key_heads), axis=2)
 
-    def turn(self) -> flash_attention.Turn:
-        """For the kernel."""
+        def turned(x: Array, scale: Array) -> Array:
+            return rope.apply_rope(rms_norm(x, scale[:, None, None], self.epsilon), self.table)
+
+        return turned(query, self.query_scale), turned(key, self.key_scale), value
+
+    def turns(self) -> flash_attention.Turns:
+        """For the kernels."""
         table = jnp.concatenate(self.table, axis=-1).astype(self.product.dtype)
-        return flash_attention.Turn(self.scale, table, self.epsilon, self.heads)
+        return flash_attention.Turns(self.query_scale, self.key_scale, table, self.epsilon)
 
 
-Query = Array | RawHeads
-
-
-def _turned(query: Query) -> Array:
-    return query.turned() if isinstance(query, RawHeads) else query
+Parts = tuple[Array, Array, Array]  # queries [B, S, N, H], keys and values [B, T, K, H]
 
 
 def attention(
-    query: Query,
+    query: Array,
     key: Array,
     value: Array,
     *,
@@ -77,7 +78,7 @@ def attention(
     """Scaled dot-product attention with grouped key/value heads; scale H^-1/2, softmax in float32.
 
     Args:
-        query: [B, S, N, H]; or `RawHeads`, unless a mesh divides heads.
+        query: [B, S, N, H].
         key, value: [B, T, K, H]; query head i reads key head i // (N / K).
         text: further keys and values, padded on the right, and how many of them are real.
         causal: whether query i reads keys 0..i only; without `text`.
@@ -94,28 +95,52 @@ def attention(
     def attend(query, key, value, *text):
         if tokens is not None:
             key, value = key[:, :tokens], value[:, :tokens]
-        return _attention(query, key, value, text or None, causal)
+        return _attention((query, key, value), text or None, causal)
 
     return sharding.over_heads(attend, query, key, value, *(text or ()), batch=batch)
 
 
-def _attention(query: Query, key: Array, value: Array, text: Text | None, causal: bool) -> Array:
+def attention_of_product(
+    projected: Projected, text: Text, *, batch: tuple[str, ...] = sharding.PROMPTS
+) -> Array:
+    """`attention` with text of what leaves a product, where no mesh divides heads."""
+
+    def attend(projected, *text):
+        return _attention(projected, text, False)
+
+    return sharding.over_heads(attend, projected, *text, batch=batch)
+
+
+def _attention(media: Parts | Projected, text: Text | None, causal: bool) -> Array:
     """By the best kernel for arrays of one device, the default one."""
-    length, device = None, devices.default_device()
+    device = devices.default_device()
     if text is not None:
-        raw = query.product if isinstance(query, RawHeads) else query
-        obstacle = flash_attention.obstacle(raw, key, device)
-        length = key.shape[1] + text[2]
-        key, value = (jnp.concatenate(pair, axis=1) for pair in ((key, text[0]), (value, text[1])))
-        if obstacle is None:
-            return _fused_attention(True, False, query, key, value, length)
-    query = _turned(query)
+        keys = media.product if isinstance(media, Projected) else media[1]
+        if flash_attention.obstacle(keys, device) is None:
+            return _fused_attention(True, False, media, text)
+    media = _parts(media)
+    query, key, _ = media
     obstacle = fused_obstacle(query.dtype, query.shape[-1], device)
     if obstacle is None:
-        return _fused_attention(False, causal, query, key, value, length)
+        return _fused_attention(False, causal, media, text)
     batch, queries, heads, _ = query.shape
-    check_logits(logit_bytes(batch, heads, queries, key.shape[1]), obstacle)
-    return xla_attention(query, key, value, length, causal)
+    keys = key.shape[1] + (0 if text is None else text[0].shape[1])
+    check_logits(logit_bytes(batch, heads, queries, keys), obstacle)
+    return xla_attention(*_in_a_row(media, text), causal)
+
+
+def _parts(media: Parts | Projected) -> Parts:
+    return media.parts() if isinstance(media, Projected) else media
+
+
+def _in_a_row(media: Parts, text: Text | None) -> tuple[Array, Array, Array, Array | None]:
+    """Queries, keys and values, the text's behind the media's, and how many of them are real."""
+    query, key, value = media
+    if text is None:
+        return query, key, value, None
+    text_key, text_value, count = text
+    key, value = (jnp.concatenate(x, axis=1) for x in ((key, text_key), (value, text_value)))
+    return query, key, value, media[1].shape[1] + count
 
 
 def fused_obstacle(dtype: jnp.dtype, head_dim: int, device: AnyDevice | None = None) -> str | None:
@@ -180,18 +205,20 @@ cudnn_attention = partial(_library_attention, implementation="cudnn")
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _fused_attention(
-    flash: bool, causal: bool, query: Query, key: Array, value: Array, length: Array | None
+    flash: bool, causal: bool, media: Parts | Projected, text: Text | None
 ) -> Array:
     """By a kernel that holds few logits at a time: our own, or cuDNN's."""
-    if flash and isinstance(query, RawHeads):
-        return flash_attention.flash_attention(query.product, key, value, length, query.turn())
+    if flash and isinstance(media, Projected):
+        return flash_attention.attention_of_product(
+            media.product, media.key_heads, media.turns(), *text
+        )
     if flash:
-        return flash_attention.flash_attention(query, key, value, length)
-    return cudnn_attention(query, key, value, length, causal)
+        return flash_attention.flash_attention(*media, *text)
+    return cudnn_attention(*_in_a_row(media, text), causal)
 
 
 def _fused_forward(
-    flash: bool, causal: bool, query: Query, key: Array, value: Array, length: Array | None
+    flash: bool, causal: bool, media: Parts | Projected, text: Text | None
 ) -> tuple[Array, Callable]:
     """cuDNN's, whatever runs without a derivative: its backward pass starts from its own result and
     log-sum-exps, and for any others it would have to run its forward pass again.
@@ -199,19 +226,22 @@ def _fused_forward(
     JAX lets cuDNN have even numbers of tokens alone (it takes a bias that is not there for one), so
     a padding token is added to odd ones.
     """
-    if length is None and key.shape[1] % 2:
-        length = jnp.full(key.shape[0], key.shape[1], jnp.int32)
 
-    def padded(query: Query, key: Array, value: Array) -> Array:
-        query = _turned(query)
+    def padded(media: Parts | Projected, text: tuple[Array, Array] | None) -> Array:
+        parts = _parts(media)
+        query, key, value, length = _in_a_row(parts, text and (*text, count))
+        if length is None and key.shape[1] % 2:
+            length = jnp.full(key.shape[0], key.shape[1], jnp.int32)
         mixed = cudnn_attention(_even(query), _even(key), _even(value), length, causal)
         return mixed[:, : query.shape[1]]
 
-    return jax.vjp(padded, query, key, value)
+    count = None if text is None else text[2]
+    return jax.vjp(padded, media, None if text is None else text[:2])
 
 
 def _fused_backward(flash: bool, causal: bool, transpose: Callable, gradient: Array) -> tuple:
-    return *transpose(gradient), None
+    media, text = transpose(gradient)
+    return media, None if text is None else (*text, None)
 
 
 def keeps_attention(primitive, *_, **__) -> bool:

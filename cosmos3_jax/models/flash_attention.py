@@ -3,16 +3,17 @@
 The schedule is FlashAttention-3's (Shah et al., 2024). Two warpgroups of a block compute, 64 rows
 each, and a third does nothing but copy keys and values ahead of them. Within a warpgroup, the
 product of the scores of one key block and that of the values of the block before are in flight
-together, and the second runs on under the softmax of the first. Only the last key block is masked:
-neither text padding nor a number of keys that is no multiple of a block costs anything, as both do
-in cuDNN's kernel. Two blocks read the same keys and values, each of which crosses from the L2 cache
-once for both. Queries stay in registers. They may come as they leave their product: each is read by
-one block alone, which norms and rotates it first.
+together, and the second runs on under the softmax of the first. Only the text's blocks are masked,
+and the media's last one if it is not whole: neither text padding nor a number of keys that is no
+multiple of a block costs anything, as both do in cuDNN's kernel. Two blocks read the same keys and
+values, each of which crosses from the L2 cache once for both. Queries stay in registers. The text's
+keys and values are read where they lie, and not put behind the media's.
 
-Axes: B batch, S queries, T keys, N query heads, K key/value heads, H head dimension.
+Axes: B batch, S media tokens, T text tokens, N query heads, K key/value heads, H head dimension.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -22,9 +23,17 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from cosmos3_jax.models.turned_heads import (
+    HALVES,
+    HEAD_DIM,
+    LAYOUT,
+    TRANSFORMS,
+    load,
+    turn,
+    turned_heads,
+)
 from cosmos3_jax.parallel.device import AnyDevice, hopper_obstacle
 
-HEAD_DIM = 128
 COMPUTE_WARPGROUPS = 2
 WARPGROUP_ROWS = 64  # queries of a warpgroup: the rows of Hopper's matrix instruction
 KEY_BLOCK = 128  # two score and value tiles, 64 registers each, leave room for the probabilities
@@ -34,92 +43,123 @@ COMPUTE_REGISTERS, COPY_REGISTERS = 232, 40  # a thread's, of the 168 that each 
 
 _SCORES = (WARPGROUP_ROWS, KEY_BLOCK)
 _MIXED = (WARPGROUP_ROWS, HEAD_DIM)
-_LAYOUT = plgpu.Layout.WGMMA
-_HALVES = pl.ds(0, HEAD_DIM // 2), pl.ds(HEAD_DIM // 2, HEAD_DIM // 2)  # of a head
 
 
-def obstacle(query: Array, key: Array, device: AnyDevice) -> str | None:
-    """Why the kernel cannot run on a device, or None if it can.
-
-    Of the keys, all have to be real: padding comes on top.
-    """
-    if (found := hopper_obstacle(query.dtype, device)) is not None:
+def obstacle(media: Array, device: AnyDevice) -> str | None:
+    """Why the kernel cannot run on a device, or None if it can; of media's [B, S, heads, H]."""
+    if (found := hopper_obstacle(media.dtype, device)) is not None:
         return found
-    if query.shape[-1] != HEAD_DIM:
-        return f"the head dimension is {query.shape[-1]}, not {HEAD_DIM}"
-    if key.shape[1] < KEY_BLOCK:
-        return f"there are {key.shape[1]} keys, fewer than a block of {KEY_BLOCK}"
+    if media.shape[-1] != HEAD_DIM:
+        return f"the head dimension is {media.shape[-1]}, not {HEAD_DIM}"
+    if media.shape[1] < KEY_BLOCK:
+        return f"there are {media.shape[1]} keys of media, fewer than a block of {KEY_BLOCK}"
     return None
 
 
-class Turn(NamedTuple):
-    """What norms (`layers.rms_norm`) and rotates (`rope.apply_rope`) queries, in their dtype.
+class Turns(NamedTuple):
+    """What norms and rotates the queries and keys of a product.
 
     Attributes:
-        scale: [B, H], the norm's.
-        table: [B, S, H], cosines and sines of the rotation side by side.
-        epsilon: the norm's.
-        heads: how many of the query's heads are queries; what follows them is not read.
+        query_scale, key_scale: [B, H], the norms', in the dtype of the product.
+        table: [B, S, H], cosines and sines of the rotation side by side, in that dtype, too.
+        epsilon: the norms'.
     """
 
-    scale: Array
+    query_scale: Array
+    key_scale: Array
     table: Array
     epsilon: float
-    heads: int
 
 
 def flash_attention(
-    query: Array, key: Array, value: Array, length: Array, turn: Turn | None = None
+    query: Array, key: Array, value: Array, text_key: Array, text_value: Array, length: Array
 ) -> Array:
-    """Scaled dot-product attention over the first `length` keys; scale H^-1/2, softmax in float32.
+    """Scaled dot-product attention of media tokens over themselves and the text; scale H^-1/2,
+    softmax in float32.
 
     Args:
-        query: [B, S, N, 128] in bfloat16 or float16; with a `turn`, of more heads than N.
-        key, value: [B, T, K, 128]; query head i reads key head i // (N / K). What stands behind
-            `length` must be finite.
-        length: int32 [B], from `KEY_BLOCK` to T.
-        turn: what queries still need; None for nothing.
+        query: [B, S', N, 128] in bfloat16 or float16.
+        key, value: [B, S, K, 128]; query head i reads key head i // (N / K). S is `KEY_BLOCK` or
+            more.
+        text_key, text_value: [B, T, K, 128]. What stands behind `length` must be finite.
+        length: int32 [B], from 0 to T: how much of the text is real.
 
     Returns:
-        [B, S, N, 128] in the query's dtype. It has no derivative of its own.
+        [B, S', N, 128] in the query's dtype. It has no derivative of its own.
     """
-    fixed = {} if turn is None else {"epsilon": turn.epsilon, "heads": turn.heads}
 
-    @jax.custom_batching.custom_vmap
-    def attend(*arrays: Array) -> Array:
-        return run_tiles(*arrays, **fixed)
+    def attend(query, key, value, *text) -> Array:
+        return run_tiles(query, key, value, *text, heads=query.shape[2], media=media)
 
-    @attend.def_vmap
+    queries, media = query.shape[1], key.shape[1]
+    arrays = [_pad_to_tile(x) for x in (query, key, value, text_key, text_value)]
+    return _over_batch(attend)(*arrays, length)[:, :queries]
+
+
+def attention_of_product(
+    product: Array, key_heads: int, turns: Turns, text_key: Array, text_value: Array, length: Array
+) -> Array:
+    """`flash_attention` of queries, keys and values as they leave their product, [B, S, N + 2 K,
+    128], queries and keys still to be normed and rotated. Values are read where they are.
+    """
+    heads, media = product.shape[2] - 2 * key_heads, product.shape[1]
+
+    def attend(product, query_scale, key_scale, table, *text) -> Array:
+        key = turned_heads(
+            product, key_scale, table, first=heads, heads=key_heads, epsilon=turns.epsilon
+        )
+        return run_tiles(
+            product, key, product, *text, query_scale, table,
+            heads=heads, media=media, value_head=heads + key_heads, epsilon=turns.epsilon,
+        )  # fmt: skip
+
+    product, table, text_key, text_value = (
+        _pad_to_tile(x) for x in (product, turns.table, text_key, text_value)
+    )
+    scales = turns.query_scale, turns.key_scale
+    out = _over_batch(attend)(product, *scales, table, text_key, text_value, length)
+    return out[:, :media]
+
+
+def _over_batch(function: Callable[..., Array]) -> Callable[..., Array]:
+    """Of a function of arrays with a batch in front: vmap is more batch."""
+    mapped = jax.custom_batching.custom_vmap(function)
+
+    @mapped.def_vmap
     def fold_into_batch(size: int, is_batched: list[bool], *arrays: Array) -> tuple[Array, bool]:
-        """vmap is more batch."""
-
         def fold(x: Array, batched: bool) -> Array:
             x = x if batched else jnp.broadcast_to(x, (size, *x.shape))
             return x.reshape(-1, *x.shape[2:])
 
-        out = attend(*map(fold, arrays, is_batched))
+        out = mapped(*map(fold, arrays, is_batched))
         return out.reshape(size, -1, *out.shape[1:]), True
 
-    arrays = [_pad_to_tile(x) for x in (query, key, value)]
-    turning = () if turn is None else (turn.scale, _pad_to_tile(turn.table))
-    return attend(*arrays, length, *turning)[:, : query.shape[1]]
+    return mapped
 
 
-@partial(jax.jit, static_argnames=("epsilon", "heads"))
+@partial(jax.jit, static_argnames=("heads", "media", "value_head", "epsilon"))
 def run_tiles(
-    query: Array, key: Array, value: Array, length: Array, *turning: Array,
-    epsilon: float = 0.0, heads: int | None = None,
+    query: Array, key: Array, value: Array, text_key: Array, text_value: Array, length: Array,
+    *turning: Array, heads: int, media: int, value_head: int = 0, epsilon: float = 0.0,
 ) -> Array:  # fmt: skip
     """The kernel for whole tiles: one in a program, however many layers call it.
 
     JAX 0.11 numbers the kernels that a process lowers, and the number is part of the compilation
     cache's key. A program is found there by a process that lowered as many kernels before.
+
+    Args:
+        turning: scale and table, if queries are to be normed and rotated.
+        heads: how many of the query's are queries.
+        media: how many keys of media are real.
+        value_head: the first of the value's that is one.
     """
-    batch, queries, heads_there, _ = query.shape
-    heads = heads or heads_there
+    batch, queries, *_ = query.shape
     shape = (batch, queries, heads, HEAD_DIM)
     kernel = plgpu.kernel(
-        partial(_allocate, heads_per_key=heads // key.shape[2], epsilon=epsilon),
+        partial(
+            _allocate, media=media, heads_per_key=heads // key.shape[2], value_head=value_head,
+            epsilon=epsilon,
+        ),
         out_type=jax.ShapeDtypeStruct(shape, query.dtype),
         # Blocks that run together share a head, and find its keys and values in the L2 cache.
         grid=(batch, heads, pl.cdiv(queries, CLUSTER * COMPUTE_WARPGROUPS * WARPGROUP_ROWS)),
@@ -128,10 +168,10 @@ def run_tiles(
         cluster_names=("member",),
         num_threads=COMPUTE_WARPGROUPS + 1,
         thread_name="warpgroup",
-        kernel_name="flash_attention_" + "x".join(map(str, (*shape, *key.shape[1:3]))),
+        kernel_name="flash_attention_" + "x".join(map(str, (*shape, media, *text_key.shape[1:3]))),
         compiler_params=plgpu.CompilerParams(approx_math=True),  # exp2 of the GPU, 2 ulp
-    )
-    return kernel(query, key, value, length, *turning)
+    )  # fmt: skip
+    return kernel(query, key, value, text_key, text_value, length, *turning)
 
 
 def _pad_to_tile(x: Array) -> Array:
@@ -142,13 +182,15 @@ def _pad_to_tile(x: Array) -> Array:
     return jnp.pad(x, [(0, 0), (0, -x.shape[1] % 8), *[(0, 0)] * (x.ndim - 2)])
 
 
-def _allocate(query, key, value, length, *others, heads_per_key: int, epsilon: float) -> None:
+def _allocate(
+    query, key, value, text_key, text_value, length, *others,
+    media: int, heads_per_key: int, value_head: int, epsilon: float,
+) -> None:  # fmt: skip
     """Shared memory and barriers of one block, then its warpgroups' work."""
     *turning, out = others
-    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
     def shared(count: int, rows: int):
-        return plgpu.SMEM((count, rows, HEAD_DIM), query.dtype, transforms=transforms)
+        return plgpu.SMEM((count, rows, HEAD_DIM), query.dtype, transforms=TRANSFORMS)
 
     tile_ready = plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS, num_arrivals=1 + bool(turning))
     ready = plgpu.Barrier(num_barriers=SLOTS)  # by the copy engine
@@ -159,7 +201,7 @@ def _allocate(query, key, value, length, *others, heads_per_key: int, epsilon: f
 
     def run(tiles, tables, keys, values, done):
         index = lax.axis_index("warpgroup")
-        count = length[lax.axis_index("batch")]
+        blocks = _Blocks(media, length[lax.axis_index("batch")])
 
         @pl.when(index < COMPUTE_WARPGROUPS)
         def _():
@@ -171,10 +213,10 @@ def _allocate(query, key, value, length, *others, heads_per_key: int, epsilon: f
                 scale, table = turning
                 plgpu.copy_gmem_to_smem(table.at[rows[:2]], tables.at[index], ready)
             plgpu.barrier_wait(ready)
-            own = _load(tile)
+            own = load(tile)  # in registers: the matrix unit then reads no queries from memory
             if turning:
-                own = _turn(own, _load(tables.at[index]), scale.at[rows[0]], epsilon)
-            _attend(own, keys, values, count, tile)
+                own = turn(own, load(tables.at[index]), scale.at[rows[0]], epsilon)
+            _attend(own, keys, values, blocks, tile)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(tile, out.at[rows])
             plgpu.wait_smem_to_gmem(0)
@@ -182,7 +224,9 @@ def _allocate(query, key, value, length, *others, heads_per_key: int, epsilon: f
         @pl.when(index == COMPUTE_WARPGROUPS)
         def _():
             plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
-            _copy_ahead(key, value, keys, values, count, heads_per_key)
+            head = lax.div(lax.axis_index("head"), jnp.int32(heads_per_key))
+            copied = (key, text_key, head, keys), (value, text_value, head + value_head, values)
+            _copy_ahead(copied, head, blocks)
 
         plgpu.barrier_arrive(done)  # the other member may still write into this one's memory
         plgpu.barrier_wait(done)
@@ -198,23 +242,46 @@ def _allocate(query, key, value, length, *others, heads_per_key: int, epsilon: f
     )
 
 
-def _copy_ahead(key, value, keys, values, count: Array, heads_per_key: int) -> None:
-    """Keep the slots of keys and values filled."""
+class _Blocks(NamedTuple):
+    """Blocks of keys: the media's, of which the last may not be whole, then the text's."""
+
+    media: int
+    text: Array
+
+    @property
+    def of_media(self) -> int:
+        return pl.cdiv(self.media, KEY_BLOCK)
+
+    @property
+    def all(self) -> Array:
+        return self.of_media + lax.div(self.text + jnp.int32(KEY_BLOCK - 1), jnp.int32(KEY_BLOCK))
+
+    def real(self, block: Array) -> Array:
+        """How many keys there are from a block's first on."""
+        media = self.media - block * KEY_BLOCK
+        text = self.text - (block - self.of_media) * KEY_BLOCK
+        return jnp.where(block < self.of_media, media, text)
+
+
+def _copy_ahead(copied: tuple, text_head: Array, blocks: _Blocks) -> None:
+    """Keep the slots filled: of keys, and of values, from the media, the text, into slots."""
     batch = lax.axis_index("batch")
-    head = lax.div(lax.axis_index("head"), jnp.int32(heads_per_key))
 
     def fill(step: Array, _, wait: bool) -> None:
-        block, slot = (batch, pl.ds(step * KEY_BLOCK, KEY_BLOCK), head), _slot(step)
-        for source, (target, ready, free) in ((key, keys), (value, values)):
+        slot, in_text = _slot(step), step - blocks.of_media
+        for media, text, head, (target, ready, free) in copied:
             if wait:
                 plgpu.barrier_wait(free.at[slot])
-            plgpu.copy_gmem_to_smem(
-                source.at[block], target.at[slot], ready.at[slot], collective_axes="member"
-            )
 
-    steps = _steps(count)
-    lax.fori_loop(0, jnp.minimum(steps, SLOTS), lambda i, _: fill(i, _, False), None)
-    lax.fori_loop(SLOTS, steps, lambda i, _: fill(i, _, True), None)
+            def copy(source, step, head, target=target.at[slot], ready=ready.at[slot]):
+                block = source.at[batch, pl.ds(step * KEY_BLOCK, KEY_BLOCK), head]
+                plgpu.copy_gmem_to_smem(block, target, ready, collective_axes="member")
+
+            pl.when(in_text < 0)(partial(copy, media, step, head))
+            pl.when(in_text >= 0)(partial(copy, text, in_text, text_head))
+
+    lax.fori_loop(0, jnp.minimum(blocks.all, SLOTS), lambda i, _: fill(i, _, False), None)
+    lax.fori_loop(SLOTS, blocks.all, lambda i, _: fill(i, _, True), None)
 
 
 def _rows(warpgroup: Array) -> tuple:
@@ -224,35 +291,13 @@ def _rows(warpgroup: Array) -> tuple:
     return lax.axis_index("batch"), pl.ds(first, WARPGROUP_ROWS), lax.axis_index("head")
 
 
-def _load(tile) -> list[Array]:
-    """Both halves of each row, in registers: the matrix unit then reads no queries from memory."""
-    return [plgpu.load(tile.at[:, half], (), layout=_LAYOUT) for half in _HALVES]
-
-
-def _turn(query: list[Array], table: list[Array], scale, epsilon: float) -> list[Array]:
-    """Norm and rotate a warpgroup's queries: as `layers.rms_norm` and `rope.apply_rope` do, but for
-    the rotation's products, which are summed in float32.
-    """
-    dtype, shape = query[0].dtype, (WARPGROUP_ROWS, HEAD_DIM // 2)
-    query, (cos, sin) = ([x.astype(jnp.float32) for x in halves] for halves in (query, table))
-    square = sum(x * x for x in query).sum(axis=1)
-    rms = lax.broadcast_in_dim(lax.rsqrt(square / HEAD_DIM + epsilon), shape, [0])
-    normed = []
-    for x, half in zip(query, _HALVES, strict=True):
-        scales = plgpu.load(scale.at[half], (), layout=_LAYOUT.reduce(0), optimized=False)
-        x = (x * rms).astype(dtype) * lax.broadcast_in_dim(scales, shape, [1])
-        normed.append(x.astype(jnp.float32))
-    first, second = normed
-    return [(first * cos - second * sin).astype(dtype), (second * cos + first * sin).astype(dtype)]
-
-
-def _attend(query: list[Array], keys, values, count: Array, out) -> None:
+def _attend(query: list[Array], keys, values, blocks: _Blocks, out) -> None:
     """One warpgroup: its 64 queries over all key blocks, in their order."""
     (keys, key_ready, key_free), (values, value_ready, value_free) = keys, values
     dtype = out.dtype
 
     def add_scores(scores, slot) -> None:
-        for x, half in zip(query, _HALVES, strict=True):
+        for x, half in zip(query, HALVES, strict=True):
             plgpu.wgmma(scores, x, keys.at[slot, :, half].transpose((1, 0)))
 
     def first_scores(scores):
@@ -264,12 +309,12 @@ def _attend(query: list[Array], keys, values, count: Array, out) -> None:
         scores = pl.run_scoped(first_scores, plgpu.ACC(_SCORES, jnp.float32))
         plgpu.barrier_arrive(key_free.at[0])
         start = jnp.full((WARPGROUP_ROWS,), -jnp.inf), jnp.zeros((WARPGROUP_ROWS,))
-        start = (plgpu.layout_cast(x, _LAYOUT.reduce(1)) for x in start)
+        start = (plgpu.layout_cast(x, LAYOUT.reduce(1)) for x in start)
         probabilities, maximum, total, _ = _softmax(scores, *start)
-        mixed = plgpu.layout_cast(jnp.zeros(_MIXED), _LAYOUT)
+        mixed = plgpu.layout_cast(jnp.zeros(_MIXED), LAYOUT)
         return mixed, probabilities.astype(dtype), maximum, total
 
-    def block(step, carry, last: bool):
+    def block(step, carry, masked: bool):
         mixed, probabilities, maximum, total = carry
         slot, before = _slot(step), _slot(step - 1)
 
@@ -282,9 +327,9 @@ def _attend(query: list[Array], keys, values, count: Array, out) -> None:
             scores = plgpu.wgmma_accumulator_load(scores_ref, wait_n=1)
             plgpu.barrier_arrive(key_free.at[slot])
             scores = lax.optimization_barrier(scores)
-            if last:
-                index = plgpu.broadcasted_iota(jnp.int32, _SCORES, 1, layout=_LAYOUT)
-                scores = jnp.where(index < count - step * KEY_BLOCK, scores, -jnp.inf)
+            if masked:
+                index = plgpu.broadcasted_iota(jnp.int32, _SCORES, 1, layout=LAYOUT)
+                scores = jnp.where(index < blocks.real(step), scores, -jnp.inf)
             softmax = lax.optimization_barrier(_softmax(scores, maximum, total))
             new_probabilities, new_maximum, new_total, decay = softmax
             # The second product reads its registers until here: were the new probabilities rounded
@@ -300,14 +345,14 @@ def _attend(query: list[Array], keys, values, count: Array, out) -> None:
             products, plgpu.ACC(_SCORES, jnp.float32), plgpu.ACC(_MIXED, jnp.float32)
         )
 
-    whole = lax.div(count, jnp.int32(KEY_BLOCK))
+    whole = blocks.media // KEY_BLOCK
     carry = lax.fori_loop(1, whole, lambda i, c: block(i, c, False), first_block())
-    carry = lax.fori_loop(whole, _steps(count), lambda i, c: block(i, c, True), carry)
+    carry = lax.fori_loop(whole, blocks.all, lambda i, c: block(i, c, True), carry)
     mixed, probabilities, _, total = carry
 
     def last_values(mixed_ref):
         mixed_ref[...] = mixed
-        slot = _slot(_steps(count) - 1)
+        slot = _slot(blocks.all - 1)
         plgpu.barrier_wait(value_ready.at[slot])
         plgpu.wgmma(mixed_ref, probabilities, values.at[slot])
         return mixed_ref[...]
@@ -327,10 +372,6 @@ def _softmax(scores: Array, maximum: Array, total: Array) -> tuple[Array, Array,
     decay = jnp.exp2(maximum - new_maximum)
     probabilities = jnp.exp2(scores * scale - lax.broadcast_in_dim(new_maximum, _SCORES, [0]))
     return probabilities, new_maximum, total * decay + probabilities.sum(axis=1), decay
-
-
-def _steps(count: Array) -> Array:
-    return lax.div(count + jnp.int32(KEY_BLOCK - 1), jnp.int32(KEY_BLOCK))
 
 
 def _slot(step: Array) -> Array:

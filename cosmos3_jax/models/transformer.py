@@ -20,7 +20,7 @@ from jax.typing import ArrayLike
 
 from cosmos3_jax.config import TransformerConfig
 from cosmos3_jax.models import rope
-from cosmos3_jax.models.attention import RawHeads, attention, keeps_attention
+from cosmos3_jax.models.attention import Projected, attention, attention_of_product, keeps_attention
 from cosmos3_jax.models.layers import (
     RMSNorm,
     Scale,
@@ -90,23 +90,23 @@ class Attention(nn.Module):
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         batch = PROMPTS if text is None else BRANCHES
         qkv = dense((heads + 2 * kv_heads, config.head_dim), self.dtype, "qkv")(x)
-        scale = Scale(config.head_dim, self.dtype, name="q_norm")()
-        query = RawHeads(
-            qkv, jnp.broadcast_to(scale, (len(x), config.head_dim)), table, heads,
-            config.rms_norm_eps,
-        )  # fmt: skip
-        key, value = jnp.split(qkv[:, :, heads:], 2, axis=2)
-        key = rope.apply_rope(RMSNorm(config.rms_norm_eps, self.dtype, name="k_norm")(key), table)
-        key, value = (constrain(x, batch, TOKENS, None, None) for x in (key, value))
-        if text is None or num_shards(HEADS) > 1:  # else the media tower's kernel may do it
-            query = constrain(query.turned(), batch, TOKENS, None, None)
-        if text is None:
-            mixed = attention(query, key, value, causal=True)
+        of_examples = len(x), config.head_dim
+        scales = (
+            jnp.broadcast_to(Scale(config.head_dim, self.dtype, name=name)(), of_examples)
+            for name in ("q_norm", "k_norm")
+        )
+        projected = Projected(qkv, *scales, table, kv_heads, config.rms_norm_eps)
+        padded, key_value = None if text is None else (*text, length), None
+        if padded and num_shards(HEADS) == 1:
+            mixed = attention_of_product(projected, padded, batch=batch)
         else:
-            padded = (*text, length)
-            mixed = attention(query, key, value, text=padded, tokens=self.tokens, batch=batch)
+            query, key, value = (constrain(x, batch, TOKENS, None, None) for x in projected.parts())
+            key_value = key, value
+            mixed = attention(
+                query, key, value, text=padded, causal=text is None, tokens=self.tokens, batch=batch
+            )
         mixed = constrain(mixed, batch, TOKENS, None, None)
-        return dense(config.hidden_size, self.dtype, "out", axis=(-2, -1))(mixed), (key, value)
+        return dense(config.hidden_size, self.dtype, "out", axis=(-2, -1))(mixed), key_value
 
 
 class Block(nn.Module):

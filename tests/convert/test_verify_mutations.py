@@ -207,17 +207,21 @@ MEDIA_INPUT = "layers.0, its media input (patches, time, sums)"
 BOTH = ["layers.0, text tower: its computation", "layers.0, media tower: its computation"]
 
 
-def scaled(query):
-    if isinstance(query, attention.RawHeads):
-        return query.replace(scale=1.1 * query.scale)
-    return 1.1 * query
+def replace_attention(monkeypatch, by):
+    """Of heads that are normed and rotated, and of those that are not yet."""
+
+    def of_product(projected, text, **options):
+        return by(*projected.parts(), text=text, **options)
+
+    monkeypatch.setattr(transformer, "attention", by)
+    monkeypatch.setattr(transformer, "attention_of_product", of_product)
 
 
 @pytest.mark.parametrize(
     "change",
     [
         lambda query, key, value: (query, jnp.roll(key, 1, axis=2), value),
-        lambda query, key, value: (scaled(query), key, value),
+        lambda query, key, value: (1.1 * query, key, value),
     ],
     ids=["key heads", "scale"],
 )
@@ -225,7 +229,7 @@ def test_wrong_attention_is_named(public_checkpoint, tmp_path, monkeypatch, new_
     def wrong(query, key, value, **options):
         return attention.attention(*change(query, key, value), **options)
 
-    monkeypatch.setattr(transformer, "attention", wrong)
+    replace_attention(monkeypatch, wrong)
     status, report = verify(tmp_path, public_checkpoint, "transformer", "--layers", "1")
     assert status == 1 and not any(row["passed"] for row in report["rows"])
     assert blamed(report) == BOTH
@@ -237,7 +241,7 @@ def test_attention_to_padding_is_named(public_checkpoint, tmp_path, monkeypatch,
             text = (*text[:2], jnp.full_like(text[2], text[0].shape[1]))
         return attention.attention(query, key, value, text=text, **others)
 
-    monkeypatch.setattr(transformer, "attention", wrong)
+    replace_attention(monkeypatch, wrong)
     status, report = verify(tmp_path, public_checkpoint, "transformer", "--layers", "1")
     assert status == 1 and not any(row["passed"] for row in report["rows"])
     assert blamed(report) == BOTH[1:]
