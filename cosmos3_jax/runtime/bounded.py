@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from cosmos3_jax.parallel import device
+
 VARIABLE = "COSMOS3_JAX_PROGRAMS"
 
 log = logging.getLogger("cosmos3_jax")
@@ -35,7 +37,8 @@ class BoundedJit:
     """A jitted function of which the programs used last are kept, of all such functions together.
 
     Positional arguments are trees of arrays, or of `jax.ShapeDtypeStruct`s to compile ahead; the
-    options by name are static. What is compiled is what `jax.jit` compiles.
+    options by name are static. What is compiled is what `jax.jit` compiles, with
+    `device.compiler_options`.
     """
 
     def __init__(self, function: Callable, **jit_options):
@@ -70,4 +73,5 @@ def wrapper(function: BoundedJit, key: Hashable) -> jax.stages.Wrapped:
     """A wrapper for one program. JAX forgets a program when the function that it was traced from
     goes; so each is traced from a function of its own.
     """
-    return jax.jit(functools.partial(function.function), **function.jit_options)
+    options = function.jit_options | {"compiler_options": device.compiler_options()}
+    return jax.jit(functools.partial(function.function), **options)

@@ -19,7 +19,7 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 import cosmos3_jax
 from cosmos3_jax.config import Config
-from cosmos3_jax.parallel.device import default_device, memory_peak
+from cosmos3_jax.parallel.device import compiler_options, default_device, memory_peak
 from cosmos3_jax.runtime import energy
 from cosmos3_jax.runtime.programs import calls, distinct_calls, shapes_of
 from cosmos3_jax.sampling.stages import Stage, Values
@@ -84,7 +84,7 @@ def compile_cold_and_cached(
         jax.clear_caches()
         start = time.perf_counter()
         # Without options, even none of them, JAX would return what it just compiled.
-        program = lowered.compile(compiler_options={})
+        program = lowered.compile(compiler_options=compiler_options())
         return program, time.perf_counter() - start
 
     with _fresh_cache() as hits:

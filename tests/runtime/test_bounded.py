@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hopper import Hopper
 
 from cosmos3_jax.config import Config, SoundVAEConfig
 from cosmos3_jax.models import sound_vae
+from cosmos3_jax.parallel import device
 from cosmos3_jax.runtime import bounded, programs
 from cosmos3_jax.sampling import stages
 
@@ -85,3 +87,29 @@ def test_the_bound_of_the_environment(caplog):
         caplog.clear()
         assert bounded.read_bound({bounded.VARIABLE: text}) == bounded.read_bound({})
         assert f"COSMOS3_JAX_PROGRAMS={text!r} is no whole number" in caplog.text
+
+
+def test_a_gpu_leaves_products_to_cublas(monkeypatch):
+    """XLA has to know each option by its name, and says so on any machine."""
+    monkeypatch.setenv("XLA_FLAGS", "")
+    assert device.compiler_options() == {}
+    monkeypatch.setattr(device, "default_device", Hopper)
+    assert list(device.compiler_options()) == ["xla_gpu_enable_triton_gemm"]
+    asked = []
+
+    def jit(function, **options):
+        asked.append(options["compiler_options"])
+        return of_jax(function, **options)
+
+    of_jax = jax.jit
+    monkeypatch.setattr(jax, "jit", jit)
+    assert bounded.BoundedJit(lambda x: x + 1)(np.ones(2, np.float32)).tolist() == [2, 2]
+    assert asked == [device.compiler_options()]
+    with pytest.raises(RuntimeError, match="xla_of_no_such_name"):
+        of_jax(lambda x: x, compiler_options={"xla_of_no_such_name": False})(1.0)
+
+
+def test_the_environment_may_say_otherwise(monkeypatch):
+    monkeypatch.setattr(device, "default_device", Hopper)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=true")
+    assert device.compiler_options() == {}
