@@ -9,7 +9,7 @@ from rounding import relative_l2
 from cosmos3_jax.config import TransformerConfig, VideoVAEConfig
 from cosmos3_jax.models import attention as attention_module
 from cosmos3_jax.models import flash_attention, rope, transformer, video_vae
-from cosmos3_jax.models.attention import attention
+from cosmos3_jax.models.attention import Projected, attention, attention_of_product
 
 pytestmark = pytest.mark.gpu
 
@@ -60,7 +60,7 @@ def test_flash_attention_is_exact(media, length, dry):
     media = media // 64 if dry else media
     arrays = attention_inputs(media, 512)
     lengths = jnp.array([length])
-    obstacle = flash_attention.obstacle(*arrays[:2], jax.devices()[0])
+    obstacle = flash_attention.obstacle(arrays[1], jax.devices()[0])
     assert dry or obstacle is None, "these tests need a Hopper GPU"
     ours = attention(*arrays[:3], text=(*arrays[3:], lengths))
     library = masked(*arrays, lengths)
@@ -70,6 +70,34 @@ def test_flash_attention_is_exact(media, length, dry):
     # The same two roundings, of the probabilities and of the result; measured within 1%.
     assert error <= 1.1 * relative_l2(library[:, rows], exact)
     assert error < 5e-3
+
+
+@pytest.mark.parametrize("media", [1024, 2889, 33089])
+def test_attention_of_a_product_is_exact(media, dry):
+    """Queries and keys that the kernels norm and rotate; in one, and in parts whose media begin
+    elsewhere.
+    """
+    media = media // 64 if dry else media
+    query, key, value, *text = attention_inputs(media, 512)
+    product = jnp.concatenate([3 * query, 3 * key, value], axis=2)
+    scale = jnp.linspace(0.5, 2, 128, dtype=jnp.bfloat16)[None]
+    angles = jnp.arange(media)[:, None] * 10.0 ** -jnp.linspace(0, 4, 64)
+
+    def table(first: int) -> rope.Rope:
+        turned = angles + first * angles[1]
+        return jnp.cos(turned)[None], jnp.sin(turned)[None]
+
+    projected = Projected(product, scale, scale[:, ::-1], table(300), 2, 1e-6)
+    in_float32 = jax.tree.map(lambda x: x.astype(jnp.float32), projected)
+    rows = np.linspace(0, media - 1, 64, dtype=int)
+    exact = float32_rows(*in_float32.parts(), *text, 300, rows)
+    lengths = jnp.array([300])
+    library = relative_l2(masked(*projected.parts(), *text, lengths)[:, rows], exact)
+    whole = attention_of_product(projected, (*text, lengths))
+    assert relative_l2(whole[:, rows], exact) <= 1.1 * library
+    # The media's part is rounded once more before the text's is added to it.
+    parts = attention_of_product(projected, (*text, lengths), media_table=table(0))
+    assert relative_l2(parts[:, rows], exact) <= 1.5 * library < 2e-2
 
 
 def test_flash_attention_of_peaked_logits():

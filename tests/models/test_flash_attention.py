@@ -126,6 +126,24 @@ def test_queries_and_keys_are_normed_and_rotated_within(monkeypatch, tokens, hea
     assert distance(found, exact) < 1.1 * distance(apart, exact)
 
 
+@pytest.mark.parametrize("tokens", [128, 133, 260])
+def test_log_sum_exps_put_parts_together(monkeypatch, tokens):
+    media = projected(tokens, 4, 2)
+    found, sums = on_cpu(
+        monkeypatch, flash_attention.media_attention, media.product, 2, media.turns()
+    )
+    query, key, value = jax.tree.map(lambda x: x.astype(jnp.float32), media).parts()
+    apart, exact = attention_module.xla_attention(query, key, value, return_residual=True)
+    assert found.shape == (2, tokens, 4, 128) and sums.shape == exact.shape == (2, tokens, 4)
+    ready = on_cpu(
+        monkeypatch, flash_attention.attention_of_product, media.product, 2, media.turns(),
+        *normal(*[(2, 8, 2, 128)] * 2), jnp.array([0, 0]),
+    )  # fmt: skip
+    assert distance(found, np.asarray(ready)) < 1e-6
+    assert distance(found, np.asarray(apart)) < 0.02  # of bfloat16; logits of up to 100
+    assert np.abs(np.asarray(sums - exact)).max() < 0.02 * np.abs(np.asarray(exact)).max()
+
+
 def test_heads_are_turned(monkeypatch):
     """Those that were asked for, and no others; rounded three times, as `parts` does."""
     media = projected(136)

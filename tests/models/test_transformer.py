@@ -2,20 +2,44 @@
 
 import dataclasses
 import re
+from functools import partial
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from diffusers import Cosmos3OmniTransformer
 from oracle import pack
-from rounding import check, relative_l2
-from transformer_cases import FAR, MODELS, TOLERANCE, TOLERANCES, build, error, example, load, ours
+from rounding import check, farthest, relative_l2
+from transformer_cases import (
+    FAR,
+    FRAMES,
+    HEIGHT,
+    MODELS,
+    TOLERANCE,
+    TOLERANCES,
+    WIDTH,
+    build,
+    encode,
+    error,
+    example,
+    load,
+    ours,
+    step,
+)
 
 from cosmos3_jax.checkpoint import rules
 from cosmos3_jax.checkpoint.layouts import transformer_layout
 from cosmos3_jax.config import TransformerConfig
-from cosmos3_jax.models.transformer import param_shapes, unstack_layers
+from cosmos3_jax.models.transformer import (
+    param_shapes,
+    share_first_layer,
+    unstack_layers,
+    velocity,
+)
+from cosmos3_jax.sampling import denoise
 
 NANO = dict(sound_gen=True, sound_dim=64, action_gen=True, action_dim=64, num_embodiment_domains=32)
 SUPER = NANO | dict(
@@ -63,6 +87,71 @@ def test_layers_taken_apart_compute_the_same(sound):
     swapped = apart | {"layers": apart["layers"] | {"0": apart["layers"]["1"]}}
     mistaken = ours(model._replace(params=model.params | {"gen": swapped}), case)
     assert error(mistaken, found) > FAR * TOLERANCE
+
+
+def branches(model, *texts, sound=True):
+    """A model taken apart, examples that differ in their prompts alone, and their conditions."""
+    apart = model._replace(params=model.params | {"gen": unstack_layers(model.params["gen"])})
+    first = example(texts[0], sound, given=(1,))
+    cases = [dataclasses.replace(first, ids=example(text).ids) for text in texts]
+    return apart, cases, [encode(apart, case) for case in cases]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("sound", [False, True], ids=["T2V", "T2AV"])
+def test_branches_share_the_first_layer(name, sound):
+    """Prompts of 7 and of 40 tokens: media begin elsewhere in each, and positions of 15,000 are
+    rounded there by up to 5e-4, which is more than the tolerance knows of (measured: 2e-5).
+    """
+    model, cases, conditions = branches(build(name), 40, 7, sound=sound)
+    tolerance = 5 * TOLERANCES[name]
+    for case, condition in zip(cases, share_first_layer(conditions), strict=True):
+        found = step(model, condition, case)
+        assert error(found, case.oracle(model.oracle)) <= tolerance
+    moved = conditions[1].replace(first_rope=jax.tree.map(lambda x: x[:, ::-1], conditions[1].rope))
+    assert error(step(model, moved, cases[1]), found) > FAR * tolerance
+
+
+def test_the_gradient_of_a_shared_first_layer():
+    model, cases, conditions = branches(build(), 40, 7)
+    latents = {"video": cases[1].video[None], "sound": cases[1].sound[None]}
+
+    @jax.grad
+    def gradient(params, condition):
+        found = velocity(params, model.config, condition, latents, 967.0)
+        return sum(jnp.sum(x**2) for x in found.values())
+
+    gen = model.params["gen"]
+    shared = gradient(gen, share_first_layer(conditions)[1])
+    assert farthest(shared, gradient(gen, conditions[1])) <= TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_what_branches_share_is_computed_once(dtype):
+    """By the operations of the compiled program; in float32, which would show it, it is not."""
+    model, _, conditions = branches(build(), 40, 7, sound=False)
+    config = model.config
+    params = jax.tree.map(lambda x: jnp.asarray(x, dtype), model.params["gen"])
+    conditions = [
+        x.replace(key=x.key.astype(dtype), value=x.value.astype(dtype)) for x in conditions
+    ]
+    latents = {"video": jnp.zeros((1, FRAMES, HEIGHT, WIDTH, config.latent_channel))}
+    velocity = partial(denoise.guided_velocity, config=SimpleNamespace(transformer=config))
+
+    def operations(conditions: list) -> float:
+        program = jax.jit(velocity).lower(
+            params, conditions=conditions, latents=latents, timestep=967.0,
+            weights=jnp.array([6.0, -5.0])[: len(conditions)],
+        )  # fmt: skip
+        return program.compile().cost_analysis()["flops"]
+
+    tokens = conditions[0].rope[0].shape[1]
+    heads, key_heads = config.num_attention_heads, config.num_key_value_heads
+    product = 2 * tokens * config.hidden_size * (heads + 2 * key_heads) * config.head_dim
+    attention = 4 * tokens**2 * heads * config.head_dim
+    saved = 2 * operations(conditions[:1]) - operations(conditions)
+    least = 0.9 * (product + attention)
+    assert saved > least if dtype == "bfloat16" else saved < 0.2 * least
 
 
 @pytest.mark.filterwarnings("ignore:.*TF32:UserWarning")
