@@ -3,11 +3,11 @@
 The schedule is FlashAttention-3's (Shah et al., 2024). Two warpgroups of a block compute, 64 rows
 each, and a third does nothing but copy keys and values ahead of them. Within a warpgroup, the
 product of the scores of one key block and that of the values of the block before are in flight
-together, and the second runs on under the softmax of the first. Only the text's blocks are masked,
-and the media's last one if it is not whole: neither text padding nor a number of keys that is no
-multiple of a block costs anything, as both do in cuDNN's kernel. Two blocks read the same keys and
-values, each of which crosses from the L2 cache once for both. Queries stay in registers. The text's
-keys and values are read where they lie, and not put behind the media's.
+together, and the second runs on under the softmax of the first. Media are read where they lie, in
+whole blocks; what is left of them is put before the text, and only these blocks are masked: neither
+text padding nor a number of keys that is no multiple of a block costs anything, as both do in
+cuDNN's kernel. Two blocks read the same keys and values, each of which crosses from the L2 cache
+once for both. Queries stay in registers.
 
 Axes: B batch, S media tokens, T text tokens, N query heads, K key/value heads, H head dimension.
 """
@@ -88,12 +88,15 @@ def flash_attention(
         [B, S', N, 128] in the query's dtype. It has no derivative of its own.
     """
 
-    def attend(query, key, value, *text) -> Array:
-        return run_tiles(query, key, value, *text, heads=query.shape[2], media=media)
-
     queries, media = query.shape[1], key.shape[1]
-    arrays = [_pad_to_tile(x) for x in (query, key, value, text_key, text_value)]
-    return _over_batch(attend)(*arrays, length)[:, :queries]
+
+    def attend(query, key, value, text_key, text_value, length) -> Array:
+        tail = _tail(key, text_key, media), _tail(value, text_value, media)
+        keys = length + media % KEY_BLOCK
+        return run_tiles(query, key, value, *tail, keys, heads=query.shape[2], media=media)
+
+    query, key, value = (_pad_to_tile(x) for x in (query, key, value))
+    return _over_batch(attend)(query, key, value, text_key, text_value, length)[:, :queries]
 
 
 def attention_of_product(
@@ -124,21 +127,27 @@ def _of_product(
 ) -> Any:  # fmt: skip
     heads, media = product.shape[2] - 2 * key_heads, product.shape[1]
 
-    def attend(product, query_scale, key_scale, table, *text) -> Array:
+    def attend(product, query_scale, key_scale, table, text_key, text_value, length) -> Array:
         key = turned_heads(
             product, key_scale, table, first=heads, heads=key_heads, epsilon=turns.epsilon
         )
+        tail = _tail(key, text_key, media), _tail(product[:, :, -key_heads:], text_value, media)
         return run_tiles(
-            product, key, product, *text, query_scale, table, heads=heads, media=media,
-            value_head=heads + key_heads, epsilon=turns.epsilon, sums=sums,
+            product, key, product, *tail, length + media % KEY_BLOCK, query_scale, table,
+            heads=heads, media=media, value_head=heads + key_heads, epsilon=turns.epsilon,
+            sums=sums,
         )  # fmt: skip
 
-    product, table, text_key, text_value = (
-        _pad_to_tile(x) for x in (product, turns.table, text_key, text_value)
-    )
+    product, table = _pad_to_tile(product), _pad_to_tile(turns.table)
     scales = turns.query_scale, turns.key_scale
     out = _over_batch(attend)(product, *scales, table, text_key, text_value, length)
     return (out[0][:, :media], out[1]) if sums else out[:, :media]
+
+
+def _tail(media: Array, text: Array, count: int) -> Array:
+    """Keys or values behind the media's last whole block: the rest of the media, then the text."""
+    rest = media[:, count // KEY_BLOCK * KEY_BLOCK : count]
+    return _pad_to_tile(jnp.concatenate([rest, text], axis=1))
 
 
 def _over_batch(function: Callable) -> Callable:
@@ -160,7 +169,7 @@ def _over_batch(function: Callable) -> Callable:
 
 @partial(jax.jit, static_argnames=("heads", "media", "value_head", "epsilon", "sums"))
 def run_tiles(
-    query: Array, key: Array, value: Array, text_key: Array, text_value: Array, length: Array,
+    query: Array, key: Array, value: Array, tail_key: Array, tail_value: Array, length: Array,
     *turning: Array, heads: int, media: int, value_head: int = 0, epsilon: float = 0.0,
     sums: bool = False,
 ) -> Any:  # fmt: skip
@@ -170,9 +179,12 @@ def run_tiles(
     cache's key. A program is found there by a process that lowered as many kernels before.
 
     Args:
+        key, value: of which whole blocks are read.
+        tail_key, tail_value: see `_tail`.
+        length: int32 [B], how much of the tail is real.
         turning: scale and table, if queries are to be normed and rotated.
         heads: how many of the query's are queries.
-        media: how many keys of media are real.
+        media: how many keys are real.
         value_head: the first of the value's that is one.
         sums: whether to return log-sum-exps [B, N, S'], too.
     """
@@ -193,10 +205,10 @@ def run_tiles(
         cluster_names=("member",),
         num_threads=COMPUTE_WARPGROUPS + 1,
         thread_name="warpgroup",
-        kernel_name="flash_attention_" + "x".join(map(str, (*shape, media, *text_key.shape[1:3]))),
+        kernel_name="flash_attention_" + "x".join(map(str, (*shape, media, *tail_key.shape[1:3]))),
         compiler_params=plgpu.CompilerParams(approx_math=True),  # exp2 of the GPU, 2 ulp
     )  # fmt: skip
-    return kernel(query, key, value, text_key, text_value, length, *turning)
+    return kernel(query, key, value, tail_key, tail_value, length, *turning)
 
 
 def _pad_to_tile(x: Array) -> Array:
@@ -208,7 +220,7 @@ def _pad_to_tile(x: Array) -> Array:
 
 
 def _allocate(
-    query, key, value, text_key, text_value, length, *others,
+    query, key, value, tail_key, tail_value, length, *others,
     media: int, heads_per_key: int, value_head: int, epsilon: float, turning: bool,
 ) -> None:  # fmt: skip
     """Shared memory and barriers of one block, then its warpgroups' work.
@@ -230,7 +242,7 @@ def _allocate(
 
     def run(tiles, tables, row_sums, keys, values, done):
         index = lax.axis_index("warpgroup")
-        blocks = _Blocks(media, length[lax.axis_index("batch")])
+        blocks = _Blocks(media // KEY_BLOCK, length[lax.axis_index("batch")])
 
         @pl.when(index < COMPUTE_WARPGROUPS)
         def _():
@@ -259,7 +271,7 @@ def _allocate(
         def _():
             plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
             head = lax.div(lax.axis_index("head"), jnp.int32(heads_per_key))
-            copied = (key, text_key, head, keys), (value, text_value, head + value_head, values)
+            copied = (key, tail_key, head, keys), (value, tail_value, head + value_head, values)
             _copy_ahead(copied, head, blocks)
 
         plgpu.barrier_arrive(done)  # the other member may still write into this one's memory
@@ -278,33 +290,27 @@ def _allocate(
 
 
 class _Blocks(NamedTuple):
-    """Blocks of keys: the media's, of which the last may not be whole, then the text's."""
+    """Blocks of keys: whole ones of the media, then those of the tail, of so many real keys."""
 
-    media: int
-    text: Array
-
-    @property
-    def of_media(self) -> int:
-        return pl.cdiv(self.media, KEY_BLOCK)
+    of_media: int
+    tail: Array
 
     @property
     def all(self) -> Array:
-        return self.of_media + lax.div(self.text + jnp.int32(KEY_BLOCK - 1), jnp.int32(KEY_BLOCK))
+        return self.of_media + lax.div(self.tail + jnp.int32(KEY_BLOCK - 1), jnp.int32(KEY_BLOCK))
 
     def real(self, block: Array) -> Array:
-        """How many keys there are from a block's first on."""
-        media = self.media - block * KEY_BLOCK
-        text = self.text - (block - self.of_media) * KEY_BLOCK
-        return jnp.where(block < self.of_media, media, text)
+        """How many keys there are from the first of a tail's block on."""
+        return self.tail - (block - self.of_media) * KEY_BLOCK
 
 
-def _copy_ahead(copied: tuple, text_head: Array, blocks: _Blocks) -> None:
-    """Keep the slots filled: of keys, and of values, from the media, the text, into slots."""
+def _copy_ahead(copied: tuple, tail_head: Array, blocks: _Blocks) -> None:
+    """Keep the slots filled: of keys, and of values, from the media, the tail, into slots."""
     batch = lax.axis_index("batch")
 
     def fill(step: Array, _, wait: bool) -> None:
-        slot, in_text = _slot(step), step - blocks.of_media
-        for media, text, head, (target, ready, free) in copied:
+        slot, in_tail = _slot(step), step - blocks.of_media
+        for media, tail, head, (target, ready, free) in copied:
             if wait:
                 plgpu.barrier_wait(free.at[slot])
 
@@ -312,8 +318,8 @@ def _copy_ahead(copied: tuple, text_head: Array, blocks: _Blocks) -> None:
                 block = source.at[batch, pl.ds(step * KEY_BLOCK, KEY_BLOCK), head]
                 plgpu.copy_gmem_to_smem(block, target, ready, collective_axes="member")
 
-            pl.when(in_text < 0)(partial(copy, media, step, head))
-            pl.when(in_text >= 0)(partial(copy, text, in_text, text_head))
+            pl.when(in_tail < 0)(partial(copy, media, step, head))
+            pl.when(in_tail >= 0)(partial(copy, tail, in_tail, tail_head))
 
     lax.fori_loop(0, jnp.minimum(blocks.all, SLOTS), lambda i, _: fill(i, _, False), None)
     lax.fori_loop(SLOTS, blocks.all, lambda i, _: fill(i, _, True), None)
@@ -383,9 +389,8 @@ def _attend(query: list[Array], keys, values, blocks: _Blocks, out) -> Array:
             products, plgpu.ACC(_SCORES, jnp.float32), plgpu.ACC(_MIXED, jnp.float32)
         )
 
-    whole = blocks.media // KEY_BLOCK
-    carry = lax.fori_loop(1, whole, lambda i, c: block(i, c, False), first_block())
-    carry = lax.fori_loop(whole, blocks.all, lambda i, c: block(i, c, True), carry)
+    carry = lax.fori_loop(1, blocks.of_media, lambda i, c: block(i, c, False), first_block())
+    carry = lax.fori_loop(blocks.of_media, blocks.all, lambda i, c: block(i, c, True), carry)
     mixed, probabilities, maximum, total = carry
 
     def last_values(mixed_ref):
