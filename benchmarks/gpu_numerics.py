@@ -6,8 +6,7 @@ python benchmarks/gpu_numerics.py --out FILE.json [--parts rope,transformer,soun
 Exits 1 if a bar is missed. The file is written at the start and after every row: `complete` in it
 says whether the run came to its end, `unfinished` which parts did not. `--dry` runs every line
 at tiny sizes, on any machine. The transformer has two layers, which is every kind of layer there
-is: the text tower's last one differs. `shared_bf16` is ours as a branch of guidance that shares its
-first layer with another.
+is: the text tower's last one differs.
 """
 
 import os
@@ -122,8 +121,6 @@ def failures(row: dict) -> list[str]:
     else:
         found, bar = row["relative_l2"], FLOAT32[row["part"]]
         rounded = found["oracle_bf16"]
-        shared = found.get("shared_bf16", 0.0) / rounded
-        checks[f"ratio {shared:.3f} of a branch that shares a layer"] = shared <= RATIO
         checks[f"diffusers' bfloat16 off by {rounded:.1e}"] = SANE[0] <= rounded <= SANE[1]
         ours, tf32 = found.get("ours_fp32", 0.0), found.get("oracle_tf32", np.inf)
         checks[f"float32 off by {ours:.1e}"] = ours <= bar
@@ -154,9 +151,6 @@ def transformer_rows(sizes: Sizes, folder: Path) -> Iterator[dict]:
             exact = models.oracle_velocity(oracles["float32"], *inputs)
             found = {
                 "ours_bf16": models.our_velocity(params["bfloat16"], model, *inputs),
-                "shared_bf16": models.our_velocity(
-                    params["bfloat16"], model, *inputs, beside=ids[::2]
-                ),
                 "oracle_bf16": models.oracle_velocity(oracles["bfloat16"], *inputs),
             }
             if i == 0 and logits <= attention.MAX_LOGIT_BYTES:  # or else our float32 refuses

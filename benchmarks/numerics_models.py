@@ -102,7 +102,6 @@ _encode = jax.jit(
     transformer.encode_condition, static_argnames=("config", "video_shape", "sound_frames")
 )
 _velocity = jax.jit(transformer.velocity, static_argnames="config")
-_apart = jax.jit(transformer.unstack_layers)
 _dispatch = transformer_cosmos3.dispatch_attention_fn
 
 
@@ -135,26 +134,16 @@ def oracle_velocity(model, ids, video, sound, timestep: int, tf32=False) -> dict
     return {name: x.movedim(0, -1).float().cpu().numpy() for name, x in found.items()}
 
 
-def our_velocity(
-    params, config, ids, video, sound, timestep: int, beside: list[int] | None = None
-) -> dict[str, np.ndarray]:
-    """Of a prompt; or of it as a branch of guidance that shares its first layer with another."""
-
-    def condition(ids: list[int]) -> transformer.Condition:
-        padded = np.zeros((1, padded_length(len(ids))), np.int32)
-        padded[0, : len(ids)] = ids
-        return _encode(
-            params["und"], config, padded, np.arange(padded.shape[1])[None] < len(ids),
-            video_shape=video.shape[:3], fps=np.float32([24]),
-            sound_frames=0 if sound is None else len(sound),
-        )  # fmt: skip
-
-    own, tower = condition(ids), params["gen"]
-    if beside is not None:
-        _, own = transformer.share_first_layer([condition(beside), own])
-        tower = _apart(tower)
+def our_velocity(params, config, ids, video, sound, timestep: int) -> dict[str, np.ndarray]:
+    padded = np.zeros((1, padded_length(len(ids))), np.int32)
+    padded[0, : len(ids)] = ids
+    condition = _encode(
+        params["und"], config, padded, np.arange(padded.shape[1])[None] < len(ids),
+        video_shape=video.shape[:3], fps=np.float32([24]),
+        sound_frames=0 if sound is None else len(sound),
+    )  # fmt: skip
     latents = {"video": video[None]} | ({} if sound is None else {"sound": sound[None]})
-    out = _velocity(tower, config, own, latents, np.int32(timestep))
+    out = _velocity(params["gen"], config, condition, latents, np.int32(timestep))
     return {name: np.asarray(x[0], np.float32) for name, x in out.items()}
 
 

@@ -8,7 +8,7 @@ Axes: B batch, S query tokens, T key tokens, N query heads, K key/value heads, H
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -101,75 +101,14 @@ def attention(
 
 
 def attention_of_product(
-    projected: Projected,
-    text: Text,
-    *,
-    media_table: rope.Rope | None = None,
-    batch: tuple[str, ...] = sharding.PROMPTS,
+    projected: Projected, text: Text, *, batch: tuple[str, ...] = sharding.PROMPTS
 ) -> Array:
-    """`attention` with text of what leaves a product, where no mesh divides heads.
-
-    Args:
-        media_table: of the rotation by which media attend to one another, on one device. It may
-            begin elsewhere: those logits depend on differences of positions. What is computed with
-            it depends on nothing else of the text's. None for the product's own.
-    """
-    if media_table is not None:
-        return _attention_in_parts(projected, media_table, text)
+    """`attention` with text of what leaves a product, where no mesh divides heads."""
 
     def attend(projected, *text):
         return _attention(projected, text, False)
 
     return sharding.over_heads(attend, projected, *text, batch=batch)
-
-
-@jax.custom_vjp
-def _attention_in_parts(projected: Projected, media_table: rope.Rope, text: Text) -> Array:
-    """Media to media and media to text, put together by their log-sum-exps."""
-    mixed, sums = _media_attention(projected.replace(table=media_table))
-    query, _, _ = projected.parts()
-    from_text, text_sums = _library_attention(
-        query, *text, implementation="xla" if _obstacle_of(query) else "cudnn", return_residual=True
-    )
-    share = jax.nn.sigmoid(sums - text_sums)[..., None]
-    joined = share * mixed.astype(jnp.float32) + (1 - share) * from_text.astype(jnp.float32)
-    return joined.astype(query.dtype)
-
-
-def _in_parts_forward(projected: Projected, media_table: rope.Rope, text: Text) -> tuple:
-    """A derivative is that of attention in one."""
-
-    def whole(projected: Projected, key: Array, value: Array) -> Array:
-        return _attention(projected, (key, value, text[2]), False)
-
-    return jax.vjp(whole, projected, *text[:2])
-
-
-def _in_parts_backward(transpose: Callable, gradient: Array) -> tuple:
-    projected, key, value = transpose(gradient)
-    return projected, jax.tree.map(jnp.zeros_like, projected.table), (key, value, None)
-
-
-_attention_in_parts.defvjp(_in_parts_forward, _in_parts_backward)
-
-
-def _media_attention(projected: Projected) -> tuple[Array, Array]:
-    """Media over media [B, S, N, H], and the log-sum-exps of the logits, float32 [B, S, N]."""
-    product = projected.product
-    if flash_attention.obstacle(product, devices.default_device()) is None:
-        return flash_attention.media_attention(product, projected.key_heads, projected.turns())
-    query, key, value = projected.parts()
-    obstacle = _obstacle_of(query)
-    if obstacle is not None:
-        batch, queries, heads, _ = query.shape
-        check_logits(logit_bytes(batch, heads, queries, key.shape[1]), obstacle)
-    return _library_attention(
-        query, key, value, implementation="xla" if obstacle else "cudnn", return_residual=True
-    )
-
-
-def _obstacle_of(query: Array) -> str | None:
-    return fused_obstacle(query.dtype, query.shape[-1])
 
 
 def _attention(media: Parts | Projected, text: Text | None, causal: bool) -> Array:
@@ -248,8 +187,7 @@ def _library_attention(
     causal: bool = False,
     *,
     implementation: Literal["xla", "cudnn"],
-    return_residual: bool = False,
-) -> Any:
+) -> Array:
     with jax.default_matmul_precision("highest" if query.dtype == jnp.float32 else None):
         return jax.nn.dot_product_attention(
             query,
@@ -258,7 +196,6 @@ def _library_attention(
             key_value_seq_lengths=length,
             is_causal=causal,
             implementation=implementation,
-            return_residual=return_residual,
         )
 
 

@@ -15,7 +15,7 @@ Axes: B batch, S media tokens, T text tokens, N query heads, K key/value heads, 
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -105,26 +105,6 @@ def attention_of_product(
     """`flash_attention` of queries, keys and values as they leave their product, [B, S, N + 2 K,
     128], queries and keys still to be normed and rotated. Values are read where they are.
     """
-    return _of_product(product, key_heads, turns, text_key, text_value, length)
-
-
-def media_attention(product: Array, key_heads: int, turns: Turns) -> tuple[Array, Array]:
-    """`attention_of_product` without text, and what it takes to add a part of the keys to it.
-
-    Returns:
-        [B, S, N, 128], and the natural log-sum-exps of the scaled logits, float32 [B, S, N].
-    """
-    batch, *_ = product.shape
-    none = jnp.zeros((batch, 8, key_heads, HEAD_DIM), product.dtype)
-    length = jnp.zeros(batch, jnp.int32)
-    mixed, sums = _of_product(product, key_heads, turns, none, none, length, sums=True)
-    return mixed, jnp.swapaxes(sums, 1, 2)[:, : product.shape[1]]
-
-
-def _of_product(
-    product: Array, key_heads: int, turns: Turns, text_key: Array, text_value: Array, length: Array,
-    sums: bool = False,
-) -> Any:  # fmt: skip
     heads, media = product.shape[2] - 2 * key_heads, product.shape[1]
 
     def attend(product, query_scale, key_scale, table, text_key, text_value, length) -> Array:
@@ -135,13 +115,12 @@ def _of_product(
         return run_tiles(
             product, key, product, *tail, length + media % KEY_BLOCK, query_scale, table,
             heads=heads, media=media, value_head=heads + key_heads, epsilon=turns.epsilon,
-            sums=sums,
         )  # fmt: skip
 
     product, table = _pad_to_tile(product), _pad_to_tile(turns.table)
     scales = turns.query_scale, turns.key_scale
     out = _over_batch(attend)(product, *scales, table, text_key, text_value, length)
-    return (out[0][:, :media], out[1]) if sums else out[:, :media]
+    return out[:, :media]
 
 
 def _tail(media: Array, text: Array, count: int) -> Array:
@@ -150,29 +129,27 @@ def _tail(media: Array, text: Array, count: int) -> Array:
     return _pad_to_tile(jnp.concatenate([rest, text], axis=1))
 
 
-def _over_batch(function: Callable) -> Callable:
+def _over_batch(function: Callable[..., Array]) -> Callable[..., Array]:
     """Of a function of arrays with a batch in front: vmap is more batch."""
     mapped = jax.custom_batching.custom_vmap(function)
 
     @mapped.def_vmap
-    def fold_into_batch(size: int, is_batched: list[bool], *arrays: Array) -> tuple[Any, Any]:
+    def fold_into_batch(size: int, is_batched: list[bool], *arrays: Array) -> tuple[Array, bool]:
         def fold(x: Array, batched: bool) -> Array:
             x = x if batched else jnp.broadcast_to(x, (size, *x.shape))
             return x.reshape(-1, *x.shape[2:])
 
         out = mapped(*map(fold, arrays, is_batched))
-        split = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), out)
-        return split, jax.tree.map(lambda _: True, out)
+        return out.reshape(size, -1, *out.shape[1:]), True
 
     return mapped
 
 
-@partial(jax.jit, static_argnames=("heads", "media", "value_head", "epsilon", "sums"))
+@partial(jax.jit, static_argnames=("heads", "media", "value_head", "epsilon"))
 def run_tiles(
     query: Array, key: Array, value: Array, tail_key: Array, tail_value: Array, length: Array,
     *turning: Array, heads: int, media: int, value_head: int = 0, epsilon: float = 0.0,
-    sums: bool = False,
-) -> Any:  # fmt: skip
+) -> Array:  # fmt: skip
     """The kernel for whole tiles: one in a program, however many layers call it.
 
     JAX 0.11 numbers the kernels that a process lowers, and the number is part of the compilation
@@ -186,18 +163,15 @@ def run_tiles(
         heads: how many of the query's are queries.
         media: how many keys are real.
         value_head: the first of the value's that is one.
-        sums: whether to return log-sum-exps [B, N, S'], too.
     """
     batch, queries, *_ = query.shape
     shape = (batch, queries, heads, HEAD_DIM)
-    mixed = jax.ShapeDtypeStruct(shape, query.dtype)
-    row_sums = jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32)
     kernel = plgpu.kernel(
         partial(
             _allocate, media=media, heads_per_key=heads // key.shape[2], value_head=value_head,
-            epsilon=epsilon, turning=bool(turning),
+            epsilon=epsilon,
         ),
-        out_type=(mixed, row_sums) if sums else mixed,
+        out_type=jax.ShapeDtypeStruct(shape, query.dtype),
         # Blocks that run together share a head, and find its keys and values in the L2 cache.
         grid=(batch, heads, pl.cdiv(queries, CLUSTER * COMPUTE_WARPGROUPS * WARPGROUP_ROWS)),
         grid_names=("batch", "head", "tile"),
@@ -221,26 +195,22 @@ def _pad_to_tile(x: Array) -> Array:
 
 def _allocate(
     query, key, value, tail_key, tail_value, length, *others,
-    media: int, heads_per_key: int, value_head: int, epsilon: float, turning: bool,
+    media: int, heads_per_key: int, value_head: int, epsilon: float,
 ) -> None:  # fmt: skip
-    """Shared memory and barriers of one block, then its warpgroups' work.
-
-    The others are scale and table if queries are to be turned, the result, and the log-sum-exps of
-    its rows if they are wanted.
-    """
-    out, *sums = others[2 * turning :]
+    """Shared memory and barriers of one block, then its warpgroups' work."""
+    *turning, out = others
 
     def shared(count: int, rows: int):
         return plgpu.SMEM((count, rows, HEAD_DIM), query.dtype, transforms=TRANSFORMS)
 
-    tile_ready = plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS, num_arrivals=1 + turning)
+    tile_ready = plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS, num_arrivals=1 + bool(turning))
     ready = plgpu.Barrier(num_barriers=SLOTS)  # by the copy engine
     free = plgpu.ClusterBarrier(
         collective_axes=("member",), num_barriers=SLOTS, num_arrivals=COMPUTE_WARPGROUPS
     )
     done = plgpu.ClusterBarrier(collective_axes=("member",), num_arrivals=COMPUTE_WARPGROUPS + 1)
 
-    def run(tiles, tables, row_sums, keys, values, done):
+    def run(tiles, tables, keys, values, done):
         index = lax.axis_index("warpgroup")
         blocks = _Blocks(media // KEY_BLOCK, length[lax.axis_index("batch")])
 
@@ -251,20 +221,15 @@ def _allocate(
             rows = _rows(index)
             plgpu.copy_gmem_to_smem(query.at[rows], tile, ready)
             if turning:
-                scale, table, *_ = others
+                scale, table = turning
                 plgpu.copy_gmem_to_smem(table.at[rows[:2]], tables.at[index], ready)
             plgpu.barrier_wait(ready)
             own = load(tile)  # in registers: the matrix unit then reads no queries from memory
             if turning:
                 own = turn(own, load(tables.at[index]), scale.at[rows[0]], epsilon)
-            logs = _attend(own, keys, values, blocks, tile)
-            if sums:
-                row_sums.at[index][...] = logs
+            _attend(own, keys, values, blocks, tile)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(tile, out.at[rows])
-            if sums:
-                batch, of_tile, head = rows
-                plgpu.copy_smem_to_gmem(row_sums.at[index], sums[0].at[batch, head, of_tile])
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(index == COMPUTE_WARPGROUPS)
@@ -281,7 +246,6 @@ def _allocate(
         run,
         (shared(COMPUTE_WARPGROUPS, WARPGROUP_ROWS), tile_ready),
         shared(COMPUTE_WARPGROUPS, WARPGROUP_ROWS) if turning else None,
-        plgpu.SMEM((COMPUTE_WARPGROUPS, WARPGROUP_ROWS), jnp.float32) if sums else None,
         (shared(SLOTS, KEY_BLOCK), ready, free),
         (shared(SLOTS, KEY_BLOCK), ready, free),
         done,
@@ -332,11 +296,8 @@ def _rows(warpgroup: Array) -> tuple:
     return lax.axis_index("batch"), pl.ds(first, WARPGROUP_ROWS), lax.axis_index("head")
 
 
-def _attend(query: list[Array], keys, values, blocks: _Blocks, out) -> Array:
-    """One warpgroup: its 64 queries over all key blocks, in their order.
-
-    Returns the log-sum-exps of its rows.
-    """
+def _attend(query: list[Array], keys, values, blocks: _Blocks, out) -> None:
+    """One warpgroup: its 64 queries over all key blocks, in their order."""
     (keys, key_ready, key_free), (values, value_ready, value_free) = keys, values
     dtype = out.dtype
 
@@ -391,7 +352,7 @@ def _attend(query: list[Array], keys, values, blocks: _Blocks, out) -> Array:
 
     carry = lax.fori_loop(1, blocks.of_media, lambda i, c: block(i, c, False), first_block())
     carry = lax.fori_loop(blocks.of_media, blocks.all, lambda i, c: block(i, c, True), carry)
-    mixed, probabilities, maximum, total = carry
+    mixed, probabilities, _, total = carry
 
     def last_values(mixed_ref):
         mixed_ref[...] = mixed
@@ -402,7 +363,6 @@ def _attend(query: list[Array], keys, values, blocks: _Blocks, out) -> Array:
 
     mixed = pl.run_scoped(last_values, plgpu.ACC(_MIXED, jnp.float32))
     out[...] = (mixed * lax.broadcast_in_dim(1 / total, _MIXED, [0])).astype(dtype)
-    return maximum / math.log2(math.e) + jnp.log(total)
 
 
 def _softmax(scores: Array, maximum: Array, total: Array) -> tuple[Array, Array, Array, Array]:

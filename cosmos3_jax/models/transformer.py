@@ -51,8 +51,6 @@ class Condition(struct.PyTreeNode):
         clean: latents of the modalities with conditioning frames, read where `given` is set.
         given: bool [B, t] or [B, s] for each of those, its conditioning frames: they are given
             rather than generated, get no noise, and their velocity is zero.
-        first_rope: of the media tokens where they attend to one another in the first layer; None
-            for `rope`. See `share_first_layer`.
     """
 
     key: Array
@@ -61,7 +59,6 @@ class Condition(struct.PyTreeNode):
     rope: rope.Rope
     clean: Latents
     given: dict[str, Array]
-    first_rope: rope.Rope | None = None
 
     def keep_given(self, latents: Latents) -> Latents:
         """The latents with the conditioning frames in their places, bit for bit."""
@@ -78,20 +75,6 @@ def over_frame(mask: Array, x: Array) -> Array:
     return mask.reshape(*mask.shape, *[1] * (x.ndim - 2))
 
 
-def share_first_layer(conditions: list[Condition]) -> list[Condition]:
-    """Of branches of guidance: conditions with which what is the same in all is the same in the
-    program, too, and XLA computes it once.
-
-    That is the embedding of the tokens, the first layer's product to queries, keys and values, and
-    its attention of media to one another. Branches differ there in the media's positions alone,
-    which begin behind each one's text, and that attention depends on differences of positions.
-    """
-    first = conditions[0]
-    return [
-        x.replace(clean=first.clean, given=first.given, first_rope=first.rope) for x in conditions
-    ]
-
-
 class Attention(nn.Module):
     """Self-attention of one tower; the media tower also reads the text's keys and values."""
 
@@ -101,12 +84,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x: Array,
-        table: rope.Rope,
-        text: tuple[Array, Array] | None,
-        length: Array | None,
-        media_table: rope.Rope | None = None,
+        self, x: Array, table: rope.Rope, text: tuple[Array, Array] | None, length: Array | None
     ):
         config = self.config
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -120,7 +98,7 @@ class Attention(nn.Module):
         projected = Projected(qkv, *scales, table, kv_heads, config.rms_norm_eps)
         padded, key_value = None if text is None else (*text, length), None
         if padded and num_shards(HEADS) == 1:
-            mixed = attention_of_product(projected, padded, media_table=media_table, batch=batch)
+            mixed = attention_of_product(projected, padded, batch=batch)
         else:
             query, key, value = (constrain(x, batch, TOKENS, None, None) for x in projected.parts())
             key_value = key, value
@@ -140,18 +118,13 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x: Array,
-        text: tuple[Array, Array] | None,
-        table: rope.Rope,
-        length: Array | None,
-        media_table: rope.Rope | None = None,
+        self, x: Array, text: tuple[Array, Array] | None, table: rope.Rope, length: Array | None
     ):
         epsilon = self.config.rms_norm_eps
         batch = PROMPTS if text is None else BRANCHES
         normed = RMSNorm(epsilon, self.dtype, name="input_norm")(x)
         mixed, key_value = Attention(self.config, self.dtype, self.tokens, name="attention")(
-            normed, table, text, length, media_table
+            normed, table, text, length
         )
         x = constrain(x + mixed, batch, TOKENS, None)
         normed = RMSNorm(epsilon, self.dtype, name="post_attention_norm")(x)
@@ -161,10 +134,7 @@ class Block(nn.Module):
 
 
 class Unrolled(nn.Module):
-    """`length` blocks one after the other, each with a subtree of parameters of its own.
-
-    `first_table`: see `Condition.first_rope`.
-    """
+    """`length` blocks one after the other, each with a subtree of parameters of its own."""
 
     config: TransformerConfig
     dtype: jnp.dtype
@@ -173,20 +143,12 @@ class Unrolled(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(
-        self,
-        x: Array,
-        text: tuple[Array, Array],
-        table: rope.Rope,
-        length: Array,
-        first_table: rope.Rope | None,
-    ):
+    def __call__(self, x: Array, text: tuple[Array, Array], table: rope.Rope, length: Array):
         for i in range(self.length):
             kind = nn.remat(Block, policy=keeps_attention) if self.remat else Block
             block = kind(self.config, self.dtype, self.tokens, name=str(i))
-            of_layer = jax.tree.map(lambda stacked, i=i: stacked[i], text)
-            x, _ = block(x, of_layer, table, length, first_table if i == 0 else None)
-        return x
+            x, _ = block(x, jax.tree.map(lambda stacked, i=i: stacked[i], text), table, length)
+        return x, None
 
 
 def _stack(
@@ -273,10 +235,9 @@ class MediaTower(nn.Module):
         real = None if x.shape[1] == tokens else tokens
         if self.unrolled:
             layers = Unrolled(config, dtype, depth, real, self.remat, name="layers")
-            x = layers(x, text, (cos, sin), condition.text_length, condition.first_rope)
         else:
             layers = _stack(config, dtype, depth, self.remat, real)
-            x, _ = layers(x, text, (cos, sin), condition.text_length)
+        x, _ = layers(x, text, (cos, sin), condition.text_length)
         x = RMSNorm(config.rms_norm_eps, dtype, name="norm")(x)
 
         velocity, first = {}, 0

@@ -105,8 +105,8 @@ def compiler_options() -> dict[str, bool]:
     """For `jax.jit` of a program for the default device.
 
     On a GPU, products are cuBLAS's alone: it adds a layer's input to the sums of a product while it
-    has them at hand. Where XLA may choose kernels of its own, that is a kernel more, which reads
-    and writes all tokens. What `XLA_FLAGS` says of it comes first.
+    has them at hand. Where XLA may choose Triton's products, this sum is a kernel of its own, which
+    reads and writes all tokens. What `XLA_FLAGS` says of it comes first.
     """
     name = "xla_gpu_enable_triton_gemm"
     if default_device().platform != "gpu" or name in os.environ.get("XLA_FLAGS", ""):

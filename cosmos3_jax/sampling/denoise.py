@@ -17,15 +17,7 @@ from flax import struct
 from jax import Array
 
 from cosmos3_jax.config import Config
-from cosmos3_jax.models.transformer import (
-    Condition,
-    Latents,
-    compute_dtype,
-    encode_condition,
-    is_unstacked,
-    share_first_layer,
-    velocity,
-)
+from cosmos3_jax.models.transformer import Condition, Latents, encode_condition, velocity
 from cosmos3_jax.parallel import sharding
 from cosmos3_jax.sampling import unipc
 from cosmos3_jax.sampling.request import AnyArray, Request, draw_noise
@@ -172,8 +164,6 @@ def guided_velocity(
 ) -> Latents:
     """The velocity of one step: the weighted sum of its branches'; see `Steps` and `start`."""
     branches = []
-    if len(conditions) > 1 and _shares_first_layer(params):
-        conditions = share_first_layer(conditions)
     for condition in conditions:
         count = len(condition.text_length) // len(latents["video"])
         batch = jax.tree.map(lambda x, count=count: sharding.join(*[x] * count), latents)
@@ -182,16 +172,6 @@ def guided_velocity(
         split = [sharding.part(leaf, count) for leaf in leaves]
         branches += [tree.unflatten(branch) for branch in zip(*split, strict=True)]
     return _divided(jax.tree.map(partial(weighted_sum, weights), *branches))
-
-
-def _shares_first_layer(params: dict) -> bool:
-    """Whether what branches share is computed once.
-
-    Not in float32: positions far from zero are rounded to a thousandth, elsewhere in each branch,
-    and float32 shows that (2e-5 of a velocity), as it shows it of the oracle's.
-    """
-    in_half = compute_dtype(params) != jnp.float32
-    return in_half and is_unstacked(params) and not sharding.mesh_sizes()
 
 
 def weighted_sum(weights: Array, *branches: Array) -> Array:

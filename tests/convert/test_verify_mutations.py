@@ -210,7 +210,7 @@ BOTH = ["layers.0, text tower: its computation", "layers.0, media tower: its com
 def replace_attention(monkeypatch, by):
     """Of heads that are normed and rotated, and of those that are not yet."""
 
-    def of_product(projected, text, media_table=None, **options):
+    def of_product(projected, text, **options):
         return by(*projected.parts(), text=text, **options)
 
     monkeypatch.setattr(transformer, "attention", by)

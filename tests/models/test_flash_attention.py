@@ -19,7 +19,7 @@ from cosmos3_jax.cli import bench
 from cosmos3_jax.config import Config
 from cosmos3_jax.models import attention as attention_module
 from cosmos3_jax.models import flash_attention, turned_heads
-from cosmos3_jax.models.attention import attention, attention_of_product
+from cosmos3_jax.models.attention import attention
 from cosmos3_jax.parallel import device as devices
 from cosmos3_jax.runtime import random_inputs
 from cosmos3_jax.sampling import denoise, stages
@@ -124,24 +124,6 @@ def test_queries_and_keys_are_normed_and_rotated_within(monkeypatch, tokens, hea
     exact = attention_in_float64(query, key, value, tokens + text[2])
     apart = on_cpu(monkeypatch, flash_attention.flash_attention, *media.parts(), *text)
     assert distance(found, exact) < 1.1 * distance(apart, exact)
-
-
-@pytest.mark.parametrize("tokens", [128, 133])
-def test_log_sum_exps_put_parts_together(monkeypatch, tokens):
-    media = projected(tokens, 4, 2)
-    found, sums = on_cpu(
-        monkeypatch, flash_attention.media_attention, media.product, 2, media.turns()
-    )
-    query, key, value = jax.tree.map(lambda x: x.astype(jnp.float32), media).parts()
-    apart, exact = attention_module.xla_attention(query, key, value, return_residual=True)
-    assert found.shape == (2, tokens, 4, 128) and sums.shape == exact.shape == (2, tokens, 4)
-    ready = on_cpu(
-        monkeypatch, flash_attention.attention_of_product, media.product, 2, media.turns(),
-        *normal(*[(2, 8, 2, 128)] * 2), jnp.array([0, 0]),
-    )  # fmt: skip
-    assert distance(found, np.asarray(ready)) < 1e-6
-    assert distance(found, np.asarray(apart)) < 0.02  # of bfloat16; logits of up to 100
-    assert np.abs(np.asarray(sums - exact)).max() < 0.02 * np.abs(np.asarray(exact)).max()
 
 
 def test_heads_are_turned(monkeypatch):
@@ -275,25 +257,6 @@ def test_gradients_ask_the_library_for_even_numbers_of_tokens(
     monkeypatch.undo()
     assert farthest(ours, gradients(query, key, value)) <= TOLERANCE
     check(record_property, TOLERANCE, gradients, query, key, value)
-
-
-def test_the_gradient_of_attention_in_parts(record_property):
-    """It is that of attention in one: media that begin elsewhere change nothing."""
-    media = jax.tree.map(lambda x: x.astype(jnp.float32), projected(12, 4, 2))
-    text = [x.astype(jnp.float32) for x in normal(*[(2, 9, 2, 128)] * 2)]
-    weights, length = jax.random.normal(jax.random.key(5), (2, 12, 4, 128)), jnp.array([3, 9])
-
-    def gradient(media, text, **options):
-        def loss(media, text):
-            mixed = attention_of_product(media, (*text, length), **options)
-            return jnp.sum(weights * mixed)
-
-        (media, text) = jax.grad(loss, (0, 1))(media, text)
-        return media.product, media.query_scale, media.key_scale, text
-
-    found = gradient(media, text, media_table=media.table)
-    assert farthest(found, gradient(media, text)) <= TOLERANCE
-    check(record_property, TOLERANCE, gradient, media, text)
 
 
 LOWER_A_LOOP = """
