@@ -23,6 +23,7 @@ from cosmos3_jax.parallel.device import AnyDevice
 
 MAX_LOGIT_BYTES = 16 * 2**30
 
+Parts = tuple[Array, Array, Array]  # queries [B, S, N, H], keys and values [B, T, K, H]
 Text = tuple[Array, Array, Array]  # keys and values [B, T', K, H], and int32 [B]: how many are real
 
 
@@ -60,9 +61,6 @@ class Projected(struct.PyTreeNode):
         """For the kernels."""
         table = jnp.concatenate(self.table, axis=-1).astype(self.product.dtype)
         return flash_attention.Turns(self.query_scale, self.key_scale, table, self.epsilon)
-
-
-Parts = tuple[Array, Array, Array]  # queries [B, S, N, H], keys and values [B, T, K, H]
 
 
 def attention(
@@ -103,7 +101,19 @@ def attention(
 def attention_of_product(
     projected: Projected, text: Text, *, batch: tuple[str, ...] = sharding.PROMPTS
 ) -> Array:
-    """`attention` with text of what leaves a product, where no mesh divides heads."""
+    """`attention` of media, as they leave their product, over themselves and text.
+
+    Args:
+        projected: of the media; no mesh may divide its heads.
+        text: keys and values, padded on the right, and how many of them are real.
+        batch: axes of the ambient mesh that divide the examples.
+
+    Returns:
+        [B, S, N, H] in the dtype of the product.
+
+    Raises:
+        ValueError: see `check_logits`.
+    """
 
     def attend(projected, *text):
         return _attention(projected, text, False)

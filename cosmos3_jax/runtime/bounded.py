@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from cosmos3_jax.parallel import device
@@ -38,7 +39,7 @@ class BoundedJit:
 
     Positional arguments are trees of arrays, or of `jax.ShapeDtypeStruct`s to compile ahead; the
     options by name are static. What is compiled is what `jax.jit` compiles, with
-    `device.compiler_options`.
+    `device.compiler_options` where it is a program of its own.
     """
 
     def __init__(self, function: Callable, **jit_options):
@@ -65,13 +66,25 @@ class BoundedJit:
         leaves, tree = jax.tree.flatten(arguments)
         shapes = tuple((np.shape(x), x.dtype) for x in leaves)
         mesh = jax.sharding.get_abstract_mesh()
-        return wrapper(self, (tree, shapes, tuple(sorted(static.items())), mesh))
+        options = device.compiler_options()
+        if options and is_traced(leaves):
+            options = {}
+        key = tree, shapes, tuple(sorted(static.items())), mesh
+        return wrapper(self, key, tuple(options.items()))
+
+
+def is_traced(leaves: list) -> bool:
+    """Whether a function of these arguments becomes a part of another program, or is
+    differentiated. JAX refuses compiler options there.
+    """
+    made_here = jnp.zeros(())  # traced within `jax.jit`, whatever the arguments are
+    return any(isinstance(x, jax.core.Tracer) for x in (*leaves, made_here))
 
 
 @functools.lru_cache(read_bound(os.environ))
-def wrapper(function: BoundedJit, key: Hashable) -> jax.stages.Wrapped:
+def wrapper(function: BoundedJit, key: Hashable, compiler_options: tuple) -> jax.stages.Wrapped:
     """A wrapper for one program. JAX forgets a program when the function that it was traced from
     goes; so each is traced from a function of its own.
     """
-    options = function.jit_options | {"compiler_options": device.compiler_options()}
+    options = function.jit_options | {"compiler_options": dict(compiler_options)}
     return jax.jit(functools.partial(function.function), **options)

@@ -109,6 +109,18 @@ def test_a_gpu_leaves_products_to_cublas(monkeypatch):
         of_jax(lambda x: x, compiler_options={"xla_of_no_such_name": False})(1.0)
 
 
+def test_a_part_of_another_program_has_no_options_of_its_own(monkeypatch):
+    """JAX refuses them there."""
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setattr(device, "default_device", Hopper)
+    run, x = bounded.BoundedJit(lambda x: (x * x).sum()), jnp.arange(3.0)
+    assert run(x) == 5 and jax.jit(run)(x) == 5 and run(x) == 5
+    assert jax.jit(lambda y: y + run(np.arange(3.0)))(1.0) == 6
+    np.testing.assert_array_equal(jax.grad(run)(x), [0, 2, 4])
+    np.testing.assert_array_equal(jax.vmap(run)(jnp.stack([x, 2 * x])), [5, 20])
+    np.testing.assert_array_equal(jax.jit(jax.grad(run))(x), [0, 2, 4])
+
+
 def test_the_environment_may_say_otherwise(monkeypatch):
     monkeypatch.setattr(device, "default_device", Hopper)
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=true")
