@@ -27,7 +27,7 @@ from jax.typing import DTypeLike
 from cosmos3_jax.config import VideoVAEConfig
 from cosmos3_jax.models.layers import over_last, precision
 from cosmos3_jax.parallel.device import AnyDevice
-from cosmos3_jax.parallel.rows import Rows, are_divided, blocks_of_rows, divide_rows, over_blocks
+from cosmos3_jax.parallel.rows import Rows, divide_rows, over_blocks, rows_around, surround
 
 Convolve = Callable[..., jax.Array]  # as `convolve`
 
@@ -114,13 +114,13 @@ class EnlargingConv(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(plan.dtype)
         x = plan.rows.place(x.astype(plan.dtype))
         kernel = kernel.astype(jnp.float32)  # so that sums are rounded once
-        apart = are_divided(x.shape[2])
 
-        def enlarge(x: jax.Array, kernel: jax.Array) -> jax.Array:
-            frames = rearrange(x, "B T H W C -> (B T) H W C")
+        def enlarge(rows: tuple, kernel: jax.Array) -> jax.Array:
+            x, around = rows
+            height, width = x.shape[2:4]
+            frames = rearrange(surround(x, around), "B T H W C -> (B T) H W C")
             # A row and a column too many: libraries pad both ends alike, or a copy is padded.
-            padding = ((0, 0) if apart else (1, 1), (1, 1))
-            height, width = x.shape[2] - 2 * apart, x.shape[3]
+            padding = ((1, 1) if around is None else (0, 0), (1, 1))
 
             def pixel(row: int, column: int) -> jax.Array:
                 two = _as_two(_as_two(kernel, row, 0), column, 1).astype(plan.dtype)
@@ -130,7 +130,7 @@ class EnlargingConv(nn.Module):
             y = jnp.stack([jnp.stack([pixel(h, w) for w in (0, 1)], 3) for h in (0, 1)], 2)
             return rearrange(y, "(B T) H h W w C -> B T (H h) (W w) C", B=len(x))
 
-        y = over_blocks(enlarge, blocks_of_rows(x), kernel) if apart else enlarge(x, kernel)
+        y = over_blocks(enlarge, (x, rows_around(x)), kernel)
         return divide_rows((y + over_last(bias, y)).astype(plan.dtype))
 
 
@@ -164,28 +164,38 @@ class CausalConv(nn.Module):
         plan, shape = self.plan, (*self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape).astype(plan.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(plan.dtype)
-        x = plan.rows.place(x.astype(plan.dtype))  # before it is remembered
-        apart = self.size[1] > 1 and are_divided(x.shape[2])
-        if apart:  # a row of each neighbour comes once, and is remembered with the frame
-            x = blocks_of_rows(x)
-        (B, T), history = x.shape[:2], self.size[0] - self.stride
-        past = self.variable("cache", "past", jnp.zeros, (B, history, *x.shape[2:]), x.dtype)
-        frames = (T - self.stride) // self.stride + 1
+        reach = self.size[1] // 2  # to the rows above and below, and to the columns beside
+        x = x.astype(plan.dtype)
+        x = plan.rows.place(x) if reach else divide_rows(x)  # before it is remembered
+        history = self.size[0] - self.stride
+        frames = (x.shape[1] - self.stride) // self.stride + 1
         span = max(self.stride * (frames - 1) + 1, 0)
-        before = divide_rows(past.value)
-        windows = [_window(before, x, i, span)[:, :: self.stride] for i in range(self.size[0])]
-        past.value = divide_rows(_window(before, x, T, history))
-        x = jnp.concatenate(windows, axis=-1)
+
+        def remembered(name: str, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            """The last frames of the call before, and x; those of x are kept for the next."""
+            shape = (len(x), history, *x.shape[2:])
+            past = self.variable("cache", name, jnp.zeros, shape, x.dtype)
+            before = divide_rows(past.value)
+            past.value = divide_rows(_window(before, x, x.shape[1], history))
+            return before, x
+
+        parts = [remembered("past", x)]
+        around = rows_around(x) if reach else None
+        if around is not None:  # they come once, and are remembered with the frame
+            parts.append(remembered("past_around", around))
+
+        def convolve(parts: list, kernel: jax.Array) -> jax.Array:
+            windows = [
+                surround(*(_window(*part, i, span)[:, :: self.stride] for part in parts))
+                for i in range(self.size[0])
+            ]
+            x = rearrange(jnp.concatenate(windows, axis=-1), "B T H W C -> (B T) H W C")
+            padding = ((reach, reach) if around is None else (0, 0), (reach, reach))
+            y = plan.convolve(x, kernel, padding)
+            return rearrange(y, "(B T) H W C -> B T H W C", B=len(windows[0]))
+
         kernel = rearrange(kernel, "t h w c d -> h w (t c) d")
-        # Blocks bring the rows around them along.
-        height, width = (size // 2 for size in self.size[1:])
-        padding = ((0, 0) if apart else (height, height), (width, width))
-
-        def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
-            y = plan.convolve(rearrange(x, "B T H W C -> (B T) H W C"), kernel, padding)
-            return rearrange(y, "(B T) H W C -> B T H W C", B=len(x))
-
-        y = over_blocks(convolve, x, kernel) if apart else convolve(x, kernel)
+        y = convolve(parts, kernel) if around is None else over_blocks(convolve, parts, kernel)
         return divide_rows((y + over_last(bias, y)).astype(plan.dtype))
 
 

@@ -1,18 +1,18 @@
 """Rows of an autoencoder's pictures, divided over the devices of a mesh.
 
-XLA exchanges the rows at the borders for every convolution. Rows are padded so that they divide
-evenly at every scale.
+For every convolution, devices exchange the rows at their borders. Rows are padded so that they
+divide evenly at every scale.
 
 Axes: B batch, T frames, H rows, W columns, C channels.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from cosmos3_jax.parallel.sharding import PROMPTS, ROWS, constrain, num_shards, spec
 
@@ -57,8 +57,8 @@ class Rows:
 
 
 def divide_rows(x: Array) -> Array:
-    """x [B, T, H, W, C], or in blocks of rows, [B, T, n, rows, W, C]: H or n divided."""
-    return constrain(x, PROMPTS, None, ROWS, *[None] * (x.ndim - 3))
+    """x [B, T, H, W, C], H divided."""
+    return constrain(x, PROMPTS, None, ROWS, None, None)
 
 
 def are_divided(rows: int) -> bool:
@@ -67,28 +67,47 @@ def are_divided(rows: int) -> bool:
     return n > 1 and rows % n == 0
 
 
-def blocks_of_rows(x: Array) -> Array:
-    """x [B, T, H, W, C] -> [B, T, n, H / n + 2, W, C]: each device's rows, and one of each
-    neighbour's; zeros beyond the picture.
+def rows_around(x: Array) -> Array | None:
+    """Of each device's rows of x [B, T, H, W, C] the row above and the row below, which are its
+    neighbours': [B, T, 2 n, W, C]. Zeros beyond the picture; None where no mesh divides the rows.
     """
-    n = num_shards(ROWS)
-    blocks = divide_rows(x.reshape(*x.shape[:2], n, -1, *x.shape[3:]))
-    # Placed once more, or else XLA would first move whole blocks and then take their ends.
-    last, first = (divide_rows(x) for x in (blocks[:, :, :, -1:], blocks[:, :, :, :1]))
-    others = [(0, 0)] * 3
-    above = jnp.pad(last[:, :, :-1], [(0, 0), (0, 0), (1, 0), *others])
-    below = jnp.pad(first[:, :, 1:], [(0, 0), (0, 0), (0, 1), *others])
-    return divide_rows(jnp.concatenate([above, blocks, below], axis=3))
+    if not are_divided(x.shape[2]):
+        return None
+    n, axes = num_shards(ROWS), spec(ROWS)[0]
+
+    def exchange(x: Array, _: None) -> Array:
+        first, last, device = x[:, :, :1], x[:, :, -1:], lax.axis_index(axes)
+        if n == 2:  # one exchange: each has one neighbour, and sends the row that this one needs
+            row = lax.ppermute(jnp.where(device == 0, last, first), axes, [(0, 1), (1, 0)])
+            above, below = (jnp.where(device == i, row, 0) for i in (1, 0))
+        else:  # who receives nothing has zeros
+            above = lax.ppermute(last, axes, [(i, i + 1) for i in range(n - 1)])
+            below = lax.ppermute(first, axes, [(i + 1, i) for i in range(n - 1)])
+        return jnp.concatenate([above, below], axis=2)
+
+    return over_blocks(exchange, divide_rows(x))
 
 
-def over_blocks(function: Callable, blocks: Array, *whole: Array) -> Array:
-    """`function(block, *whole)` on each device: of its block of `blocks_of_rows`, and of arrays
-    that each has whole. [B, T, rows + 2, W, C] -> [B, T, rows, W, C']; together [B, T, H, W, C'].
+def surround(x: Array, around: Array | None = None) -> Array:
+    """On one device: x [B, T, rows, W, C] between its two of `rows_around`, if there are any."""
+    if around is None:
+        return x
+    return jnp.concatenate([around[:, :, :1], x, around[:, :, 1:]], axis=2)
+
+
+def over_blocks(function: Callable, rows: Any, whole: Any = None) -> Array:
+    """`function(rows, whole)` on each device, of its own rows.
+
+    Args:
+        function: to [B, T, rows, W, C'].
+        rows: a tree of arrays like this, H or 2 n in place of rows.
+        whole: a tree of arrays that each device has whole.
+
+    Returns:
+        The rows of all, [B, T, H, W, C'].
     """
-    placed = spec(PROMPTS, None, ROWS)
-    mapped = jax.shard_map(
-        lambda blocks, *whole: function(blocks[:, :, 0], *whole)[:, :, None],
-        in_specs=(placed, *[spec()] * len(whole)), out_specs=placed, check_vma=False,
-    )  # fmt: skip
-    y = mapped(blocks, *whole)
-    return y.reshape(*y.shape[:2], -1, *y.shape[4:])
+    if not are_divided(jax.tree.leaves(rows)[0].shape[2]):
+        return function(rows, whole)
+    own = spec(PROMPTS, None, ROWS)
+    mapped = jax.shard_map(function, in_specs=(own, spec()), out_specs=own, check_vma=False)
+    return mapped(rows, whole)

@@ -107,7 +107,7 @@ def test_rows_of_pictures_are_divided_exactly(results, way, name):
     assert result["error"] <= SAME
     _, batch, rows = mesh_cases.VIDEO[name]
     halos = of_kind(result, "collective-permute", "coder/")
-    # One row up and one down, of each convolution that is wider than a pixel.
+    # One row up and one down, of each convolution that is wider than a pixel. Two devices swap.
     rows_moved = [shape[-3] for x in halos for shape in x["shapes"]]
     assert len(halos) > 30 and set(rows_moved) == {1}
     # And once, outside: from rows that divide evenly to those that the picture has, or back.
