@@ -44,7 +44,7 @@ GENERATE = {  # mesh, prompts, sound latents, latent grid
 }
 VIDEO = {  # mesh, videos, rows of latents
     "cfg2 x seq4, odd": ("cfg=2,seq=4", 1, 3),
-    "fsdp4, odd": ("fsdp=4", 1, 3),
+    "data2 x fsdp2, odd": ("data=2,fsdp=2", 2, 3),
     "data2 x cfg2 x seq2, odd": ("data=2,cfg=2,seq=2", 2, 5),
 }
 # The kind, the dtype and shape of the results, and where in the program it comes from.
