@@ -43,7 +43,7 @@ GENERATE = {  # mesh, prompts, sound latents, latent grid
     "fsdp4, sound": ("fsdp=4", 1, 5, (3, 3, 5)),
 }
 VIDEO = {  # mesh, videos, rows of latents
-    "cfg2 x seq4, odd": ("cfg=2,seq=4", 1, 3),
+    "seq4 x cfg2, odd": ("seq=4,cfg=2", 1, 3),
     "data2 x fsdp2, odd": ("data=2,fsdp=2", 2, 3),
     "data2 x cfg2 x seq2, odd": ("data=2,cfg=2,seq=2", 2, 5),
 }
@@ -129,11 +129,20 @@ def alone(function, params: dict, inputs) -> tuple:
     return ALONE[function, shapes]
 
 
+def mesh_of(name: str) -> jax.sharding.Mesh:
+    """With its axes in the order of the name, as in a mesh that a user made."""
+    sizes = parse_mesh(name)
+    if list(sizes) == [axis for axis in sharding.AXES if axis in sizes]:
+        return make_mesh(sizes)
+    devices = np.asarray(jax.devices()[: math.prod(sizes.values())])
+    return jax.sharding.Mesh(devices.reshape([*sizes.values()]), tuple(sizes))
+
+
 def on_mesh(name: str, function, params: dict, inputs) -> dict:
     """A function of parameters and inputs on a mesh: how far off one device's, how far that moves
     by rounding, and what the mesh moves.
     """
-    mesh = make_mesh(parse_mesh(name))
+    mesh = mesh_of(name)
     placed = sharding.place_params(params, mesh)
     with jax.set_mesh(mesh):
         compiled = jax.jit(function).lower(placed, inputs).compile()

@@ -27,7 +27,7 @@ from jax.typing import DTypeLike
 from cosmos3_jax.config import VideoVAEConfig
 from cosmos3_jax.models.layers import over_last, precision
 from cosmos3_jax.parallel.device import AnyDevice
-from cosmos3_jax.parallel.rows import Rows, divide_rows, over_blocks, rows_around, surround
+from cosmos3_jax.parallel.rows import Rows, divide_rows, on_own_rows, rows_around, surround
 
 Convolve = Callable[..., jax.Array]  # as `convolve`
 
@@ -130,7 +130,7 @@ class EnlargingConv(nn.Module):
             y = jnp.stack([jnp.stack([pixel(h, w) for w in (0, 1)], 3) for h in (0, 1)], 2)
             return rearrange(y, "(B T) H h W w C -> B T (H h) (W w) C", B=len(x))
 
-        y = over_blocks(enlarge, (x, rows_around(x)), kernel)
+        y = on_own_rows(enlarge, (x, rows_around(x)), kernel)
         return divide_rows((y + over_last(bias, y)).astype(plan.dtype))
 
 
@@ -166,7 +166,7 @@ class CausalConv(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(plan.dtype)
         reach = self.size[1] // 2  # to the rows above and below, and to the columns beside
         x = x.astype(plan.dtype)
-        x = plan.rows.place(x) if reach else divide_rows(x)  # before it is remembered
+        x = plan.rows.place(x) if reach else divide_rows(x)  # placed before it is remembered
         history = self.size[0] - self.stride
         frames = (x.shape[1] - self.stride) // self.stride + 1
         span = max(self.stride * (frames - 1) + 1, 0)
@@ -185,17 +185,18 @@ class CausalConv(nn.Module):
             parts.append(remembered("past_around", around))
 
         def convolve(parts: list, kernel: jax.Array) -> jax.Array:
-            windows = [
-                surround(*(_window(*part, i, span)[:, :: self.stride] for part in parts))
-                for i in range(self.size[0])
-            ]
+            def window(start: int) -> jax.Array:
+                return surround(*(_window(*part, start, span)[:, :: self.stride] for part in parts))
+
+            windows = [window(i) for i in range(self.size[0])]
             x = rearrange(jnp.concatenate(windows, axis=-1), "B T H W C -> (B T) H W C")
             padding = ((reach, reach) if around is None else (0, 0), (reach, reach))
             y = plan.convolve(x, kernel, padding)
             return rearrange(y, "(B T) H W C -> B T H W C", B=len(windows[0]))
 
         kernel = rearrange(kernel, "t h w c d -> h w (t c) d")
-        y = convolve(parts, kernel) if around is None else over_blocks(convolve, parts, kernel)
+        # A convolution of single pixels has no neighbours' rows, and XLA divides it by itself.
+        y = convolve(parts, kernel) if around is None else on_own_rows(convolve, parts, kernel)
         return divide_rows((y + over_last(bias, y)).astype(plan.dtype))
 
 

@@ -1,7 +1,7 @@
 """Rows of an autoencoder's pictures, divided over the devices of a mesh.
 
-For every convolution, devices exchange the rows at their borders. Rows are padded so that they
-divide evenly at every scale.
+For a convolution wider than a pixel, devices exchange the rows at their borders; where it has a
+stride, XLA does it. Rows are padded so that they divide evenly at every scale.
 
 Axes: B batch, T frames, H rows, W columns, C channels.
 """
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from cosmos3_jax.parallel.sharding import PROMPTS, ROWS, constrain, num_shards, spec
+from cosmos3_jax.parallel.sharding import PROMPTS, ROWS, constrain, mesh_sizes, num_shards, spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Rows:
         """x [B, T, H, W, C], its rows divided, and zero where they are padding.
 
         A convolution reads zeros behind the last row; after another layer, padding is no longer
-        zero.
+        zero. So each layer that reads more than a pixel places its input first.
         """
         real = self.real_of(x.shape[2])
         if real < x.shape[2]:
@@ -58,22 +58,28 @@ class Rows:
 
 def divide_rows(x: Array) -> Array:
     """x [B, T, H, W, C], H divided."""
-    return constrain(x, PROMPTS, None, ROWS, None, None)
+    return constrain(x, PROMPTS, None, row_axes(), None, None)
 
 
-def are_divided(rows: int) -> bool:
+def row_axes() -> tuple[str, ...]:
+    """What divides rows, in the order of the ambient mesh: there `ppermute` counts devices so."""
+    return tuple(name for name in mesh_sizes() if name in ROWS)
+
+
+def _are_divided(rows: int) -> bool:
     """Whether a mesh divides this many rows, evenly."""
     n = num_shards(ROWS)
     return n > 1 and rows % n == 0
 
 
 def rows_around(x: Array) -> Array | None:
-    """Of each device's rows of x [B, T, H, W, C] the row above and the row below, which are its
-    neighbours': [B, T, 2 n, W, C]. Zeros beyond the picture; None where no mesh divides the rows.
+    """The row above and the row below each device's rows of x [B, T, H, W, C], which its neighbours
+    hold: [B, T, 2 n, W, C], two a device. Zeros beyond the picture; None where no mesh divides the
+    rows.
     """
-    if not are_divided(x.shape[2]):
+    if not _are_divided(x.shape[2]):
         return None
-    n, axes = num_shards(ROWS), spec(ROWS)[0]
+    n, axes = num_shards(ROWS), row_axes()
 
     def exchange(x: Array, _: None) -> Array:
         first, last, device = x[:, :, :1], x[:, :, -1:], lax.axis_index(axes)
@@ -85,29 +91,31 @@ def rows_around(x: Array) -> Array | None:
             below = lax.ppermute(first, axes, [(i + 1, i) for i in range(n - 1)])
         return jnp.concatenate([above, below], axis=2)
 
-    return over_blocks(exchange, divide_rows(x))
+    return on_own_rows(exchange, divide_rows(x))
 
 
 def surround(x: Array, around: Array | None = None) -> Array:
-    """On one device: x [B, T, rows, W, C] between its two of `rows_around`, if there are any."""
+    """On one device, x [B, T, rows, W, C] with its two of `rows_around` above and below; x itself
+    where there are none.
+    """
     if around is None:
         return x
     return jnp.concatenate([around[:, :, :1], x, around[:, :, 1:]], axis=2)
 
 
-def over_blocks(function: Callable, rows: Any, whole: Any = None) -> Array:
-    """`function(rows, whole)` on each device, of its own rows.
+def on_own_rows(function: Callable, divided: Any, whole: Any = None) -> Array:
+    """`function(divided, whole)` on each device; once, of all, where no mesh divides the rows.
 
     Args:
-        function: to [B, T, rows, W, C'].
-        rows: a tree of arrays like this, H or 2 n in place of rows.
+        function: of a device's parts, to an array of which axis 2 is a part, too.
+        divided: a tree of arrays [B, T, H, W, C]; each device gets its part of axis 2.
         whole: a tree of arrays that each device has whole.
 
     Returns:
-        The rows of all, [B, T, H, W, C'].
+        The parts of all devices, one after the other on axis 2.
     """
-    if not are_divided(jax.tree.leaves(rows)[0].shape[2]):
-        return function(rows, whole)
-    own = spec(PROMPTS, None, ROWS)
+    if not _are_divided(jax.tree.leaves(divided)[0].shape[2]):
+        return function(divided, whole)
+    own = spec(PROMPTS, None, row_axes())
     mapped = jax.shard_map(function, in_specs=(own, spec()), out_specs=own, check_vma=False)
-    return mapped(rows, whole)
+    return mapped(divided, whole)

@@ -107,7 +107,7 @@ def test_rows_of_pictures_are_divided_exactly(results, way, name):
     assert result["error"] <= SAME
     _, batch, rows = mesh_cases.VIDEO[name]
     halos = of_kind(result, "collective-permute", "coder/")
-    # One row up and one down, of each convolution that is wider than a pixel. Two devices swap.
+    # One row up and one down, of each convolution that is wider than a pixel.
     rows_moved = [shape[-3] for x in halos for shape in x["shapes"]]
     assert len(halos) > 30 and set(rows_moved) == {1}
     # And once, outside: from rows that divide evenly to those that the picture has, or back.
@@ -125,6 +125,15 @@ def test_rows_of_pictures_are_divided_exactly(results, way, name):
     if way == "decode":
         sizes = mesh.parse_mesh(mesh_cases.VIDEO[name][0])
         assert all(axis in result["shards"][0] for axis in sizes)
+
+
+@pytest.mark.parametrize("way", ["decode", "encode"])
+def test_two_devices_swap_rows_in_one_exchange(results, way):
+    two, *more = (
+        len(of_kind(results[f"{way} {name}"], "collective-permute", "ppermute"))
+        for name in sorted(mesh_cases.VIDEO, key=lambda name: name != "data2 x fsdp2, odd")
+    )
+    assert two > 20 and more == [2 * two, 2 * two]
 
 
 @pytest.mark.parametrize("transform", ["gradient", "vmap"])
