@@ -234,6 +234,11 @@ def encode(params: dict, pixels: np.ndarray) -> jax.Array:
     return video_vae.encode(params, VAE, pixels)
 
 
+def gradient_of_decode(params: dict, latents: np.ndarray) -> jax.Array:
+    """By the latents; unclipped, for a clipped pixel has none."""
+    return jax.grad(lambda z: (video_vae.decode(params, VAE, z, clip=False) ** 2).mean())(latents)
+
+
 def main() -> dict:
     params = random_params(transformer.param_shapes(MODEL))
     params["gen"] = jax.tree.map(np.asarray, transformer.unstack_layers(params["gen"]))
@@ -248,6 +253,8 @@ def main() -> dict:
         results[f"decode {name}"] = on_mesh(mesh, decode, vae, latents)
         pixels = random.uniform(size=(batch, 3, 9, 16 * rows, 32)).astype(np.float32)
         results[f"encode {name}"] = on_mesh(mesh, encode, vae, pixels)
+        if name == "data2 x cfg2 x seq2, odd":
+            results["gradient of decode"] = on_mesh(mesh, gradient_of_decode, vae, latents)
     return results | transforms(params) | {
         "model": whole_model(), "default meshes": default_meshes(),
     }  # fmt: skip

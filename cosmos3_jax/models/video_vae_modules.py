@@ -195,7 +195,7 @@ class CausalConv(nn.Module):
             return rearrange(y, "(B T) H W C -> B T H W C", B=len(windows[0]))
 
         kernel = rearrange(kernel, "t h w c d -> h w (t c) d")
-        # A convolution of single pixels has no neighbours' rows, and XLA divides it by itself.
+        # A convolution of single pixels needs no neighbours, and may have no frames yet: XLA's.
         y = convolve(parts, kernel) if around is None else on_own_rows(convolve, parts, kernel)
         return divide_rows((y + over_last(bias, y)).astype(plan.dtype))
 

@@ -62,7 +62,7 @@ def divide_rows(x: Array) -> Array:
 
 
 def row_axes() -> tuple[str, ...]:
-    """What divides rows, in the order of the ambient mesh: there `ppermute` counts devices so."""
+    """The axes that divide rows, in the order of the ambient mesh, in which `ppermute` counts."""
     return tuple(name for name in mesh_sizes() if name in ROWS)
 
 
@@ -108,7 +108,8 @@ def on_own_rows(function: Callable, divided: Any, whole: Any = None) -> Array:
 
     Args:
         function: of a device's parts, to an array of which axis 2 is a part, too.
-        divided: a tree of arrays [B, T, H, W, C]; each device gets its part of axis 2.
+        divided: a tree of arrays [B, T, H, W, C]; each device gets its part of axis 2. They have
+            elements: on empty ones jaxlib 0.11's partitioner crashes.
         whole: a tree of arrays that each device has whole.
 
     Returns:
