@@ -167,7 +167,7 @@ def _copy_out(source: Ref, target: Ref) -> None:
     target[...] = source.read()
 
 
-def _load(ref: Ref, index: tuple, layout: Any, optimized: bool = True) -> jax.Array:
+def _load(ref: Ref, index: tuple = (), *, layout: Any, optimized: bool = True) -> jax.Array:
     assert index == (), index
     return ref[...]
 
