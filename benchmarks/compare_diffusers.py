@@ -211,7 +211,8 @@ def main(arguments: list[str] | None = None) -> dict:
     options = parser.parse_args(arguments)
     config = (tiny_config() if options.dry else Config()).silent()
     jobs = {TINY: TINY_JOB} if options.dry else bench.jobs(config, sizes=options.sizes)
-    report = new_report(jobs, {name: str(value) for name, value in vars(options).items()})
+    flags = {k: v.name if isinstance(v, Path) else str(v) for k, v in vars(options).items()}
+    report = new_report(jobs, flags)
     start = time.perf_counter()
     for name, run in (("ours", run_ours), ("diffusers", run_diffusers)):
         events = in_child(run, config, jobs, DTYPE, not options.skip_compiled)

@@ -47,6 +47,8 @@ VIDEO = {  # mesh, videos, rows of latents
     "data2 x fsdp2, odd": ("data=2,fsdp=2", 2, 3),
     "data2 x cfg2 x seq2, odd": ("data=2,cfg=2,seq=2", 2, 5),
 }
+SWAP = "data2 x fsdp2, odd"  # two devices share a picture, and swap rows in one exchange
+DIFFERENTIATED = SWAP, "data2 x cfg2 x seq2, odd"
 # The kind, the dtype and shape of the results, and where in the program it comes from.
 COLLECTIVE = re.compile(
     r"= (\(.*?\)|\S+) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)"
@@ -253,8 +255,8 @@ def main() -> dict:
         results[f"decode {name}"] = on_mesh(mesh, decode, vae, latents)
         pixels = random.uniform(size=(batch, 3, 9, 16 * rows, 32)).astype(np.float32)
         results[f"encode {name}"] = on_mesh(mesh, encode, vae, pixels)
-        if name == "data2 x cfg2 x seq2, odd":
-            results["gradient of decode"] = on_mesh(mesh, gradient_of_decode, vae, latents)
+        if name in DIFFERENTIATED:
+            results[f"gradient of decode {name}"] = on_mesh(mesh, gradient_of_decode, vae, latents)
     return results | transforms(params) | {
         "model": whole_model(), "default meshes": default_meshes(),
     }  # fmt: skip

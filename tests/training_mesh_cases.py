@@ -190,15 +190,15 @@ def restored(state: TrainState, folder: Path) -> dict:
         one = jax.tree.map(lambda x: jax.device_put(x, jax.devices()[0]), state)
         found["one"] = checkpoints.restore(one)
         placed = jax.tree.map(lambda x, like: x.sharding == like.sharding, found["other"], template)
-    equal = {
-        name: all(
-            np.array_equal(*map(np.asarray, map(_numbers, pair)))
-            for pair in zip(jax.tree.leaves(x), jax.tree.leaves(state), strict=True)
-        )
-        for name, x in found.items()
-    }
+    equal = {name: are_equal(x, state) for name, x in found.items()}
     return {"equal": equal, "placed": all(jax.tree.leaves(placed)), "held": share(
         found["other"].params)}  # fmt: skip
+
+
+def are_equal(ours, theirs) -> bool:
+    """Whether two states have the same numbers, wherever they lie."""
+    pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
+    return all(np.array_equal(*map(np.asarray, map(_numbers, pair))) for pair in pairs)
 
 
 def _numbers(x: jax.Array) -> jax.Array:

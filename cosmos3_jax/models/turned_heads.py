@@ -8,7 +8,6 @@ Axes: B batch, S tokens, N heads, H head dimension.
 """
 
 from functools import partial
-from inspect import signature
 
 import jax
 import jax.numpy as jnp
@@ -22,17 +21,17 @@ WARPGROUPS = 2  # of a block
 LAYOUT = plgpu.Layout.WGMMA
 HALVES = pl.ds(0, HEAD_DIM // 2), pl.ds(HEAD_DIM // 2, HEAD_DIM // 2)  # of a head
 TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # of shared memory
-# JAX 0.10 asks `plgpu.load` for an index; later releases want it in the reference alone.
-NO_INDEX = [
-    ()
-    for x in signature(plgpu.load).parameters.values()
-    if x.name == "idx" and x.default is x.empty
-]
 
 
 def load(tile) -> list[Array]:
     """Both halves of each row, [rows, H / 2], in registers."""
-    return [plgpu.load(tile.at[:, half], *NO_INDEX, layout=LAYOUT) for half in HALVES]
+    return [_load(tile.at[:, half], layout=LAYOUT) for half in HALVES]
+
+
+def _load(reference, **options) -> Array:
+    """`plgpu.load` of all of a reference. JAX 0.10 requires an index, which 0.11 deprecates."""
+    index = [()] if jax.__version_info__ < (0, 11) else []
+    return plgpu.load(reference, *index, **options)
 
 
 def turn(heads: list[Array], table: list[Array], scale, epsilon: float) -> list[Array]:
@@ -43,7 +42,7 @@ def turn(heads: list[Array], table: list[Array], scale, epsilon: float) -> list[
     rms = lax.broadcast_in_dim(lax.rsqrt(square / HEAD_DIM + epsilon), shape, [0])
     normed = []
     for x, half in zip(heads, HALVES, strict=True):
-        scales = plgpu.load(scale.at[half], *NO_INDEX, layout=LAYOUT.reduce(0), optimized=False)
+        scales = _load(scale.at[half], layout=LAYOUT.reduce(0), optimized=False)
         x = (x * rms).astype(dtype) * lax.broadcast_in_dim(scales, shape, [1])
         normed.append(x.astype(jnp.float32))
     first, second = normed

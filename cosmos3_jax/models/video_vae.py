@@ -25,7 +25,7 @@ from cosmos3_jax.models.layers import over_last, traced_once
 from cosmos3_jax.models.video_vae_modules import Convolve, Decoder, Encoder, Plan, convolve_on
 from cosmos3_jax.parallel import sharding
 from cosmos3_jax.parallel.device import AnyDevice, default_device
-from cosmos3_jax.parallel.rows import Rows, divide_rows, row_axes
+from cosmos3_jax.parallel.rows import Rows, are_divided, divide_rows, row_axes
 
 SMALL_PICTURE = 320  # latent pixels; 192x320 has 240
 
@@ -265,7 +265,7 @@ def _plan(dtype: DTypeLike, rows: Rows, convolve: Convolve | None) -> Plan:
 
 def _divided(video: jax.Array) -> jax.Array:
     """Video [B, C, T, H, W], its rows divided by the ambient mesh, if they are a multiple."""
-    axes = row_axes() if video.shape[3] % sharding.num_shards(sharding.ROWS) == 0 else None
+    axes = row_axes() if are_divided(video.shape[3]) else None
     return sharding.constrain(video, sharding.PROMPTS, None, None, axes, None)
 
 

@@ -66,7 +66,7 @@ def row_axes() -> tuple[str, ...]:
     return tuple(name for name in mesh_sizes() if name in ROWS)
 
 
-def _are_divided(rows: int) -> bool:
+def are_divided(rows: int) -> bool:
     """Whether a mesh divides this many rows, evenly."""
     n = num_shards(ROWS)
     return n > 1 and rows % n == 0
@@ -77,7 +77,7 @@ def rows_around(x: Array) -> Array | None:
     hold: [B, T, 2 n, W, C], two a device. Zeros beyond the picture; None where no mesh divides the
     rows.
     """
-    if not _are_divided(x.shape[2]):
+    if not are_divided(x.shape[2]):
         return None
     n, axes = num_shards(ROWS), row_axes()
 
@@ -115,7 +115,7 @@ def on_own_rows(function: Callable, divided: Any, whole: Any = None) -> Array:
     Returns:
         The parts of all devices, one after the other on axis 2.
     """
-    if not _are_divided(jax.tree.leaves(divided)[0].shape[2]):
+    if not are_divided(jax.tree.leaves(divided)[0].shape[2]):
         return function(divided, whole)
     own = spec(PROMPTS, None, row_axes())
     mapped = jax.shard_map(function, in_specs=(own, spec()), out_specs=own, check_vma=False)
