@@ -53,22 +53,14 @@ def times_cleaned() -> int:
 
 @contextlib.contextmanager
 def _undone(undo: Callable[[], None]) -> Iterator[None]:
-    """Calls `undo` when the block ends, and in `clean_up` until then."""
-    with _registered(undo):
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                undo()
-
-
-@contextlib.contextmanager
-def _registered(undo: Callable[[], None]) -> Iterator[None]:
+    """Calls `undo` when the block ends, and in `clean_up` until it was done: Ctrl-C may stop it."""
     key = object()
     _undo[key] = undo
     try:
         yield
     finally:
+        with contextlib.suppress(OSError):
+            undo()
         _undo.pop(key, None)
 
 
@@ -101,9 +93,10 @@ def remove(path: Path) -> None:
     """
     if path.is_dir() and not path.is_symlink():
         gone = path.with_name(f".cosmos3-{secrets.token_hex(8)}.gone")
-        with contextlib.suppress(OSError):
-            path = path.rename(gone)
-        shutil.rmtree(path, ignore_errors=True)
+        with _undone(lambda: shutil.rmtree(gone, ignore_errors=True)):
+            with contextlib.suppress(OSError):
+                path = path.rename(gone)
+            shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
 
@@ -369,14 +362,9 @@ def _rename(name: Path, path: Path, overwrite: bool) -> None:
         elif replaced.exists():  # or else a run left it that was killed between the two renames
             remove(replaced)
 
-    with _registered(put_back):
+    with _undone(put_back):
         if overwrite and path.exists():
             if replaced.exists():
                 shutil.rmtree(replaced)
             os.replace(path, replaced)
-        try:
-            os.replace(name, path)
-        except (Exception, KeyboardInterrupt, SystemExit):
-            put_back()
-            raise
-        put_back()
+        os.replace(name, path)

@@ -202,17 +202,14 @@ def test_without_locks_none_of_two_that_meet_says_success_of_half(
     assert_same_folder(target, converted)
 
 
-class Killed(BaseException):
-    """Stands for a kill: nothing catches it."""
-
-
-@pytest.mark.parametrize("error", [OSError, Killed])
+@pytest.mark.parametrize("end", ["error", "kill"])
 @pytest.mark.parametrize("renames", [0, 1])
 def test_overwriting_never_loses_the_old(
-    public_checkpoint, silent_checkpoint, tmp_path, monkeypatch, renames, error
+    public_checkpoint, silent_checkpoint, tmp_path, monkeypatch, renames, end
 ):
     """Stopped before either rename, the old checkpoint is still there; the next run ends well."""
-    target = convert_checkpoint(silent_checkpoint, tmp_path / "target")
+    folder, killed = tmp_path / "here", tmp_path / "killed"
+    target = convert_checkpoint(silent_checkpoint, folder / "target")
     old = contents(target)
     replace, done = os.replace, []
 
@@ -220,19 +217,21 @@ def test_overwriting_never_loses_the_old(
         if target in (source, destination):
             if len(done) == renames:
                 monkeypatch.setattr(os, "replace", replace)
-                raise error
+                shutil.copytree(folder, killed)  # what a kill would leave, after which nothing runs
+                raise OSError
             done.append(destination)
         replace(source, destination)
 
     monkeypatch.setattr(os, "replace", failing)
-    with pytest.raises(error):
+    with pytest.raises(OSError):
         convert_checkpoint(public_checkpoint, target, overwrite=True)
     assert len(done) == renames
-    lost = error is Killed and renames == 1  # between the two, the old one has another name
-    assert contents(tmp_path / ".target.replaced" if lost else target) == old
-    convert_checkpoint(public_checkpoint, target, overwrite=True)
-    assert load.load_config(target).has_sound
-    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+    here = killed if end == "kill" else folder
+    renamed = end == "kill" and renames == 1  # between the two, the old one has another name
+    assert contents(here / (".target.replaced" if renamed else "target")) == old
+    convert_checkpoint(public_checkpoint, here / "target", overwrite=True)
+    assert load.load_config(here / "target").has_sound
+    assert [path.name for path in here.iterdir()] == ["target"]
 
 
 @pytest.mark.parametrize("room", [0, 600, SHARD_BYTES // 2])
@@ -284,16 +283,16 @@ def test_a_stray_file_costs_no_shard(public_checkpoint, unfinished, monkeypatch)
 
 
 def test_a_kill_before_the_last_rename_costs_no_shard(public_checkpoint, tmp_path, monkeypatch):
-    target, replace = tmp_path / "target", os.replace
+    folder, killed, replace = tmp_path / "here", tmp_path / "killed", os.replace
 
-    def killed(source, destination):
-        if destination == target:
-            raise Killed
+    def copying(source, destination):
+        if destination == folder / "target":
+            shutil.copytree(folder, killed)
         replace(source, destination)
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(os, "replace", killed)
-        convert_checkpoint(public_checkpoint, target, max_shard_bytes=SHARD_BYTES)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", copying)
+        convert_checkpoint(public_checkpoint, folder / "target", max_shard_bytes=SHARD_BYTES)
     monkeypatch.setattr(files, "write_shard", Mock(side_effect=AssertionError("written again")))
-    convert_checkpoint(public_checkpoint, target, max_shard_bytes=SHARD_BYTES)
-    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+    convert_checkpoint(public_checkpoint, killed / "target", max_shard_bytes=SHARD_BYTES)
+    assert [path.name for path in killed.iterdir()] == ["target"]

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +73,33 @@ def test_clean_up_brings_back_what_is_replaced(tmp_path, monkeypatch):
         write(temporary)
         monkeypatch.setattr(os, "replace", signalled)
     assert (path / "a.txt").read_text() == "old"
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("kind", ["folder to replace", "folder that fails"])
+def test_ctrl_c_while_a_folder_is_removed(tmp_path, monkeypatch, kind, times):
+    """Of the folder that was replaced, or of one that was given up, nothing stays; nor if Ctrl-C
+    comes once more while that is mended, and the process ends.
+    """
+    path, fails, rmtree = tmp_path / "a", kind == "folder that fails", shutil.rmtree
+    write(path, "old")
+    stops = itertools.count(1)
+
+    def stopped(folder, **how):
+        if next(stops) <= times:
+            (folder / "a.txt").unlink()
+            write(folder, "half")
+            raise KeyboardInterrupt
+        rmtree(folder, **how)
+
+    with pytest.raises(KeyboardInterrupt), publish.folder(path, overwrite=True) as temporary:
+        write(temporary)
+        monkeypatch.setattr(shutil, "rmtree", stopped)
+        if fails:
+            raise OSError
+    publish.clean_up()
+    assert names(tmp_path) == ["a", "a/a.txt"]
+    assert (path / "a.txt").read_text() == ("old" if fails else "new")
 
 
 # A process that has begun a file, a folder and one to resume, in a thread that does not end, and
