@@ -38,7 +38,8 @@ def results():
 
 def test_tolerance(results, record_property):
     found = {name: x["sensitivity"] for name, x in results.items() if "sensitivity" in x}
-    assert len(found) == len(mesh_cases.GENERATE) + 2 * len(mesh_cases.VIDEO) + 3
+    cases = (mesh_cases.GENERATE, mesh_cases.VIDEO, mesh_cases.VIDEO, mesh_cases.DIFFERENTIATED)
+    assert len(found) == sum(map(len, cases)) + 2
     for name, moved in found.items():
         record_property("sensitivity", (name, moved, SAME))
         assert 0 < rounding.MARGIN * moved <= SAME, name
