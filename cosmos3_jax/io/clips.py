@@ -143,7 +143,8 @@ def decode(
             raise ValueError(f"{path} has no video stream")
         stream.thread_type = "AUTO"
         aspect = _sample_aspect(stream, path)
-        tick, average = float(stream.time_base), stream.average_rate and float(stream.average_rate)
+        average = average_rate(stream)
+        tick, average = float(stream.time_base), average and float(average)
         frames = container.decode(stream)
         first = next(frames, None)
         if first is None:
@@ -303,6 +304,12 @@ def pixels(frame: av.VideoFrame, aspect: Fraction, path: PathLike) -> np.ndarray
     if transposed:
         rgb = rgb.swapaxes(0, 1)
     return rgb[:: -1 if turned else 1, :: -1 if mirrored else 1]
+
+
+def average_rate(stream: av.VideoStream) -> Fraction | None:
+    """Frames a second, where the file says. Where not, PyAV 18 has None, and 19 a fraction 0/0."""
+    rate = stream.average_rate
+    return Fraction(rate.numerator, rate.denominator) if rate else None
 
 
 def _sample_aspect(stream: av.VideoStream, path: PathLike) -> Fraction:

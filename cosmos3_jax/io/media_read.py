@@ -251,7 +251,7 @@ def probe(path: PathLike) -> MediaInfo:
         stream = clips.video_stream(container)
         if stream is not None:
             frames, codec = sum(1 for _ in container.decode(stream)), stream.codec_context
-            rate = stream.average_rate
+            rate = clips.average_rate(stream)
             info |= dict(frames=frames, height=codec.height, width=codec.width, fps=rate)
             info |= dict(
                 duration=float(frames / rate) if rate else 0.0,

@@ -2,6 +2,8 @@
 
 import os
 import wave
+from fractions import Fraction
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from disks import full_disk
 from media_cases import RATE, smooth_video, tones
 
-from cosmos3_jax.io import media
+from cosmos3_jax.io import clips, media
 
 
 def everything_in(folder) -> list[str]:
@@ -217,3 +219,27 @@ def test_frames(tmp_path):
     assert len(everything_in(folder)) == 6
     media.save_frames(video[:, :2], folder, overwrite=True)
     assert everything_in(folder) == ["frame_0000.png", "frame_0001.png", "notes.txt"]
+
+
+class Rational:
+    """As PyAV 19 has fractions: 0/0 is what is not known."""
+
+    def __init__(self, numerator: int, denominator: int):
+        self.numerator, self.denominator = numerator, denominator
+
+    def __bool__(self) -> bool:
+        return self.numerator != 0
+
+
+@pytest.mark.parametrize(
+    "rate, expected",
+    [
+        (None, None),
+        (Rational(0, 0), None),
+        (Rational(24000, 1001), Fraction(24000, 1001)),
+        (Fraction(24), Fraction(24)),
+    ],
+)
+def test_rates_of_all_versions_of_pyav(rate, expected):
+    found = clips.average_rate(SimpleNamespace(average_rate=rate))
+    assert found == expected and isinstance(found, Fraction | type(None))
