@@ -242,4 +242,4 @@ class Rational:
 )
 def test_rates_of_all_versions_of_pyav(rate, expected):
     found = clips.average_rate(SimpleNamespace(average_rate=rate))
-    assert found == expected and isinstance(found, Fraction | type(None))
+    assert found == expected and isinstance(found, Fraction | None)
