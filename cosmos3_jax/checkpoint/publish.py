@@ -41,9 +41,10 @@ def clean_up() -> None:
     be resumed. Any thread may call it, also a signal handler, and more than once.
     """
     _cleanings.append(None)
-    for undo in reversed([*_undo.values()]):
-        with contextlib.suppress(OSError):
-            undo()
+    for _ in range(2):  # what another thread begins meanwhile is taken back in the second pass
+        for undo in reversed([*_undo.values()]):
+            with contextlib.suppress(OSError):
+                undo()
 
 
 def times_cleaned() -> int:
@@ -327,7 +328,12 @@ def locked(path: Path) -> Iterator[None]:
             if _is(file, lock):
                 break
             opened.close()  # whoever held it has removed it
-        with _undone(lambda: lock.unlink(missing_ok=True)):  # before it is let go
+
+        def unlink() -> None:
+            if _is(file, lock):  # and not another's, who holds it by now
+                lock.unlink(missing_ok=True)
+
+        with _undone(unlink):  # before it is let go
             yield
 
 
@@ -357,14 +363,21 @@ def _rename(name: Path, path: Path, overwrite: bool) -> None:
     replaced = path.with_name(f".{path.name}.replaced")
 
     def put_back() -> None:
-        if replaced.exists() and not path.exists():
-            os.replace(replaced, path)
-        elif replaced.exists():  # or else a run left it that was killed between the two renames
+        if not replaced.exists():  # asked once: another thread may be between the two renames
+            return
+        if path.exists():  # the new one is there
             remove(replaced)
+            return
+        try:
+            os.replace(replaced, path)
+        except OSError as error:
+            if not path.exists():
+                log.warning("the older %s is now %s: %s", path, replaced, error.strerror)
+            raise
 
+    if overwrite and path.exists():
+        remove(replaced)  # of a run that was killed after the two renames
     with _undone(put_back):
         if overwrite and path.exists():
-            if replaced.exists():
-                shutil.rmtree(replaced)
             os.replace(path, replaced)
         os.replace(name, path)

@@ -307,7 +307,7 @@ def pixels(frame: av.VideoFrame, aspect: Fraction, path: PathLike) -> np.ndarray
 
 
 def average_rate(stream: av.VideoStream) -> Fraction | None:
-    """Frames a second, where the file says. Where not, PyAV 18 has None, and 19 a fraction 0/0."""
+    """Frames a second, where a file says. Where not, PyAV 18 has None, and 19 a false fraction."""
     rate = stream.average_rate
     return Fraction(rate.numerator, rate.denominator) if rate else None
 

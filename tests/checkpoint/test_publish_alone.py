@@ -97,9 +97,56 @@ def test_ctrl_c_while_a_folder_is_removed(tmp_path, monkeypatch, kind, times):
         monkeypatch.setattr(shutil, "rmtree", stopped)
         if fails:
             raise OSError
-    publish.clean_up()
+    if times > 1:
+        publish.clean_up()
     assert names(tmp_path) == ["a", "a/a.txt"]
     assert (path / "a.txt").read_text() == ("old" if fails else "new")
+
+
+def test_clean_up_while_another_thread_renames(tmp_path, monkeypatch):
+    """The folder gets its other name when `clean_up` has just seen that nothing has it."""
+    path, replaced, rename, exists = (
+        tmp_path / "a",
+        tmp_path / ".a.replaced",
+        os.replace,
+        Path.exists,
+    )
+    write(path, "old")
+
+    def looked(self, **how):
+        found = exists(self, **how)
+        if self == replaced:
+            monkeypatch.setattr(Path, "exists", exists)
+            rename(path, replaced)
+        return found
+
+    def renamed(source, target):
+        monkeypatch.setattr(os, "replace", rename)
+        monkeypatch.setattr(Path, "exists", looked)
+        publish.clean_up()
+        assert names(tmp_path) == ["a", "a/a.txt"]  # and here the process ends
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), publish.folder(path, overwrite=True) as temporary:
+        write(temporary)
+        monkeypatch.setattr(os, "replace", renamed)
+    assert (path / "a.txt").read_text() == "old"
+
+
+def test_ctrl_c_while_a_lock_is_removed(tmp_path, monkeypatch):
+    """What is still to be done at the end of the process leaves another's lock alone."""
+    unlink, lock = Path.unlink, tmp_path / ".a.lock"
+
+    def stopped(self, **how):
+        monkeypatch.setattr(Path, "unlink", unlink)
+        unlink(self, **how)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), publish.locked(tmp_path / "a"):
+        monkeypatch.setattr(Path, "unlink", stopped)
+    lock.touch()
+    publish.clean_up()
+    assert lock.exists()
 
 
 # A process that has begun a file, a folder and one to resume, in a thread that does not end, and

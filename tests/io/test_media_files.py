@@ -222,7 +222,7 @@ def test_frames(tmp_path):
 
 
 class Rational:
-    """As PyAV 19 has fractions: 0/0 is what is not known."""
+    """As PyAV 19 has fractions: 0/0 and 0/1 are what is not known."""
 
     def __init__(self, numerator: int, denominator: int):
         self.numerator, self.denominator = numerator, denominator
@@ -236,6 +236,7 @@ class Rational:
     [
         (None, None),
         (Rational(0, 0), None),
+        (Rational(0, 1), None),
         (Rational(24000, 1001), Fraction(24000, 1001)),
         (Fraction(24), Fraction(24)),
     ],

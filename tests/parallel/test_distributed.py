@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import jax
 import pytest
 from several_processes import check_two_make_the_video_of_one, run_two
 
@@ -326,7 +327,8 @@ def test_who_waits_for_a_dead_process_fails(run_command, victim):
     assert listening(port) and listening(port) <= LOOPBACK  # JAX's service, too
     two[victim].process.send_signal(signal.SIGKILL)
     status = other.wait(60)
-    if victim == 0 and status == -signal.SIGABRT:  # JAX saw first that its service is gone
+    aborts = victim == 0 and jax.__version_info__ >= (0, 11)  # where it sees first that 0 is gone
+    if aborts and status == -signal.SIGABRT:
         assert "another task died" in other.log(), other.log()
         assert not (other.folder / "out.mp4").exists()
         return
