@@ -105,12 +105,8 @@ def test_ctrl_c_while_a_folder_is_removed(tmp_path, monkeypatch, kind, times):
 
 def test_clean_up_while_another_thread_renames(tmp_path, monkeypatch):
     """The folder gets its other name when `clean_up` has just seen that nothing has it."""
-    path, replaced, rename, exists = (
-        tmp_path / "a",
-        tmp_path / ".a.replaced",
-        os.replace,
-        Path.exists,
-    )
+    path, replaced = tmp_path / "a", tmp_path / ".a.replaced"
+    rename, exists = os.replace, Path.exists
     write(path, "old")
 
     def looked(self, **how):
