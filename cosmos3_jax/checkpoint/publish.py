@@ -54,7 +54,9 @@ def times_cleaned() -> int:
 
 @contextlib.contextmanager
 def _undone(undo: Callable[[], None]) -> Iterator[None]:
-    """Calls `undo` when the block ends, and in `clean_up` until it was done: Ctrl-C may stop it."""
+    """Calls `undo` when the block ends. `clean_up` calls it, too, until it is done: Ctrl-C may stop
+    it before.
+    """
     key = object()
     _undo[key] = undo
     try:
@@ -372,7 +374,10 @@ def _rename(name: Path, path: Path, overwrite: bool) -> None:
             os.replace(replaced, path)
         except OSError as error:
             if not path.exists():
-                log.warning("the older %s is now %s: %s", path, replaced, error.strerror)
+                log.warning(
+                    "the older %s could not be put back (%s): rename %s to that",
+                    path, error.strerror, replaced,
+                )  # fmt: skip
             raise
 
     if overwrite and path.exists():

@@ -330,7 +330,6 @@ def test_who_waits_for_a_dead_process_fails(run_command, victim):
     aborts = victim == 0 and jax.__version_info__ >= (0, 11)  # where it sees first that 0 is gone
     if aborts and status == -signal.SIGABRT:
         assert "another task died" in other.log(), other.log()
-        assert not (other.folder / "out.mp4").exists()
         return
     assert status == 1, other.log()
     ended = f"cosmos3-jax: error: process {victim} has ended: this one cannot go on without it"
